@@ -1,0 +1,1 @@
+"""CorrectNet: neural networks under the device variation of analog in-memory hardware."""
