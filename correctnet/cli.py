@@ -1,0 +1,415 @@
+"""The command line: `correctnet STAGE` runs one stage of the paper by hand; the workflow calls the same commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+import click
+
+from correctnet.config import READS, Config, Section, Settings, Stage, merge, validate
+from correctnet.errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from correctnet.stages import Runtime
+
+PATH = click.Path(path_type=Path)
+
+
+def leaves(stage: Stage) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
+    """(path, field) of every single setting that a stage reads, e.g. (("suppress", "beta"), ...)."""
+    for key in READS[stage]:
+        path = tuple(key.split("."))
+        section: type[Section] = Settings
+        for part in path[:-1]:
+            section = section.model_fields[part].annotation  # type: ignore[assignment]
+        field = section.model_fields[path[-1]]
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            for name, inner in field.annotation.model_fields.items():
+                yield (*path, name), inner
+        else:
+            yield path, field
+
+
+def option_name(path: tuple[str, ...], taken: dict[str, tuple[str, ...]]) -> str:
+    """--beta for suppress.beta, --network for network.name; with the section in front where two settings collide."""
+    name = path[0] if path[-1] == "name" else path[-1]
+    if taken.get(name, path) != path:
+        name = f"{path[0]}_{name}"
+    taken[name] = path
+    return name
+
+
+def settings_options(stage: Stage) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Options for every setting of a stage, its default and meaning taken from `correctnet.config`.
+
+    The decorated function gets them merged and checked as one argument, `settings`. They are taken from the defaults,
+    then --settings or --config/--pair/--row, then the single options.
+    """
+    taken: dict[str, tuple[str, ...]] = {}
+    # The stage's own section last in READS has the first claim on a short name.
+    order = sorted(leaves(stage), key=lambda leaf: leaf[0][0] != stage)
+    names = {path: option_name(path, taken) for path, _ in order}
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(**arguments: Any) -> Any:
+            given = {path: arguments.pop(f"set_{name}") for path, name in names.items() if f"set_{name}" in arguments}
+            source = {key: arguments.pop(key) for key in ("settings", "config", "pair", "row")}
+            settings = _settings(stage, given, names, **source)
+            return function(settings=settings, **arguments)
+
+        call.__doc__, call.__name__ = function.__doc__, function.__name__
+        call.__click_params__ = list(getattr(function, "__click_params__", []))  # type: ignore[attr-defined]
+        for path, field in reversed(list(leaves(stage))):
+            option = _option(names[path], path, field)
+            if option is not None:
+                call = option(call)
+        for option in (
+            click.option("--row", help="With --pair: one of its rows."),
+            click.option("--pair", help="With --config: the network-data pair whose settings are used."),
+            click.option("--config", type=PATH, help="A config.yaml to take settings from (with --pair)."),
+            click.option("--settings", help="Settings as JSON, as the workflow passes them."),
+        ):
+            call = option(call)
+        return call
+
+    return decorate
+
+
+def _option(name: str, path: tuple[str, ...], field: FieldInfo) -> Callable[..., Any] | None:
+    kinds = [k for k in get_args(field.annotation) if k is not NoneType] or [field.annotation]
+    flag = f"--{name.replace('_', '-')}"
+    help_text = f"{field.description}  [{'.'.join(path)}; default: {_shown(field.default)}]"
+    if get_origin(field.annotation) is Literal:
+        if len(get_args(field.annotation)) == 1:
+            return None  # nothing to choose yet
+        return click.option(flag, f"set_{name}", type=click.Choice(get_args(field.annotation)), help=help_text)
+    if get_origin(field.annotation) is tuple:
+        return click.option(flag, f"set_{name}", metavar="A,B,...", help=help_text)
+    if field.annotation is bool:
+        return click.option(f"{flag}/--no-{flag[2:]}", f"set_{name}", default=None, help=help_text)
+    return click.option(flag, f"set_{name}", type=kinds[0], help=help_text)
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, tuple):
+        return ",".join(map(str, default)) or "none"
+    if default is None or isinstance(default, bool):
+        return {None: "none", True: "yes", False: "no"}[default]
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def _settings(
+    stage: Stage,
+    given: dict[tuple[str, ...], Any],
+    names: dict[tuple[str, ...], str],
+    settings: str | None,
+    config: Path | None,
+    pair: str | None,
+    row: str | None,
+) -> Settings:
+    if settings is not None and config is not None:
+        raise UserError("--settings and --config exclude each other")
+    if (config is None) != (pair is None) or (row and not pair):
+        raise UserError("--config and --pair (and --row with them) go together")
+    base = Settings()
+    if settings is not None:
+        base = Settings.from_canonical(settings, stage)
+    elif config is not None and pair is not None:
+        loaded = Config.load(config)
+        if pair not in loaded.pairs:
+            raise UserError(f"--pair: {config} has no pair {pair!r} (pairs: {', '.join(loaded.pairs)})")
+        if row is not None and row not in loaded.rows:
+            raise UserError(f"--row: {config} has no row {row!r} (rows: {', '.join(loaded.rows)})")
+        base = loaded.settings(pair, row)
+    changes: dict[str, Any] = {}
+    for path, value in given.items():
+        if value is None:
+            continue
+        if isinstance(value, str) and "," in value:
+            value = [part.strip() for part in value.split(",")]
+        elif isinstance(value, str) and _is_tuple(path):
+            value = [value]
+        target = changes
+        for part in path[:-1]:
+            target = target.setdefault(part, {})
+        target[path[-1]] = value
+    return validate(Settings, merge(base.model_dump(), changes), "command line")
+
+
+def _is_tuple(path: tuple[str, ...]) -> bool:
+    section: Any = Settings
+    for part in path[:-1]:
+        section = section.model_fields[part].annotation
+    return get_origin(section.model_fields[path[-1]].annotation) is tuple
+
+
+def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that change where and how a stage runs, not what it computes; gives the argument `runtime`."""
+
+    def call(
+        data_dir: str | None, device: str, threads: int | None, work: Path | None, quiet: bool, **arguments: Any
+    ) -> Any:
+        return function(runtime=_runtime(data_dir, device, threads, work, quiet), **arguments)
+
+    call.__doc__, call.__name__ = function.__doc__, function.__name__
+    call.__click_params__ = list(getattr(function, "__click_params__", []))  # type: ignore[attr-defined]
+    for option in (
+        click.option("--quiet", is_flag=True, help="No progress bars."),
+        click.option("--work", type=PATH, help="Folder for what a killed run needs to go on; none: it begins anew."),
+        click.option("--threads", type=click.IntRange(1), help="At most this many CPU threads.  [default: all]"),
+        click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True),
+        click.option(
+            "--data-dir", envvar="CORRECTNET_DATA", help="Where the data sets lie.  [CORRECTNET_DATA, else: data]"
+        ),
+    ):
+        call = option(call)
+    return call
+
+
+def _runtime(data_dir: str | None, device: str, threads: int | None, work: Path | None, quiet: bool) -> Runtime:
+    import torch
+
+    from correctnet.stages import Runtime, available_cpus, set_threads
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    set_threads(threads or available_cpus())
+    return Runtime(data_dir, device, quiet, work)
+
+
+class Group(click.Group):
+    """Commands in the order of the pipeline, and user errors as one line each with exit status 2."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of definition."""
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """See the class."""
+        warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            for line in str(error).splitlines():
+                click.echo(f"error: {line}", err=True)
+            ctx.exit(2)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="correctnet")
+def main() -> None:
+    """CorrectNet: neural networks under the device variation of analog in-memory hardware.
+
+    Train with error suppression, find the layers that need compensation, compensate them, and evaluate over chip
+    samples. Every stage reads files and writes files; `snakemake` chains them.
+    """
+
+
+out_option = click.option("--out", type=PATH, required=True, help="Folder that the result is written to.")
+pretrained_option = click.option("--pretrained", type=PATH, required=True, help="Model of `pretrain`.")
+suppressed_option = click.option("--suppressed", type=PATH, required=True, help="Model of `suppress`.")
+
+
+@main.command()
+@settings_options("pretrain")
+@runtime_options
+@out_option
+def pretrain(settings: Settings, runtime: Runtime, out: Path) -> None:
+    """Train the network without any method."""
+    from correctnet import stages
+
+    stages.pretrain(settings, out, runtime)
+
+
+@main.command()
+@settings_options("suppress")
+@runtime_options
+@pretrained_option
+@out_option
+def suppress(settings: Settings, runtime: Runtime, pretrained: Path, out: Path) -> None:
+    """Train under the modified Lipschitz regulariser, (10) and (11) of the paper."""
+    from correctnet import stages
+
+    stages.suppress(settings, pretrained, out, runtime)
+
+
+@main.command()
+@settings_options("inject")
+@runtime_options
+@pretrained_option
+@out_option
+def inject(settings: Settings, runtime: Runtime, pretrained: Path, out: Path) -> None:
+    """Train on with variation injected into all weights (a rival without overhead)."""
+    from correctnet import stages
+
+    stages.inject(settings, pretrained, out, runtime)
+
+
+@main.command()
+@settings_options("sweep")
+@runtime_options
+@pretrained_option
+@suppressed_option
+@out_option
+def sweep(settings: Settings, runtime: Runtime, pretrained: Path, suppressed: Path, out: Path) -> None:
+    """Find the candidate layers: variation from the last layer backwards."""
+    from correctnet import stages
+
+    stages.sweep(settings, pretrained, suppressed, out, runtime)
+
+
+@main.command()
+@settings_options("search")
+@runtime_options
+@suppressed_option
+@click.option("--candidates", type=PATH, required=True, help="candidates.json of `sweep`.")
+@click.option("--limit", type=float, default=0.03, show_default=True, help="Overhead allowed, a fraction.")
+@out_option
+def search(settings: Settings, runtime: Runtime, suppressed: Path, candidates: Path, limit: float, out: Path) -> None:
+    """Search where to compensate and with how many filters, within one overhead limit."""
+    from correctnet import stages
+
+    stages.search(settings, suppressed, candidates, limit, out, runtime)
+
+
+@main.command()
+@settings_options("compensate")
+@runtime_options
+@suppressed_option
+@click.option("--found", type=PATH, required=True, multiple=True, help="best.json of `search`; may be repeated.")
+@out_option
+def compensate(settings: Settings, runtime: Runtime, suppressed: Path, found: tuple[Path, ...], out: Path) -> None:
+    """Train the compensators of the best state that the searches found."""
+    from correctnet import stages
+
+    stages.compensate(settings, suppressed, found, out, runtime)
+
+
+@main.command()
+@settings_options("evaluate")
+@runtime_options
+@click.option("--model", type=PATH, required=True, help="Model of any stage.")
+@click.option("--chips", type=click.IntRange(1), default=250, show_default=True, help="Chip samples.")
+@click.option("--start", type=click.IntRange(0), default=0, show_default=True, help="Number of the first chip.")
+@click.option("--split", type=click.Choice(["test", "validation"]), default="test", show_default=True)
+@click.option("--note", multiple=True, metavar="NAME=VALUE", help="A further column of the CSV; may be repeated.")
+@click.option("--out", type=PATH, required=True, help="CSV that is written, a row a chip.")
+def evaluate(
+    settings: Settings,
+    runtime: Runtime,
+    model: Path,
+    chips: int,
+    start: int,
+    split: str,
+    note: tuple[str, ...],
+    out: Path,
+) -> None:
+    """Evaluate a model over chip samples: a CSV with the accuracy of each."""
+    from correctnet import stages
+
+    columns = {}
+    for text in note:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise UserError(f"--note {text!r}: NAME=VALUE is expected")
+        columns[name] = value
+    click.echo(
+        stages.evaluate_chips(settings, model, out, runtime, chips=chips, start=start, split=split, **columns),
+        err=True,
+    )
+
+
+@main.command("merge")
+@click.argument("files", type=PATH, nargs=-1, required=True)
+@click.option("--out", type=PATH, required=True, help="CSV that is written.")
+def merge_chunks(files: tuple[Path, ...], out: Path) -> None:
+    """Put the CSVs of several chunks of one evaluation together, in the order of the chips."""
+    from correctnet.montecarlo import Result
+
+    Result.concatenate(Result.from_csv(path) for path in files).to_csv(out)
+
+
+@main.command()
+@click.argument("files", type=PATH, nargs=-1, required=True)
+@click.option("--out", type=PATH, required=True, help="CSV that is written.")
+def collect(files: tuple[Path, ...], out: Path) -> None:
+    """Put the CSVs of several evaluations (rows, sigmas) into one."""
+    from correctnet import storage, tables
+
+    storage.write_csv(out, tables.read_samples(files))
+
+
+@main.command()
+@click.argument("samples", type=PATH, nargs=-1, required=True)
+@click.option("--sigma", type=float, default=0.5, show_default=True, help="The sigma of the table.")
+@click.option("--out", type=PATH, required=True, help="CSV; a Markdown file of the same name is written beside it.")
+def table(samples: tuple[Path, ...], sigma: float, out: Path) -> None:
+    """Table I of the paper from per-sample results."""
+    from correctnet import storage, tables
+
+    rows = tables.table1(tables.read_samples(samples), sigma)
+    storage.write_csv(out, rows)
+    storage.write_text(out.with_suffix(".md"), tables.markdown(rows, sigma))
+    click.echo(out.with_suffix(".md").read_text(), err=True)
+
+
+@main.command()
+@click.argument("number", type=click.Choice(["2", "7", "9", "10"]))
+@click.argument("files", type=PATH, nargs=-1, required=True)
+@click.option("--out", type=PATH, required=True, help="PNG; an SVG of the same name is written beside it.")
+def figure(number: str, files: tuple[Path, ...], out: Path) -> None:
+    """One figure of the paper.
+
+    FILES are per-sample results for figures 2 and 7, accuracy.csv of `sweep` for figure 9, log.csv of `search` for
+    figure 10; a file's panel is titled with the name of its pair's folder.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")  # no window, no display
+    from correctnet import figures
+
+    figures.draw(number, files, out)
+
+
+@main.command()
+@click.argument("name", type=click.Choice(["digits", "mnist", "cifar10", "cifar100"]))
+@click.option("--data-dir", envvar="CORRECTNET_DATA", help="Where the data sets lie.  [CORRECTNET_DATA, else: data]")
+def fetch(name: str, data_dir: str | None) -> None:
+    """Make sure that a data set is there; download it if not."""
+    from correctnet import data
+
+    data.fetch(name, data_dir)
+
+
+@main.command()
+@click.argument("config", type=PATH, default=Path("config.yaml"))
+@click.option("--run", help="Also print an estimate of the hours that this run takes.")
+def check(config: Path, run: str | None) -> None:
+    """Check a config.yaml."""
+    from correctnet import estimate
+
+    loaded = Config.load(config)
+    click.echo(f"{config}: {len(loaded.pairs)} pairs, {len(loaded.rows)} rows, no mistakes")
+    if run:
+        click.echo(estimate.report(loaded, run))
+
+
+@main.command()
+@click.argument("model", type=PATH)
+def show(model: Path) -> None:
+    """Describe a model: its network, compensation, overhead and history."""
+    from correctnet.stages import read_network
+
+    click.echo(json.dumps(read_network(model)[1], indent=2))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

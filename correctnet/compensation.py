@@ -1,0 +1,214 @@
+"""Error compensation (Fig. 5): a generator and a compensator in digital hardware behind an analog layer.
+
+For a layer with l input and n output feature maps, x its input and y its noisy output:
+
+    g = act( generator( concat( avg_pool(x), y ) ) )        m filters, 1 x 1 x (l + n)
+    z = compensator( concat( y, g ) )                       n filters, 1 x 1 x (n + m)
+
+z takes the place of y. Both are digital, hence free of variation.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from correctnet import storage
+from correctnet.analog import analog_candidates
+from correctnet.errors import UserError
+from correctnet.models import Block, parameter_count
+
+
+class Compensated(nn.Module):
+    """`original` with a generator of `filters` filters and a compensator behind it.
+
+    x (N, l, H, W) -> z (N, n, H', W') behind a convolution; x (N, l) -> z (N, n) behind a linear layer.
+
+    Args:
+        original: a conv or linear layer, or a `Block` that begins with one.
+        filters: m, the generator's filters, >= 1.
+        activation: behind the generator, "relu" or "none".
+        init: "identity": the compensator starts as z = y; "random": torch's default initialisation.
+        pool: how x is averaged to the size of y: "adaptive", or "kernel", the layer's own window, stride and padding.
+    """
+
+    digital_children = ("generator", "compensator")  # no part of the original network, never analog
+
+    def __init__(
+        self,
+        original: nn.Module,
+        filters: int,
+        activation: Literal["none", "relu"] = "relu",
+        init: Literal["identity", "random"] = "identity",
+        pool: Literal["adaptive", "kernel"] = "adaptive",
+    ):
+        super().__init__()
+        if filters < 1:
+            raise UserError(f"a generator needs at least 1 filter, not {filters}")
+        layer = layer_of(original)
+        inputs, outputs = _features(layer)
+        self.original = original
+        if isinstance(layer, nn.Linear):
+            self.generator: nn.Module = nn.Linear(inputs + outputs, filters)
+            self.compensator: nn.Module = nn.Linear(outputs + filters, outputs)
+        else:
+            self.generator = nn.Conv2d(inputs + outputs, filters, 1)
+            self.compensator = nn.Conv2d(outputs + filters, outputs, 1)
+        self.activation = nn.ReLU() if activation == "relu" else nn.Identity()
+        self.pool = pool
+        if init == "identity":
+            with torch.no_grad():
+                self.compensator.weight.zero_()
+                self.compensator.weight.flatten(1).fill_diagonal_(1.0)
+                self.compensator.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the module's head."""
+        y = self.original(x)
+        generated = self.activation(self.generator(torch.cat([self._pooled(x, y), y], dim=1)))
+        return self.compensator(torch.cat([y, generated], dim=1))
+
+    def _pooled(self, x: Tensor, y: Tensor) -> Tensor:
+        if x.dim() == 2:
+            return x
+        if self.pool == "adaptive":
+            return F.adaptive_avg_pool2d(x, y.shape[-2:])
+        layer = layer_of(self.original)
+        return F.avg_pool2d(x, layer.kernel_size, layer.stride, layer.padding)
+
+
+def layer_of(module: nn.Module) -> nn.Module:
+    """The conv or linear layer of a module that can be compensated: itself, or what a Block begins with."""
+    layer = module.layer if isinstance(module, Block) else module
+    return layer.original if isinstance(layer, Compensated) else layer
+
+
+def _features(layer: nn.Module) -> tuple[int, int]:
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    if isinstance(layer, nn.Conv2d):
+        return layer.in_channels, layer.out_channels
+    raise UserError(f"only nn.Conv2d and nn.Linear can be compensated, not {type(layer).__name__}")
+
+
+def cost(layer: nn.Module, filters: int) -> int:
+    """Parameters, biases included, that compensating `layer` with m = `filters` adds; 0 for 0 filters.
+
+    m (l + n) + m for the generator, n (n + m) + n for the compensator.
+    """
+    inputs, outputs = _features(layer)
+    if filters == 0:
+        return 0
+    return filters * (inputs + outputs + 1) + outputs * (outputs + filters + 1)
+
+
+def filters_of(model: nn.Module, ratios: Sequence[float]) -> dict[str, int]:
+    """Generator filters by layer name, for S_1..S_n of the first n layers: m_i = round(S_i n_i), none for S_i <= 0."""
+    layers = list(analog_candidates(model))
+    if len(ratios) > len(layers):
+        raise UserError(f"{len(ratios)} ratios for a network of {len(layers)} layers")
+    counts = {
+        name: max(1, round(s * _features(layer)[1])) for (name, layer), s in zip(layers, ratios, strict=False) if s > 0
+    }
+    return counts
+
+
+def overhead(model: nn.Module, filters: Mapping[str, int]) -> float:
+    """Compensation parameters / parameters of the original network, biases counted in both.
+
+    `model` is the original network, `filters` the generator filters by layer name.
+    """
+    layers = dict(analog_candidates(model))
+    _check_names(layers, filters)
+    return sum(cost(layers[name], m) for name, m in filters.items()) / parameter_count(model)
+
+
+def _check_names(layers: Iterable[str], filters: Mapping[str, int]) -> None:
+    for name in filters:
+        if name not in layers:
+            raise UserError(f"the network has no conv or linear layer {name!r} (layers: {', '.join(layers)})")
+
+
+def compensate(
+    model: nn.Module,
+    filters: Mapping[str, int],
+    place: Literal["layer", "block"] = "layer",
+    seed: int = 0,
+    **options: Any,
+) -> nn.Module:
+    """A copy of `model` with compensation at the named layers.
+
+    Args:
+        model: the original (digital) network.
+        filters: generator filters m by layer name, names as `correctnet.analog.analog_candidates` gives them.
+        place: "layer": directly behind the analog layer; "block": behind the BatchNorm and ReLU of its
+            `correctnet.models.Block`.
+        seed: of the initial weights.
+        options: `activation`, `init` and `pool` of `Compensated`.
+
+    Raises:
+        UserError: an unknown layer, fewer than 1 filter, or place="block" where the layer is in no Block.
+    """
+    _check_names([name for name, _ in analog_candidates(model)], filters)
+    compensated = copy.deepcopy(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, m in filters.items():
+            if place == "block":
+                name = name.rpartition(".")[0]
+                if not name or not isinstance(compensated.get_submodule(name), Block):
+                    raise UserError(f"place 'block': layer {name or '(top)'!r} is in no Block; use place 'layer'")
+            parent, _, child = name.rpartition(".")
+            holder = compensated.get_submodule(parent)
+            original = getattr(holder, child)
+            device = next(original.parameters()).device
+            setattr(holder, child, Compensated(original, m, **options).to(device))
+    return compensated
+
+
+def compensation_modules(model: nn.Module) -> dict[str, Compensated]:
+    """The compensated layers by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Compensated)}
+
+
+def compensation_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of all generators and compensators, the only ones that are trained."""
+    return [
+        p
+        for m in compensation_modules(model).values()
+        for part in (m.generator, m.compensator)
+        for p in part.parameters()
+    ]
+
+
+def save(model: nn.Module, path: str | Path, filters: Mapping[str, int], place: str = "layer", **options: Any) -> None:
+    """Write a compensated model as safetensors + JSON; `filters`, `place` and options as they were for `compensate`."""
+    plan = {"filters": dict(filters), "place": place, **options}
+    storage.write_model(path, model.state_dict(), {"compensation": plan})
+
+
+def load(original: nn.Module, path: str | Path) -> nn.Module:
+    """The compensated model at `path` as a plain `nn.Module`; `original` is a network of the same architecture.
+
+    Raises UserError where the files are damaged or were made for another network.
+    """
+    tensors, description = storage.read_model(path)
+    return restore(original, tensors, description, str(path))
+
+
+def restore(original: nn.Module, tensors: dict[str, Tensor], description: dict[str, Any], source: str) -> nn.Module:
+    """Put what `storage.read_model` gave into a copy of `original`, compensation included."""
+    plan = description.get("compensation") or {"filters": {}}
+    model = compensate(original, **plan)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        first = " ".join(str(error).split())[:200]
+        raise UserError(f"{source}: made for another network ({first})") from error
+    return model

@@ -1,0 +1,481 @@
+"""Settings: what config.yaml may say, checked before anything runs.
+
+`Config` is the whole file; `Config.settings(pair, row)` merges defaults < pair < row into one `Settings`; and
+`Settings.of(stage)` cuts out exactly the keys that a stage reads, so that a change elsewhere reruns nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from correctnet.errors import UserError
+
+Stage = Literal["pretrain", "suppress", "inject", "sweep", "search", "compensate", "evaluate"]
+# The stages whose model a row of Table I can evaluate.
+Weights = Literal["pretrain", "suppress", "inject", "compensate"]
+
+
+class Section(BaseModel):
+    """A group of settings; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Data(Section):
+    """What the network is trained and judged on."""
+
+    dataset: Literal["digits", "mnist", "cifar10", "cifar100"] = "digits"
+    """data set"""
+    validation: float = Field(0.1, gt=0, lt=1)
+    """fraction of the training data held out for every choice (sweep, search)"""
+    augment: Literal["none", "crop", "crop-flip"] = "none"
+    """while training: random crop after padding by 4 pixels, and horizontal flip"""
+
+
+class Network(Section):
+    """Which network."""
+
+    name: Literal["lenet5", "vgg16"] = "lenet5"
+    """architecture"""
+    widths: tuple[int, ...] = ()
+    """channels of LeNet-5's two convolutions and width of its two hidden linear layers; empty: 6, 16, 120, 84"""
+    batchnorm: Literal["before", "after", "none"] = "before"
+    """VGG16's BatchNorm: before ReLU, after it (the Keras network), or none"""
+
+    @field_validator("widths")
+    @classmethod
+    def _widths(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if value and (len(value) != 4 or min(value) < 1):
+            raise ValueError("four positive widths are expected: conv1, conv2, linear1, linear2")
+        return value
+
+
+class VariationSettings(Section):
+    """The device variation, (1) and (2) of the paper: w = w_nominal exp(theta), theta ~ N(0, sigma^2)."""
+
+    model: Literal["lognormal"] = "lognormal"
+    """device model"""
+    on: Literal["weight"] = "weight"
+    """the quantity that varies"""
+    sigma: float = Field(0.5, ge=0, le=3)
+    """standard deviation of the weight's logarithm"""
+    centre: Literal["median", "mean"] = "median"
+    """what the programmed weight equals: the median of its distribution (the paper) or its mean"""
+    resample: Literal["chip"] = "chip"
+    """when the variation is drawn anew"""
+
+
+class Training(Section):
+    """One training run."""
+
+    epochs: int = Field(10, ge=0)
+    """passes over the training data"""
+    batch: int = Field(128, ge=1)
+    """images a step"""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with Nesterov momentum 0.9"""
+    learning_rate: float = Field(1e-3, gt=0)
+    """peak learning rate of the one-cycle schedule (linear warm-up, then cosine to zero)"""
+    weight_decay: float = Field(0.0, ge=0)
+    """weight decay"""
+    warmup: float = Field(0.1, ge=0, lt=1)
+    """fraction of the steps over which the learning rate rises"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """arithmetic of forward and backward (bfloat16: autocast, the weights stay float32)"""
+
+
+class Suppress(Training):
+    """Error suppression: training under the modified Lipschitz regulariser, (10) and (11)."""
+
+    beta: float = Field(1e-4, ge=0)
+    """weight of the regulariser in the loss"""
+    k: float = Field(1.0, gt=0)
+    """Lipschitz constant that each layer is to keep; the paper's is 1"""
+    form: Literal["orthogonal", "one-sided"] = "orthogonal"
+    """all singular values equal to lambda, as (11) is printed, or only those above it pulled down, as (9) asks"""
+    start: Literal["pretrained", "scratch"] = "pretrained"
+    """weights to start from"""
+    ramp: float = Field(0.0, ge=0, lt=1)
+    """fraction of the steps over which beta rises from 0"""
+    temperature: float = Field(1.0, gt=0)
+    """the logits are divided by this in the loss; below 1 it makes up for the small logits of suppressed networks"""
+
+
+class Inject(Training):
+    """Training with variation injected into all weights, a fresh chip sample each batch (a rival, after [11])."""
+
+
+class Sweep(Section):
+    """Candidate layers: variation from the last layer backwards to the i-th."""
+
+    threshold: float = Field(0.95, gt=0, le=1)
+    """fraction of the original accuracy below which the first i layers become candidates; the paper's is 0.95"""
+    chips: int = Field(50, ge=1)
+    """chip samples a layer"""
+    images: int | None = Field(None, ge=1)
+    """validation images; empty: all"""
+
+
+class Compensate(Training):
+    """Generators and compensators (Fig. 5), trained with everything else frozen."""
+
+    activation: Literal["none", "relu"] = "relu"
+    """activation behind the generator"""
+    init: Literal["identity", "random"] = "identity"
+    """start as the identity, or from torch's default initialisation"""
+    place: Literal["layer", "block"] = "layer"
+    """behind the analog layer itself, or behind its BatchNorm and ReLU"""
+    pool: Literal["adaptive", "kernel"] = "adaptive"
+    """average pooling of the layer's input to its output's size: adaptive, or with the layer's own window"""
+    freeze_batchnorm: bool = True
+    """keep the running statistics and normalise with them while the compensators train"""
+    chips_per_batch: int = Field(1, ge=1)
+    """fresh chip samples a batch, over which the gradient is averaged"""
+
+
+class Search(Section):
+    """Where to compensate and with how many filters: REINFORCE over the candidates, reward (12)."""
+
+    strategy: Literal["reinforce", "random", "all"] = "reinforce"
+    """REINFORCE with an LSTM policy, random states, or every candidate with S = 1 (no search, no limit)"""
+    limits: tuple[float, ...] = (0.01, 0.02, 0.03)
+    """overhead limits, a search each; the most accurate result of all is taken"""
+    ratios: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """values that S, generator filters / layer filters, can take"""
+    evaluations: int = Field(24, ge=1)
+    """states trained and evaluated, at most"""
+    episodes: int = Field(40, ge=1)
+    """updates of the policy, at most"""
+    rollouts: int = Field(4, ge=1)
+    """states drawn an episode"""
+    learning_rate: float = Field(0.02, gt=0)
+    """of the policy (Adam)"""
+    entropy: float = Field(0.01, ge=0)
+    """weight of the policy's entropy, against settling too early"""
+    baseline: float = Field(0.8, ge=0, lt=1)
+    """decay of the moving average of the rewards"""
+    train_epochs: int = Field(1, ge=1)
+    """epochs of compensator training a state"""
+    train_images: int | None = Field(None, ge=1)
+    """training images a state; empty: all"""
+    chips: int = Field(20, ge=2)
+    """chip samples a state's accuracy is taken over"""
+    images: int | None = Field(None, ge=1)
+    """validation images; empty: all"""
+
+    @field_validator("limits")
+    @classmethod
+    def _limits(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or min(value) <= 0 or max(value) > 1:
+            raise ValueError("limits are fractions above 0 and at most 1, at least one")
+        if len(set(value)) != len(value):
+            raise ValueError("each limit once")
+        return value
+
+    @field_validator("ratios")
+    @classmethod
+    def _ratios(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if 0.0 not in value or max(value) <= 0:
+            raise ValueError("ratios need 0 (no compensation) and a positive value")
+        return value
+
+
+class Evaluate(Section):
+    """Monte Carlo evaluation on the test set."""
+
+    chips: int = Field(250, ge=1)
+    """chip samples of a Table I row"""
+    images: int | None = Field(None, ge=1)
+    """test images; empty: all"""
+    sigmas: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4)
+    """further sigmas for the curves of Figures 2 and 7"""
+    curve_chips: int = Field(50, ge=1)
+    """chip samples at each of those"""
+    chunk: int = Field(125, ge=1)
+    """chip samples a job"""
+    batch: int = Field(1000, ge=1)
+    """images a forward pass"""
+    recalibrate: Literal["none", "simulated", "chip"] = "none"
+    """BatchNorm statistics: as trained, estimated once over simulated chips, or anew on each chip"""
+    recalibrate_images: int = Field(512, ge=2)
+    """training images for that"""
+
+    @field_validator("sigmas")
+    @classmethod
+    def _sigmas(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0 < s <= 3 for s in value):
+            raise ValueError("sigmas lie above 0 and at most 3 (0 is always evaluated)")
+        return value
+
+
+class Settings(Section):
+    """All that a row of one pair needs."""
+
+    seed: int = Field(0, ge=0, lt=2**63)
+    """seed of everything that is drawn"""
+    data: Data = Data()
+    network: Network = Network()
+    variation: VariationSettings = VariationSettings()
+    pretrain: Training = Training()
+    suppress: Suppress = Suppress()
+    inject: Inject = Inject()
+    sweep: Sweep = Sweep()
+    search: Search = Search()
+    compensate: Compensate = Compensate()
+    evaluate: Evaluate = Evaluate()
+
+    def of(self, stage: Stage) -> SimpleNamespace:
+        """The settings that `stage` reads, and nothing else: reading another key is an AttributeError."""
+        return _namespace(self._read_by(stage))
+
+    def canonical(self, stage: Stage) -> str:
+        """`of(stage)` as one JSON string with sorted keys: equal strings, equal results."""
+        return json.dumps({"version": VERSIONS[stage], **self._read_by(stage)}, sort_keys=True)
+
+    def _read_by(self, stage: Stage) -> dict[str, Any]:
+        everything, cut = self.model_dump(mode="json"), {}
+        for key in READS[stage]:
+            *groups, leaf = key.split(".")
+            source, target = everything, cut
+            for group in groups:
+                source, target = source[group], target.setdefault(group, {})
+            target[leaf] = source[leaf]
+        return cut
+
+    @classmethod
+    def from_canonical(cls, text: str, stage: Stage) -> Settings:
+        """The inverse of `canonical`; keys that the stage does not read keep their defaults."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"--settings: not JSON ({error})") from error
+        if not isinstance(values, dict):
+            raise UserError("--settings: a JSON object is expected")
+        version = values.pop("version", VERSIONS[stage])
+        if version != VERSIONS[stage]:
+            raise UserError(f"--settings: made for version {version} of the {stage} stage, this is {VERSIONS[stage]}")
+        return validate(cls, values, "--settings")
+
+
+# Which keys each stage reads. A key that is not here cannot make the stage run again.
+READS: dict[Stage, tuple[str, ...]] = {
+    "pretrain": ("seed", "data", "network", "pretrain"),
+    "suppress": ("seed", "data", "variation.sigma", "suppress"),
+    "inject": ("seed", "data", "variation", "inject"),
+    "sweep": ("seed", "data.dataset", "data.validation", "variation", "sweep"),
+    "search": (
+        "seed",
+        "data",
+        "variation",
+        "compensate",
+        *(f"search.{k}" for k in Search.model_fields if k != "limits"),
+    ),
+    "compensate": ("seed", "data", "variation", "compensate"),
+    "evaluate": (
+        "seed",
+        "data.dataset",
+        "data.validation",
+        "variation",
+        "evaluate.images",
+        "evaluate.batch",
+        "evaluate.recalibrate",
+        "evaluate.recalibrate_images",
+    ),
+}
+# Raised when a stage's code changes what it computes.
+VERSIONS: dict[Stage, int] = dict.fromkeys(get_args(Stage), 1)
+# What a stage's model is made from, for each stage whose model a row can evaluate.
+UPSTREAM: dict[Stage, tuple[Stage, ...]] = {
+    "pretrain": (),
+    "suppress": ("pretrain",),
+    "inject": ("pretrain",),
+    "sweep": ("pretrain", "suppress"),
+    "search": ("pretrain", "suppress", "sweep"),
+    "compensate": ("pretrain", "suppress", "sweep", "search"),
+}
+
+
+class Row(Section):
+    """One row of Table I: whose weights are evaluated, under which changed settings."""
+
+    evaluate: Weights
+    """the stage whose model is evaluated"""
+    label: str
+    """how tables and figures name the row"""
+    curve: bool = False
+    """whether it is also evaluated at `evaluate.sigmas`, for Figures 2 and 7"""
+    set: dict[str, Any] = {}
+    """settings that differ for this row, in the sections of the defaults"""
+
+
+class Config(Section):
+    """config.yaml."""
+
+    data_dir: str = "data"
+    """where the data sets lie or are downloaded to (the environment's CORRECTNET_DATA comes first)"""
+    results: str = "results"
+    """where everything is written"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where tensors are computed"""
+    runs: dict[str, tuple[str, ...]]
+    """the pairs of each target: `snakemake` runs `paper`, `snakemake NAME` the others"""
+    rows: dict[str, Row]
+    """the rows of Table I"""
+    defaults: dict[str, Any] = {}
+    """settings of every pair"""
+    pairs: dict[str, dict[str, Any]]
+    """network-data pairs: settings that differ from the defaults, and `rows`, the rows that are evaluated"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_mappings(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and isinstance(values.get("pairs"), Mapping):
+            pairs = {name: {} if pair is None else pair for name, pair in values["pairs"].items()}
+            values = {**values, "pairs": pairs}
+        return values
+
+    @classmethod
+    def load(cls, path: str | Path) -> Config:
+        """Read and check a file. Raises UserError with one line for each mistake."""
+        try:
+            values = yaml.safe_load(Path(path).read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+        return cls.check(values, str(path))
+
+    @classmethod
+    def check(cls, values: Any, source: str = "config.yaml") -> Config:
+        """Check the values of a file that is already read, every pair and row of it."""
+        if not isinstance(values, Mapping):
+            raise UserError(f"{source}: a mapping of settings is expected")
+        config = validate(cls, values, source)
+        mistakes = list(config._mistakes(source))
+        if mistakes:
+            raise UserError("\n".join(dict.fromkeys(mistakes)))
+        return config
+
+    def _mistakes(self, source: str) -> Iterator[str]:
+        for run, pairs in self.runs.items():
+            for pair in pairs:
+                if pair not in self.pairs:
+                    yield f"{source}: runs.{run}: no pair {pair!r}{_suggest(pair, self.pairs)}"
+        for row in self.rows:
+            if not row.replace("-", "").replace(".", "").isalnum() or not row.islower():
+                yield f"{source}: rows.{row}: a name of lower-case letters, digits, '-' and '.' is expected"
+        layers = [("defaults", self.defaults), *((f"rows.{n}.set", r.set) for n, r in self.rows.items())]
+        layers += [(f"pairs.{n}", {k: v for k, v in p.items() if k != "rows"}) for n, p in self.pairs.items()]
+        wrong = False
+        for place, values in layers:
+            try:
+                validate(Settings, values, source, prefix=place)
+            except UserError as error:
+                wrong = True
+                yield str(error)
+        for pair in self.pairs:
+            for row in self.pairs[pair].get("rows", ()) or ():
+                if row not in self.rows:
+                    wrong = True
+                    yield f"{source}: pairs.{pair}.rows: no row {row!r}{_suggest(row, self.rows)}"
+        for pair in () if wrong else self.pairs:
+            if self.rows[self.rows_of(pair)[0]].evaluate != "pretrain":
+                yield f"{source}: pairs.{pair}.rows: the first row must evaluate the original network (pretrain)"
+            for row in self.rows_of(pair):
+                settings = self.settings(pair, row)
+                if settings.evaluate.recalibrate != "none" and not _has_batchnorm(settings.network):
+                    yield f"{source}: pairs.{pair}.rows: {row!r} recalibrates BatchNorm, which the network has not"
+
+    def rows_of(self, pair: str) -> tuple[str, ...]:
+        """The rows of a pair: its own list, else all."""
+        return tuple(self.pairs[pair].get("rows") or self.rows)
+
+    def settings(self, pair: str, row: str | None = None) -> Settings:
+        """The settings of a pair, or of one of its rows."""
+        own = {k: v for k, v in self.pairs[pair].items() if k != "rows"}
+        layers = [self.defaults, own, self.rows[row].set if row else {}]
+        merged: dict[str, Any] = {}
+        for layer in layers:
+            merged = merge(merged, layer)
+        return validate(Settings, merged, f"pair {pair}")
+
+    def variant(self, pair: str, row: str, stage: Stage) -> str:
+        """Where a stage of a row stands: '' where it is the pair's own, else '@' and the first row with equal settings.
+
+        Rows that agree in all that a stage and the stages before it read share one run of it.
+        """
+
+        def chain(settings: Settings) -> tuple[str, ...]:
+            return tuple(settings.canonical(s) for s in (*UPSTREAM[stage], stage))
+
+        wanted = chain(self.settings(pair, row))
+        if wanted == chain(self.settings(pair)):
+            return ""
+        return "@" + next(r for r in self.rows_of(pair) if chain(self.settings(pair, r)) == wanted)
+
+
+def _has_batchnorm(network: Network) -> bool:
+    return network.name == "vgg16" and network.batchnorm != "none"
+
+
+def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`under` with the values of `over` in their place, mappings merged key by key."""
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def _namespace(values: Any) -> Any:
+    if isinstance(values, dict):
+        return SimpleNamespace(**{k: _namespace(v) for k, v in values.items()})
+    return tuple(_namespace(v) for v in values) if isinstance(values, list) else values
+
+
+def _suggest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(known)})"
+
+
+def validate(model: type[Section], values: Any, source: str, prefix: str = "") -> Any:
+    """`model(**values)`; mistakes become a UserError with one line each: source, the key's path, what is wrong."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines = [_line(model, e, source, prefix) for e in error.errors()]
+        raise UserError("\n".join(lines)) from error
+
+
+def _line(model: type[BaseModel], error: Any, source: str, prefix: str) -> str:
+    path = [str(p) for p in error["loc"]]
+    where = ".".join([*([prefix] if prefix else []), *path]) or "(top)"
+    if error["type"] == "extra_forbidden":
+        return f"{source}: {where}: unknown key{_suggest(path[-1], _fields_at(model, path[:-1]))}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing":
+        return f"{source}: {where}: missing"
+    return f"{source}: {where}: {message}, not {error['input']!r}"
+
+
+def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        field = model.model_fields.get(part)
+        if field is None:
+            break
+        # A field is a section, or a mapping from names to sections.
+        nested = [t for t in (field.annotation, *get_args(field.annotation)) if _is_section(t)]
+        if not nested:
+            break
+        model = nested[0]
+    return list(model.model_fields)
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)

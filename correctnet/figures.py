@@ -1,0 +1,184 @@
+"""Figures 2, 7, 9 and 10 of the paper, drawn from result files, with the paper's values where they are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import PercentFormatter
+
+from correctnet import storage, tables
+from correctnet.errors import UserError
+
+if TYPE_CHECKING:
+    from correctnet.montecarlo import Result
+
+# Okabe and Ito's palette, which people with any kind of colour blindness can tell apart.
+BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"
+ROW_STYLE = {"unprotected": (ORANGE, "s", "original network"), "correctnet": (BLUE, "o", "CorrectNet")}
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "svg.hashsalt": "correctnet",  # the same data give the same file
+    "figure.constrained_layout.use": True,
+}
+
+
+def draw(number: str, files: Sequence[Path], out: Path) -> None:
+    """Draw a figure of the paper from files, as PNG (`out`) and SVG (beside it)."""
+    with plt.rc_context(STYLE):
+        figure = FIGURES[number](files)
+        for path, metadata in ((out.with_suffix(".png"), None), (out.with_suffix(".svg"), {"Date": None})):
+            with storage.replacing(path) as temporary:
+                figure.savefig(temporary, format=path.suffix[1:], dpi=160, metadata=metadata)
+        plt.close(figure)
+
+
+def _panels(titles: Sequence[str]) -> tuple[plt.Figure, list[Axes]]:
+    columns = min(2, len(titles))
+    rows = -(-len(titles) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.1 * rows), squeeze=False)
+    for ax in axes.flat[len(titles) :]:
+        ax.remove()
+    for ax, title in zip(axes.flat, titles, strict=False):
+        ax.set_title(title)
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    return figure, list(axes.flat[: len(titles)])
+
+
+def _curve(ax: Axes, of_row: pd.DataFrame, colour: str, marker: str, label: str) -> None:
+    """Mean over sigma with the standard deviation as a band."""
+    by_sigma = of_row.groupby("sigma")["accuracy"]
+    mean, std = by_sigma.mean(), by_sigma.std().fillna(0.0)
+    ax.plot(mean.index, mean, color=colour, marker=marker, markersize=4, label=label)
+    ax.fill_between(mean.index, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
+
+
+def _counts(table: pd.DataFrame) -> str:
+    chips = table[table["sigma"] > 0].groupby(["row", "sigma"]).size()
+    images = "/".join(str(n) for n in sorted(table["images"].unique()))
+    low, high = chips.min(), chips.max()
+    return f"{low if low == high else f'{low} to {high}'} chips, {images} images"
+
+
+def figure2(files: Sequence[Path]) -> plt.Figure:
+    """Accuracy of the unprotected networks over sigma: mean and standard deviation over chips."""
+    samples = tables.read_samples(files)
+    return _over_sigma(samples, ["unprotected"])
+
+
+def figure7(files: Sequence[Path]) -> plt.Figure:
+    """Accuracy of CorrectNet, trained once at its own sigma, and of the unprotected network, over sigma."""
+    samples = tables.read_samples(files)
+    return _over_sigma(samples, ["correctnet", "unprotected"])
+
+
+def _over_sigma(samples: pd.DataFrame, rows: Sequence[str]) -> plt.Figure:
+    pairs = list(samples["pair"].unique())
+    figure, axes = _panels(pairs)
+    for ax, pair in zip(axes, pairs, strict=True):
+        of_pair = samples[(samples["pair"] == pair) & samples["row"].isin(rows)]
+        for row in rows:
+            of_row = of_pair[of_pair["row"] == row]
+            if of_row.empty:
+                raise UserError(f"figure: pair {pair} has no row {row!r}")
+            colour, marker, label = ROW_STYLE[row]
+            _curve(ax, of_row, colour, marker, label)
+            _paper_point(ax, of_row, row, colour)
+        ax.set(xlabel="σ of the weights' logarithm", ylabel="accuracy", ylim=(0, 1.02))
+        ax.text(0.02, 0.02, _counts(of_pair), transform=ax.transAxes, fontsize=7, color=GREY)
+        ax.legend(loc="lower left", bbox_to_anchor=(0, 0.08))
+    return figure
+
+
+def _paper_point(ax: Axes, of_row: pd.DataFrame, row: str, colour: str) -> None:
+    key = (of_row["network"].iloc[0], of_row["dataset"].iloc[0])
+    style = {"marker": "*", "s": 90, "facecolor": "none", "edgecolor": colour, "zorder": 3}
+    if row in tables.PAPER.get(key, {}):
+        ax.scatter([tables.PAPER_SIGMA], [tables.PAPER[key][row][0]], **style, label=f"paper, {ROW_STYLE[row][2]}")
+    if row == "unprotected" and key in tables.PAPER_CLEAN:
+        ax.scatter([0], [tables.PAPER_CLEAN[key]], **style, label="paper, clean")
+
+
+def figure9(files: Sequence[Path]) -> plt.Figure:
+    """Accuracy of the suppressed network with variation from layer i to the last, on validation images."""
+    figure, axes = _panels([path.parent.parent.name for path in files])
+    for ax, path in zip(axes, files, strict=True):
+        table = _read(path, ["layer", "accuracy", "original", "threshold", "images"])
+        by_layer = table.groupby("layer")["accuracy"]
+        mean, std = by_layer.mean(), by_layer.std().fillna(0.0)
+        ax.plot(mean.index, mean, color=BLUE, marker="o", markersize=4, label="Lipschitz regularisation alone")
+        ax.fill_between(mean.index, mean - std, mean + std, color=BLUE, alpha=0.2, linewidth=0)
+        line = table["original"].iloc[0] * table["threshold"].iloc[0]
+        label = f"{table['threshold'].iloc[0]:.0%} of the original accuracy"
+        ax.axhline(line, color=ORANGE, linestyle="--", label=label)
+        below = mean.index[mean < line]
+        if len(below):
+            ax.axvspan(0.5, below.max() + 0.5, color=ORANGE, alpha=0.1, linewidth=0, label="candidates")
+        text = f"{by_layer.size().iloc[0]} chips, {table['images'].iloc[0]} validation images"
+        ax.text(0.98, 0.02, text, transform=ax.transAxes, fontsize=7, color=GREY, ha="right")
+        ax.set(xlabel="first layer with variation", ylabel="accuracy", xticks=mean.index)
+        ax.legend(loc="lower right", bbox_to_anchor=(1, 0.08))
+    return figure
+
+
+def figure10(files: Sequence[Path]) -> plt.Figure:
+    """The states that the search explored: overhead and validation accuracy, the best of each limit marked."""
+    by_pair: dict[str, list[Path]] = {}
+    for path in files:
+        by_pair.setdefault(path.parents[2].name, []).append(path)
+    figure, axes = _panels(list(by_pair))
+    for ax, logs in zip(axes, by_pair.values(), strict=True):
+        for colour, marker, path in zip((BLUE, GREEN, PINK, ORANGE), "osD^", logs, strict=False):
+            table = _read(path, ["overhead", "mean", "std"]).dropna(subset=["mean"])
+            x, name = 100 * table["overhead"], path.parent.name.replace("limit-", "limit ")
+            ax.errorbar(x, table["mean"], table["std"], fmt=marker, color=colour, alpha=0.6, markersize=4, label=name)
+            best = table["mean"].idxmax()
+            ring = {"s": 110, "facecolor": "none", "edgecolor": colour, "linewidth": 1.5, "zorder": 3}
+            ax.scatter([x[best]], [table["mean"][best]], **ring)
+        ax.set(xlabel="overhead, % of the network's parameters", ylabel="validation accuracy")
+        ax.legend(loc="lower right")
+    return figure
+
+
+def _read(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
+    missing = [c for c in columns if c not in table.columns]
+    if missing:
+        raise UserError(f"{path}: no column {missing[0]!r}")
+    return table
+
+
+def chip_histogram(result: Result, ax: Axes | None = None, label: str | None = None) -> Axes:
+    """Histogram of the chips' accuracies, with the mean and its 95 % confidence interval."""
+    if ax is None:
+        _, ax = plt.subplots()
+    _, _, patches = ax.hist(result.accuracies, bins="auto", alpha=0.5, label=label)
+    interval, colour = result.interval(), patches[0].get_facecolor()[:3]
+    ax.axvline(result.mean, color=colour)
+    ax.axvspan(interval.low, interval.high, color=colour, alpha=0.3, linewidth=0)
+    ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=int(np.ptp(result.accuracies) < 0.05)))
+    ax.set(xlabel="accuracy", ylabel="chips")
+    if label:
+        ax.legend()
+    return ax
+
+
+FIGURES: dict[str, Callable[[Sequence[Path]], plt.Figure]] = {
+    "2": figure2,
+    "7": figure7,
+    "9": figure9,
+    "10": figure10,
+}

@@ -1,0 +1,74 @@
+"""Error suppression: the modified Lipschitz regulariser, (10) and (11) of the paper."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from correctnet.analog import analog_candidates
+
+
+def bound(sigma: float, k: float = 1.0) -> float:
+    """lambda = k / (exp(sigma^2 / 2) + 3 sqrt((exp(sigma^2) - 1) exp(sigma^2))): (10) of the paper.
+
+    The denominator is mean + 3 standard deviations of the lognormal factor exp(theta), theta ~ N(0, sigma^2).
+
+    Args:
+        sigma: standard deviation of theta, >= 0.
+        k: the Lipschitz constant that a layer under variation is to keep; 1 in the paper.
+
+    Returns:
+        The bound on the spectral norm of a nominal weight matrix: 0.33958 at sigma 0.5, k at sigma 0.
+    """
+    variance = math.expm1(sigma**2) * math.exp(sigma**2)
+    return k / (math.exp(sigma**2 / 2) + 3 * math.sqrt(variance))
+
+
+def weight_matrix(weight: Tensor) -> Tensor:
+    """A layer's weight as the matrix that multiplies its input, (in, out) or (in * kh * kw, out) for a convolution."""
+    return weight.flatten(1).t()
+
+
+def penalty(weights: Iterable[Tensor], lam: float, form: Literal["orthogonal", "one-sided"] = "orthogonal") -> Tensor:
+    """The sum in (11), || W_i^T W_i - lambda^2 I ||_F^2 over all layers, differentiable, a scalar.
+
+    With s_j the singular values of W_i and c its columns, the term is sum_{j <= c} (s_j^2 - lambda^2)^2. Of W^T W and
+    W W^T the smaller is formed; the eigenvalues that only the larger has are zero, and their constant
+    lambda^4 |rows - columns| is added where W^T W is the larger, so that the value is that of (11).
+
+    Args:
+        weights: (out, in) or (out, in, kh, kw) tensors.
+        lam: lambda of (10).
+        form: "orthogonal", (11) as it is printed: every singular value is pulled to lambda; "one-sided": only those
+            above lambda, sum_j max(0, s_j^2 - lambda^2)^2, which is what (9) asks for.
+    """
+    terms = []
+    for weight in weights:
+        matrix = weight_matrix(weight).float()
+        rows, columns = matrix.shape
+        gram = matrix.t() @ matrix if columns <= rows else matrix @ matrix.t()
+        if form == "one-sided":
+            terms.append((torch.linalg.eigvalsh(gram) - lam**2).clamp(min=0).square().sum())
+            continue
+        # ||G - l^2 I||_F^2 = ||G||_F^2 - 2 l^2 tr G + l^4 n, without a copy of G
+        term = gram.square().sum() - 2 * lam**2 * gram.diagonal().sum() + lam**4 * columns
+        terms.append(term)
+    return torch.stack(terms).sum()
+
+
+def analog_weights(model: nn.Module) -> list[Tensor]:
+    """The nominal weights of all conv and linear layers, the set W of (11)."""
+    return [layer.weight for _, layer in analog_candidates(model)]
+
+
+@torch.no_grad()
+def spectral_norms(model: nn.Module) -> dict[str, float]:
+    """The largest singular value of each layer's weight matrix, by layer name."""
+    return {
+        name: torch.linalg.matrix_norm(weight_matrix(layer.weight).float(), ord=2).item()
+        for name, layer in analog_candidates(model)
+    }

@@ -1,0 +1,105 @@
+"""LeNet-5 and VGG16 for 32 x 32 images, the networks of the paper.
+
+Both are `nn.Sequential`s of blocks. A `Block` is one analog layer with the digital functions that follow it
+(BatchNorm, ReLU, pooling), so that a compensator can stand behind the layer or behind its block's BatchNorm and ReLU.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from correctnet.errors import UserError
+
+LENET5_WIDTHS = (6, 16, 120, 84)
+VGG16_WIDTHS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
+VGG16_POOLED = (1, 3, 6, 9, 12)  # convolutions followed by a 2 x 2 max-pool
+
+
+class Block(nn.Sequential):
+    """One conv or linear layer `layer`, and what follows it: `norm` and `relu`, in either order or left out."""
+
+    def __init__(self, layer: nn.Module, norm: nn.Module | None = None, relu: bool = True, norm_first: bool = True):
+        after = [("norm", norm), ("relu", nn.ReLU() if relu else None)]
+        parts = [("layer", layer), *(after if norm_first else reversed(after))]
+        super().__init__(OrderedDict((name, part) for name, part in parts if part is not None))
+
+
+def lenet5(classes: int = 10, channels: int = 1, widths: tuple[int, ...] = LENET5_WIDTHS) -> nn.Sequential:
+    """LeNet-5: conv 5x5, pool, conv 5x5, pool, three linear layers; ReLU, max-pooling.
+
+    Args:
+        classes: outputs.
+        channels: of the (N, channels, 32, 32) input.
+        widths: channels of the two convolutions, outputs of the two hidden linear layers (LeCun: 6, 16, 120, 84,
+            61,706 parameters for MNIST).
+    """
+    c1, c2, h1, h2 = widths
+    return nn.Sequential(
+        OrderedDict(
+            conv1=Block(nn.Conv2d(channels, c1, 5)),
+            pool1=nn.MaxPool2d(2),
+            conv2=Block(nn.Conv2d(c1, c2, 5)),
+            pool2=nn.MaxPool2d(2),
+            flatten=nn.Flatten(),
+            linear1=Block(nn.Linear(c2 * 5 * 5, h1)),
+            linear2=Block(nn.Linear(h1, h2)),
+            linear3=Block(nn.Linear(h2, classes), relu=False),
+        )
+    )
+
+
+def vgg16(
+    classes: int = 10, channels: int = 3, batchnorm: Literal["before", "after", "none"] = "before"
+) -> nn.Sequential:
+    """VGG16 for 32 x 32 images: 13 conv 3x3, five max-pools, linear 512-512, linear 512-classes.
+
+    With BatchNorm before or after each hidden ReLU it is the network usually called VGG16 on CIFAR (15.04 M
+    parameters for 100 classes); `none` leaves BatchNorm out. Weights start from He's normal initialisation.
+    """
+
+    def block(layer: nn.Conv2d | nn.Linear, width: int) -> Block:
+        norm = nn.BatchNorm2d(width) if isinstance(layer, nn.Conv2d) else nn.BatchNorm1d(width)
+        return Block(layer, norm if batchnorm != "none" else None, norm_first=batchnorm == "before")
+
+    parts: OrderedDict[str, nn.Module] = OrderedDict()
+    for i, width in enumerate(VGG16_WIDTHS):
+        parts[f"conv{i + 1}"] = block(nn.Conv2d(channels, width, 3, padding=1), width)
+        channels = width
+        if i in VGG16_POOLED:
+            parts[f"pool{VGG16_POOLED.index(i) + 1}"] = nn.MaxPool2d(2)
+    parts["flatten"] = nn.Flatten()
+    parts["linear1"] = block(nn.Linear(512, 512), 512)
+    parts["linear2"] = Block(nn.Linear(512, classes), relu=False)
+    network = nn.Sequential(parts)
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(module.bias)
+    return network
+
+
+def build(name: str, classes: int, channels: int, seed: int = 0, **options: object) -> nn.Sequential:
+    """A network by name with weights drawn from `seed`, leaving torch's global generator as it was.
+
+    `options`: `widths` for lenet5, `batchnorm` for vgg16. Raises UserError for an unknown name.
+    """
+    makers = {"lenet5": lenet5, "vgg16": vgg16}
+    if name not in makers:
+        raise UserError(f"unknown network {name!r} (known: {', '.join(makers)})")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return makers[name](classes, channels, **options)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of parameters, weights and biases."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Fraction of rows of (N, classes) logits whose largest entry is the (N,) label."""
+    return (logits.argmax(1) == labels).float().mean().item()

@@ -1,0 +1,271 @@
+"""Where to compensate, and with how many filters: the reinforcement-learning search of the paper (Fig. 6, (12)).
+
+The state is S_1..S_n, S_i = generator filters / filters of the i-th candidate layer, 0 for no compensation. An LSTM
+policy emits the n actions one after the other, each a choice among `ratios`, and REINFORCE raises the probability of
+sequences whose reward is above a moving average of the rewards:
+
+    R = acc_avg - acc_std - overhead   if overhead <= limit        (12)
+        -overhead                      otherwise, and nothing is trained
+
+    grad J = E[ (R - baseline) grad log pi(A_1..A_n) ] + entropy_weight * grad H(pi)
+
+The whole search is a function of its seed and of the accuracies: to resume it is to replay it, with the accuracies of
+the states that were explored before taken from the log.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from correctnet import storage
+from correctnet.errors import UserError
+
+Filters = tuple[int, ...]
+COLUMNS = ["evaluation", "episode", "filters", "ratios", "layers", "overhead", "mean", "std", "reward", "seconds"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is searched.
+
+    Attributes:
+        widths: filters n_i of each candidate layer.
+        ratios: the values that S_i may take, 0 among them.
+        limit: the overhead allowed, a fraction.
+        overhead: of a state, given the generator filters of each candidate.
+        score: trains and evaluates a state: (mean, standard deviation) of its accuracy. The expensive part.
+    """
+
+    widths: tuple[int, ...]
+    ratios: tuple[float, ...]
+    limit: float
+    overhead: Callable[[Filters], float]
+    score: Callable[[Filters], tuple[float, float]]
+
+    def filters(self, actions: Sequence[int]) -> Filters:
+        """The generator filters of each candidate: m_i = round(S_i n_i), at least 1 for S_i > 0."""
+        chosen = (self.ratios[a] for a in actions)
+        return tuple(max(1, round(s * n)) if s > 0 else 0 for s, n in zip(chosen, self.widths, strict=True))
+
+    def offered(self) -> Tensor:
+        """(n, ratios) bool: the actions that would fit the limit if no other layer were compensated."""
+        n = len(self.widths)
+        fits = torch.zeros(n, len(self.ratios), dtype=torch.bool)
+        none = self.ratios.index(0.0)
+        for i in range(n):
+            for a in range(len(self.ratios)):
+                actions = [none] * n
+                actions[i] = a
+                fits[i, a] = self.overhead(self.filters(actions)) <= self.limit
+        return fits
+
+
+@dataclass(frozen=True)
+class Explored:
+    """One explored state; `mean` and `std` are None where the overhead was above the limit."""
+
+    evaluation: int
+    episode: int
+    filters: Filters
+    overhead: float
+    mean: float | None
+    std: float | None
+    reward: float
+    seconds: float
+
+    def row(self, widths: Sequence[int]) -> dict[str, Any]:
+        """The state as a row of the log."""
+        ratios = " ".join(f"{m / n:.4g}" for m, n in zip(self.filters, widths, strict=True))
+        return {
+            **{c: getattr(self, c, None) for c in COLUMNS},
+            "filters": " ".join(map(str, self.filters)),
+            "ratios": ratios,
+            "layers": sum(m > 0 for m in self.filters),
+        }
+
+
+def reward(mean: float | None, std: float | None, overhead: float, limit: float) -> float:
+    """(12) of the paper; accuracies and overhead are fractions."""
+    if overhead > limit or mean is None or std is None:
+        return -overhead
+    return mean - std - overhead
+
+
+class Log:
+    """Every explored state, rewritten as a CSV (atomically) after each; what an earlier run left there is reused."""
+
+    def __init__(self, problem: Problem, path: Path | None = None):
+        self.problem, self.path = problem, path
+        self.states: dict[Filters, Explored] = {}
+        self.known: dict[Filters, Explored] = {}
+        if path is not None and path.exists():
+            self.known = {s.filters: s for s in read_log(path)}
+
+    @property
+    def evaluations(self) -> int:
+        """States that were trained and evaluated."""
+        return sum(s.mean is not None for s in self.states.values())
+
+    def explore(self, filters: Filters, episode: int) -> Explored:
+        """The state's accuracy and reward, from memory, from an earlier run's log, or by training it."""
+        if filters in self.states:
+            return self.states[filters]
+        began = time.monotonic()
+        overhead = self.problem.overhead(filters)
+        mean = std = None
+        fits = overhead <= self.problem.limit
+        if filters in self.known:
+            mean, std, seconds = self.known[filters].mean, self.known[filters].std, self.known[filters].seconds
+        else:
+            if fits:
+                mean, std = self.problem.score(filters)
+            seconds = round(time.monotonic() - began, 3)
+        value = reward(mean, std, overhead, self.problem.limit)
+        number = self.evaluations + 1 if fits else self.evaluations
+        self.states[filters] = Explored(number, episode, filters, overhead, mean, std, value, seconds)
+        if self.path is not None and (fits or filters not in self.known):
+            self.write(self.path)
+        return self.states[filters]
+
+    def write(self, path: Path) -> None:
+        """Write the log. States of an earlier run that the replay has not reached yet are kept."""
+        ahead = [s for f, s in self.known.items() if f not in self.states]
+        rows = [s.row(self.problem.widths) for s in [*self.states.values(), *ahead]]
+        storage.write_csv(path, pd.DataFrame(rows, columns=COLUMNS))
+
+    def best(self) -> Explored:
+        """The state within the limit with the best mean accuracy; of equals the one of less overhead."""
+        scored = [s for s in self.states.values() if s.mean is not None]
+        return max(scored, key=lambda s: (s.mean, -s.overhead))
+
+
+def read_log(path: Path) -> list[Explored]:
+    """The states in a log. Raises UserError where it is not one."""
+    try:
+        table = pd.read_csv(path, dtype={"filters": str, "ratios": str})
+        states = []
+        for row in table[COLUMNS].to_dict("records"):
+            mean, std = (None if np.isnan(row[c]) else float(row[c]) for c in ("mean", "std"))
+            filters = tuple(int(m) for m in row["filters"].split())
+            numbers = int(row["evaluation"]), int(row["episode"])
+            states.append(Explored(*numbers, filters, row["overhead"], mean, std, row["reward"], row["seconds"]))
+        return states
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{path}: not a search log ({' '.join(str(error).split())}); delete it to begin anew"
+        ) from error
+
+
+class Policy(nn.Module):
+    """An LSTM that emits one action a candidate layer, given the action before and which layer it is.
+
+    Its input at step i is the one-hot of A_{i-1} (none at i = 1) and the one-hot of i; its output, through a linear
+    layer, the logits over the ratios. Actions that are not offered get probability 0.
+    """
+
+    def __init__(self, layers: int, actions: int, hidden: int = 32):
+        super().__init__()
+        self.layers, self.actions = layers, actions
+        self.cell = nn.LSTMCell(actions + layers, hidden)
+        self.head = nn.Linear(hidden, actions)
+        nn.init.zeros_(self.head.weight)  # all offered actions equally likely at the start
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, offered: Tensor, generator: torch.Generator, rollouts: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw `rollouts` sequences: actions (rollouts, n) int64, log-probabilities and entropies (rollouts,)."""
+        state = None
+        before = torch.zeros(rollouts, self.actions)
+        drawn, logs, entropy = [], torch.zeros(rollouts), torch.zeros(rollouts)
+        for i in range(self.layers):
+            where = torch.zeros(rollouts, self.layers)
+            where[:, i] = 1
+            state = self.cell(torch.cat([before, where], dim=1), state)
+            logits = self.head(state[0]).masked_fill(~offered[i], -1e9)
+            log_p = logits.log_softmax(1)
+            action = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+            logs = logs + log_p.gather(1, action).squeeze(1)
+            entropy = entropy - (log_p.exp() * log_p).sum(1)
+            before = torch.zeros(rollouts, self.actions).scatter_(1, action, 1.0)
+            drawn.append(action)
+        return torch.cat(drawn, dim=1), logs, entropy
+
+
+def reinforce(problem: Problem, settings: Any, seed: int, log: Log) -> Iterator[int]:
+    """REINFORCE until `settings.evaluations` states are trained or `settings.episodes` episodes are over.
+
+    An episode draws `rollouts` sequences from the policy, looks up or trains their states, and makes one step of
+    Adam. Yields the number of evaluations after each episode.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        policy = Policy(len(problem.widths), len(problem.ratios))
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=settings.learning_rate)
+    offered = problem.offered()
+    baseline: float | None = None
+    for episode in range(1, settings.episodes + 1):
+        actions, logs, entropy = policy(offered, generator, settings.rollouts)
+        rewards = []
+        for sequence in actions.tolist():
+            filters = problem.filters(sequence)
+            spent = log.evaluations >= settings.evaluations
+            if spent and filters not in log.states and problem.overhead(filters) <= problem.limit:
+                return  # it would have to be trained
+            rewards.append(log.explore(filters, episode).reward)
+        r = torch.tensor(rewards)
+        baseline = r.mean().item() if baseline is None else baseline
+        loss = -((r - baseline) * logs).mean() - settings.entropy * entropy.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        baseline = settings.baseline * baseline + (1 - settings.baseline) * r.mean().item()
+        yield log.evaluations
+
+
+def random_search(problem: Problem, settings: Any, seed: int, log: Log) -> Iterator[int]:
+    """`settings.evaluations` different states within the limit, drawn uniformly; the rival of `reinforce`."""
+    rng = np.random.default_rng(seed)
+    offered = [np.flatnonzero(row) for row in problem.offered().numpy()]
+    misses = 0
+    # States that repeat or do not fit cost nothing; a thousand in a row and hardly any can be left.
+    while log.evaluations < settings.evaluations and misses < 1000:
+        filters = problem.filters([int(rng.choice(choices)) for choices in offered])
+        if filters in log.states or problem.overhead(filters) > problem.limit:
+            misses += 1
+            continue
+        misses = 0
+        log.explore(filters, log.evaluations + 1)
+        yield log.evaluations
+
+
+def search(problem: Problem, settings: Any, seed: int, log_path: Path | None = None, progress: bool = True) -> Log:
+    """Explore states and give the log of all of them; `.best()` is the result.
+
+    The state without compensation is always explored first: it is the least that a compensator must beat.
+
+    Args:
+        problem: what is searched.
+        settings: a `correctnet.config.Search` section; `strategy` "reinforce" or "random".
+        seed: of the policy and its draws.
+        log_path: CSV to write as the search goes; if it exists, the search is resumed from it.
+        progress: show a progress bar.
+    """
+    log = Log(problem, log_path)
+    log.explore((0,) * len(problem.widths), 0)
+    strategy = {"reinforce": reinforce, "random": random_search}[settings.strategy]
+    with tqdm(total=settings.evaluations, desc="search", unit="state", disable=not progress) as bar:
+        if problem.widths:
+            for done in strategy(problem, settings, seed, log):
+                bar.update(done - bar.n)
+                bar.set_postfix_str(f"best {log.best().mean:.4f}", refresh=False)
+    return log

@@ -1,0 +1,363 @@
+"""The stages of the paper: files in, files out.
+
+    pretrain -> suppress -> sweep -> search (one for each limit) -> compensate -> evaluate
+
+Each is an ordinary function; `correctnet STAGE` calls it, and the workflow calls that. A stage writes its result
+last and whole, and keeps what it needs to go on after a kill in a folder of its own (`Runtime.work`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from correctnet import compensation, lipschitz, models, recalibration, storage, variation
+from correctnet import data as datasets
+from correctnet import search as searching
+from correctnet import sweep as sweeping
+from correctnet.analog import analog_candidates, check_coverage, convert, program
+from correctnet.config import Settings, Stage
+from correctnet.data import DataSet
+from correctnet.errors import UserError
+from correctnet.montecarlo import Result, clean_accuracy, evaluate, record
+from correctnet.training import Checkpoint, Hooks, fit
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how a stage runs; none of it changes what the stage is asked for."""
+
+    data_dir: str | None = None
+    device: str = "cpu"
+    quiet: bool = False
+    work: Path | None = None
+    """folder for what a killed stage needs to go on; None: it begins anew"""
+
+    def load(self, settings: Any) -> DataSet:
+        """The data set that a stage's settings name, on the device."""
+        data = datasets.load(settings.data.dataset, self.data_dir, settings.data.validation, settings.seed)
+        return data.to(self.device)
+
+
+def read_network(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
+    """The network at `path` as a plain module in evaluation mode, and its description.
+
+    Raises UserError where the files are absent, damaged, or describe no network of this package.
+    """
+    tensors, description = storage.read_model(path)
+    if "network" not in description:
+        raise UserError(f"{path}: holds no network of correctnet.models; load it with correctnet.compensation.load")
+    model = _build(description["network"])
+    model = compensation.restore(model, tensors, description, str(path))
+    return model.eval().to(device), description
+
+
+def _build(network: dict[str, Any], seed: int = 0) -> nn.Module:
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in network.items()}
+    return models.build(**options, seed=seed)
+
+
+def _write_network(
+    out: Path, model: nn.Module, base: dict[str, Any], stage: Stage, settings: Settings, metrics: dict[str, Any]
+) -> None:
+    """Write a model that `stage` made from one described by `base`, with the stage added to its history."""
+    description = {k: v for k, v in base.items() if k not in ("format", "sha256")}
+    entry = {"stage": stage, **metrics, "settings": json.loads(settings.canonical(stage))}
+    description["history"] = [*base.get("history", []), entry]
+    storage.write_model(out, model.state_dict(), description)
+
+
+def _train(
+    stage: Stage,
+    model: nn.Module,
+    base: dict[str, Any],
+    data: DataSet,
+    settings: Settings,
+    hooks: Hooks,
+    out: Path,
+    runtime: Runtime,
+    inputs: Sequence[Path] = (),
+    parameters: Sequence[nn.Parameter] | None = None,
+) -> None:
+    """Train a stage's model, resumably, and write it: what pretrain, suppress, inject and compensate share."""
+    s = settings.of(stage)
+    hooks.augment = s.data.augment
+    # A checkpoint is for these settings, these inputs, and no others.
+    identity = [stage, settings.canonical(stage), *(storage.sha256(p) for p in inputs)]
+    checkpoint = Checkpoint(runtime.work / f"{stage}.safetensors", "\n".join(identity)) if runtime.work else None
+    rows = fit(
+        model,
+        data.train,
+        getattr(s, stage),
+        s.seed,
+        parameters=parameters,
+        hooks=hooks,
+        validate=lambda: clean_accuracy(model, data.validation),
+        checkpoint=checkpoint,
+        log=out / "log.csv",
+        title=stage,
+        quiet=runtime.quiet,
+    )
+    metrics = {"epochs": len(rows), "validation": clean_accuracy(model, data.validation)}
+    _write_network(out, model, base, stage, settings, metrics)
+    if checkpoint:
+        checkpoint.discard()
+
+
+def pretrain(settings: Settings, out: Path, runtime: Runtime) -> None:
+    """Train the network without any method. Writes out/model.{safetensors,json} and out/log.csv."""
+    s = settings.of("pretrain")
+    data = runtime.load(s)
+    network: dict[str, Any] = {"name": s.network.name, "classes": data.classes, "channels": data.channels}
+    if s.network.name == "lenet5":
+        network["widths"] = s.network.widths or models.LENET5_WIDTHS
+    else:
+        network["batchnorm"] = s.network.batchnorm
+    model = _build(network, s.seed).to(runtime.device)
+    _train("pretrain", model, {"network": network}, data, settings, Hooks(), out, runtime)
+
+
+def suppress(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) -> None:
+    """Train under the Lipschitz regulariser (11), from the pre-trained weights or from scratch."""
+    s = settings.of("suppress")
+    model, base = read_network(pretrained, runtime.device)
+    if s.suppress.start == "scratch":
+        model = _build(base["network"], s.seed).to(runtime.device)
+        base = {"network": base["network"]}
+    lam = lipschitz.bound(s.variation.sigma, s.suppress.k)
+    ramp, beta = s.suppress.ramp, s.suppress.beta
+    hooks = Hooks(
+        penalty=lambda: lipschitz.penalty(lipschitz.analog_weights(model), lam, s.suppress.form),
+        penalty_weight=lambda done: beta * min(1.0, done / ramp) if ramp else beta,
+        temperature=s.suppress.temperature,
+    )
+    weights, _ = storage.model_files(pretrained)
+    _train("suppress", model, base, runtime.load(s), settings, hooks, out, runtime, [weights])
+
+
+def inject(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) -> None:
+    """Train on with variation in all weights, a fresh chip each batch: a rival after [11], without overhead."""
+    s = settings.of("inject")
+    model, base = read_network(pretrained, runtime.device)
+    analog = convert(model, variation.make(s.variation), s.seed)
+    hooks = Hooks(before_batch=lambda draw: program(analog, variation.TRAINING_CHIPS + draw))
+    weights, _ = storage.model_files(pretrained)
+    _train("inject", analog, base, runtime.load(s), settings, hooks, out, runtime, [weights])
+
+
+def sweep(settings: Settings, pretrained: Path, suppressed: Path, out: Path, runtime: Runtime) -> None:
+    """Find the candidate layers on the validation images. Writes out/accuracy.csv and out/candidates.json."""
+    s = settings.of("sweep")
+    images = runtime.load(s).validation.take(s.sweep.images)
+    original, _ = read_network(pretrained, runtime.device)
+    model, _ = read_network(suppressed, runtime.device)
+    found = sweeping.sweep(
+        convert(model, variation.make(s.variation), s.seed),
+        images,
+        clean_accuracy(original, images),
+        s.sweep.threshold,
+        chips=s.sweep.chips,
+        start=variation.VALIDATION_CHIPS,
+        progress=not runtime.quiet,
+    )
+    storage.write_csv(out / "accuracy.csv", found.table())
+    storage.write_json(out / "candidates.json", {**found.summary(), "chips": s.sweep.chips, "images": len(images)})
+
+
+def compensable(
+    model: nn.Module, filters: dict[str, int], section: Any, variation_settings: Any, seed: int
+) -> tuple[nn.Module, dict[str, Any], Hooks]:
+    """A converted copy of `model` with untrained compensators, its plan, and the hooks that train them.
+
+    A fresh chip sample is drawn for every batch, `section.chips_per_batch` of them; the loss is the original one.
+    """
+    plan = {"filters": filters, "place": section.place, "seed": seed}
+    plan |= {"activation": section.activation, "init": section.init, "pool": section.pool}
+    analog = convert(compensation.compensate(model, **plan), variation.make(variation_settings), seed)
+    hooks = Hooks(
+        before_batch=lambda draw: program(analog, variation.TRAINING_CHIPS + draw),
+        draws_per_batch=section.chips_per_batch,
+        frozen_batchnorm=section.freeze_batchnorm,
+    )
+    return analog, plan, hooks
+
+
+def search(
+    settings: Settings, suppressed: Path, candidates: Path, limit: float, out: Path, runtime: Runtime
+) -> dict[str, Any]:
+    """Search the states within one overhead limit. Writes out/log.csv (as it goes) and out/best.json, and gives it.
+
+    With `strategy: all` nothing is searched: every candidate gets S = 1, whatever that costs.
+    """
+    s = settings.of("search")
+    if not 0 < limit <= 1:
+        raise UserError(f"search: --limit is a fraction above 0 and at most 1, not {limit}")
+    model, _ = read_network(suppressed, runtime.device)
+    layers = dict(analog_candidates(model))
+    names = _candidate_names(candidates, layers)
+    if s.search.strategy == "all":
+        filters = compensation.filters_of(model, [1.0] * len(names))
+        best = {"strategy": "all", "limit": None, "filters": filters}
+        best |= {"overhead": compensation.overhead(model, filters), "mean": None, "std": None, "evaluations": 0}
+        storage.write_json(out / "best.json", best)
+        storage.write_csv(out / "log.csv", pd.DataFrame(columns=searching.COLUMNS))
+        return best
+
+    data = runtime.load(s)
+    train, images = data.train.take(s.search.train_images), data.validation.take(s.search.images)
+    section = SimpleNamespace(**{**vars(s.compensate), "epochs": s.search.train_epochs})
+
+    def named(filters: searching.Filters) -> dict[str, int]:
+        return {name: m for name, m in zip(names, filters, strict=True) if m}
+
+    def score(filters: searching.Filters) -> tuple[float, float]:
+        analog, _, hooks = compensable(model, named(filters), section, s.variation, s.seed)
+        parameters = compensation.compensation_parameters(analog)
+        if parameters:
+            hooks.augment = s.data.augment
+            title = "compensators " + " ".join(map(str, filters))
+            fit(analog, train, section, s.seed, parameters=parameters, hooks=hooks, title=title, quiet=runtime.quiet)
+        chips = {"chips": s.search.chips, "start": variation.VALIDATION_CHIPS}
+        result = evaluate(analog, images, **chips, progress=False)
+        return result.mean, result.std
+
+    problem = searching.Problem(
+        widths=tuple(layers[name].weight.shape[0] for name in names),
+        ratios=s.search.ratios,
+        limit=limit,
+        overhead=lambda filters: compensation.overhead(model, named(filters)),
+        score=score,
+    )
+    log_path = None
+    if runtime.work:
+        # A log of other settings or inputs has another name, and is not resumed from.
+        weights, _ = storage.model_files(suppressed)
+        identity = f"{settings.canonical('search')} {limit} {storage.sha256(weights)} {storage.sha256(candidates)}"
+        log_path = runtime.work / f"search-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.csv"
+    log = searching.search(problem, s.search, s.seed, log_path, progress=not runtime.quiet)
+    log.write(out / "log.csv")
+    chosen = log.best()
+    best = {"strategy": s.search.strategy, "limit": limit, "filters": named(chosen.filters)}
+    best |= {"overhead": chosen.overhead, "mean": chosen.mean, "std": chosen.std, "evaluations": log.evaluations}
+    storage.write_json(out / "best.json", best)
+    if log_path:
+        log_path.unlink(missing_ok=True)
+    return best
+
+
+def _candidate_names(path: Path, layers: dict[str, nn.Module]) -> list[str]:
+    names = storage.read_json(path).get("candidates")
+    if not isinstance(names, list) or not set(names) <= set(layers):
+        raise UserError(f"{path}: names no candidate layers of this network")
+    return names
+
+
+def compensate(settings: Settings, suppressed: Path, found: Sequence[Path], out: Path, runtime: Runtime) -> None:
+    """Train the compensators of the best state that the searches found. Writes a model and its log to `out`.
+
+    Args:
+        settings, suppressed, out, runtime: as elsewhere.
+        found: best.json of each limit; the one with the best mean validation accuracy is taken, of equals the one
+            with the least overhead. Where no layer is a candidate the result is the suppressed network itself.
+    """
+    s = settings.of("compensate")
+    results = [storage.read_json(path) for path in found]
+    best = max(results, key=lambda r: (r["mean"] if r["mean"] is not None else 1.0, -r["overhead"]))
+    model, base = read_network(suppressed, runtime.device)
+    analog, plan, hooks = compensable(model, best["filters"], s.compensate, s.variation, s.seed)
+    base = {**base, "compensation": plan, "overhead": compensation.overhead(model, plan["filters"]), "search": best}
+    parameters = compensation.compensation_parameters(analog)
+    if not parameters:
+        metrics = {"epochs": 0, "validation": clean_accuracy(analog, runtime.load(s).validation)}
+        _write_network(out, analog, base, "compensate", settings, metrics)
+        storage.write_text(out / "log.csv", "epoch\n")
+        return
+    inputs = [storage.model_files(suppressed)[0], *found]
+    _train("compensate", analog, base, runtime.load(s), settings, hooks, out, runtime, inputs, parameters)
+
+
+def evaluate_chips(
+    settings: Settings,
+    path: Path,
+    out: Path,
+    runtime: Runtime,
+    *,
+    chips: int,
+    start: int = 0,
+    split: str = "test",
+    **columns: Any,
+) -> Result:
+    """Accuracy of chips start, ..., start + chips - 1 on the test images (or `split`). Writes a CSV, a row a chip.
+
+    Args:
+        settings: `variation.sigma` 0 evaluates the nominal weights, once.
+        path: a model.
+        chips, start: as in `correctnet.montecarlo.evaluate`.
+        columns: constants (pair, row, label) that are put before the others.
+    """
+    s = settings.of("evaluate")
+    model, description = read_network(path, runtime.device)
+    data = runtime.load(s)
+    images = getattr(data, split).take(s.evaluate.images)
+    analog = convert(model, variation.make(s.variation), s.seed)
+    if s.variation.sigma > 0:
+        check_coverage(model, analog, images.images[:8], sample=start)
+    calibration = data.train.take(s.evaluate.recalibrate_images).images
+    prepare = None
+    if s.evaluate.recalibrate == "simulated":
+        chips_used = range(variation.TRAINING_CHIPS, variation.TRAINING_CHIPS + 20)
+        recalibration.recalibrate(analog, calibration, chips_used)
+    elif s.evaluate.recalibrate == "chip":
+
+        def prepare(chip: nn.Module) -> None:
+            recalibration.recalibrate(chip, calibration)
+
+    result = evaluate(
+        analog, images, chips, start=start, batch=s.evaluate.batch, prepare=prepare, progress=not runtime.quiet
+    )
+    history = description.get("history", [])
+    plan = description.get("compensation") or {"filters": {}}
+    result = record(
+        result,
+        **columns,
+        network=description["network"]["name"],
+        dataset=s.data.dataset,
+        split=split,
+        sigma=s.variation.sigma,
+        centre=s.variation.centre,
+        overhead=description.get("overhead", 0.0),
+        layers=len(plan["filters"]),
+        epochs=" + ".join(f"{h['epochs']} {h['stage']}" for h in history),
+    )
+    result.to_csv(out)
+    return result
+
+
+def set_threads(threads: int) -> None:
+    """Use `threads` threads within and between operations, never more than the CPUs this process may use."""
+    threads = max(1, min(threads, available_cpus()))
+    torch.set_num_threads(threads)
+    torch.set_num_interop_threads(1)  # nothing here runs two operations at once
+
+
+def available_cpus() -> int:
+    """The CPUs that this process may use: its affinity, and its control group's quota."""
+    import os
+
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cpus = min(cpus, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass  # no control group limits this process
+    return cpus

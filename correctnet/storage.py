@@ -1,0 +1,141 @@
+"""Files: written whole or not at all, read with suspicion.
+
+A model is two files: `model.safetensors` (its tensors) and `model.json` (what it is: network, compensation plan,
+history), which carries the SHA-256 of the first, so that a torn or swapped pair is noticed. No pickles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from correctnet.errors import UserError
+
+FORMAT = 1
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; move it there when the block ends well, delete it when it does not.
+
+    A reader sees the old file or the new one, never half of one. Raises UserError where the file cannot be written.
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files; results are to be shared
+        os.replace(temporary, path)
+        temporary = None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written: {_reason(error)}; what was there before is kept") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or " ".join(str(error).split())
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON atomically, indented for people."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_csv(path: str | Path, table: pd.DataFrame) -> None:
+    """Write a table as CSV without its index, atomically. Floats are written so that they read back unchanged."""
+    write_text(path, table.to_csv(index=False))
+
+
+def read_json(path: str | Path) -> Any:
+    """Read JSON. Raises UserError where the file is absent or broken."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({_reason(error)}); delete it to have it made again") from error
+
+
+def sha256(path: str | Path) -> str:
+    """The file's SHA-256, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:
+    """Write tensors, and JSON values beside them in the same file, atomically."""
+    contiguous = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    text = None if metadata is None else {"correctnet": json.dumps(metadata)}
+    with replacing(path) as temporary:
+        safetensors.torch.save_file(contiguous, temporary, metadata=text)
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], Any]:
+    """Read what `write_tensors` wrote. Raises UserError where the file is absent, cut short or not safetensors."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = (file.metadata() or {}).get("correctnet")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        return tensors, None if metadata is None else json.loads(metadata)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path}: damaged checkpoint ({_reason(error)}); delete it to have it made again") from error
+
+
+def model_files(path: str | Path) -> tuple[Path, Path]:
+    """The (tensors, description) files of a model, named by its folder or by either of them."""
+    path = Path(path)
+    stem = path.with_suffix("") if path.suffix in (".safetensors", ".json") else path / "model"
+    return stem.with_suffix(".safetensors"), stem.with_suffix(".json")
+
+
+def write_model(path: str | Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
+    """Write a model's two files; the description last, so that a kill in between leaves a pair that is refused."""
+    weights, text = model_files(path)
+    write_tensors(weights, tensors)
+    write_json(text, {"format": FORMAT, **description, "sha256": sha256(weights)})
+
+
+def read_model(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a model's two files. Raises UserError where one is absent, damaged, or does not belong to the other."""
+    weights, text = model_files(path)
+    description = read_json(text)
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise UserError(f"{text}: not a model description of format {FORMAT}")
+    if not weights.exists():
+        raise UserError(f"{weights}: no such file")
+    if sha256(weights) != description.get("sha256"):
+        raise UserError(f"{weights}: damaged, or not the file that {text.name} describes; delete both to remake them")
+    return read_tensors(weights)[0], description

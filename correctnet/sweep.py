@@ -1,0 +1,85 @@
+"""Candidate layers: how far back variation can reach before accuracy falls (Fig. 9 of the paper)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from torch import nn
+from tqdm import tqdm
+
+from correctnet.analog import analog_candidates, analog_layers
+from correctnet.errors import UserError
+from correctnet.montecarlo import Batches, Result, evaluate
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Accuracies with variation in layers i..L for every i, and the layers that need compensation."""
+
+    results: dict[int, Result]
+    """by i, 1 <= i <= L, counted as in the paper"""
+    names: tuple[str, ...]
+    """of the L layers"""
+    original: float
+    """clean accuracy of the pre-trained network, on the same images"""
+    threshold: float
+    """fraction of `original` that must be kept"""
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """The first i layers, i the largest whose mean accuracy is under threshold * original; () where none is."""
+        below = [i for i, r in self.results.items() if r.mean < self.threshold * self.original]
+        return self.names[: max(below, default=0)]
+
+    def table(self) -> pd.DataFrame:
+        """One row a layer and chip: layer (i), name, sample, accuracy, ..., original."""
+        parts = [
+            r.table.assign(layer=i, name=self.names[i - 1], original=self.original, threshold=self.threshold)
+            for i, r in sorted(self.results.items())
+        ]
+        return pd.concat(parts, ignore_index=True)
+
+    def summary(self) -> dict[str, Any]:
+        """What the search needs, as JSON."""
+        return {
+            "candidates": list(self.candidates),
+            "original": self.original,
+            "threshold": self.threshold,
+            "accuracy": {self.names[i - 1]: r.mean for i, r in sorted(self.results.items())},
+        }
+
+
+def sweep(
+    model: nn.Module,
+    data: Batches,
+    original: float,
+    threshold: float = 0.95,
+    *,
+    chips: int = 50,
+    start: int = 0,
+    batch: int = 1000,
+    progress: bool = True,
+) -> Sweep:
+    """Inject variation into layers i..L for i = L, L-1, ..., 1, each over the same chips.
+
+    Args:
+        model: from `correctnet.analog.convert`, no layer excluded.
+        data: validation images, never the test set: the result is a choice.
+        original: clean accuracy of the pre-trained network on them, in (0, 1].
+        threshold: candidates are the first i layers for the first i (from the last layer backwards) whose mean
+            accuracy is below threshold * original; 0.95 in the paper.
+        chips, start, batch, progress: as in `correctnet.montecarlo.evaluate`.
+    """
+    if not 0 < original <= 1:
+        raise UserError(f"sweep: the original accuracy must lie in (0, 1], not {original}")
+    names = tuple(name for name, _ in analog_candidates(model))
+    if len(analog_layers(model)) != len(names):
+        raise UserError("sweep: every conv and linear layer must carry variation; convert the model without `exclude`")
+    results = {}
+    for i in tqdm(range(len(names), 0, -1), desc="sweep", unit="layer", disable=not progress):
+        results[i] = evaluate(
+            model, data, chips, start=start, first_layer=i - 1, batch=batch, progress=progress, title=names[i - 1]
+        )
+    return Sweep(results, names, original, threshold)

@@ -1,0 +1,260 @@
+"""Training that a kill does not undo.
+
+All that is random in an epoch (the order of the images, augmentation, the chips) is a function of (seed, epoch, step),
+and the learning rate one of the step, so the state after an epoch is the weights, the optimizer's moments and the
+epoch's number. It is saved after every epoch; a run that is killed goes on from there and ends with the same weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from correctnet import storage
+from correctnet.data import Split, augment
+from correctnet.errors import UserError
+
+
+@dataclass
+class Hooks:
+    """What a stage adds to plain training."""
+
+    before_batch: Callable[[int], None] = lambda draw: None
+    """called before each forward pass with the number of the draw (a fresh chip is programmed there)"""
+    penalty: Callable[[], Tensor] | None = None
+    """an extra term of the loss"""
+    penalty_weight: Callable[[float], float] = lambda progress: 1.0
+    """its factor, given the fraction of the steps done"""
+    temperature: float = 1.0
+    """the logits are divided by this in the loss"""
+    draws_per_batch: int = 1
+    """forward and backward passes a batch, over which the gradient is averaged"""
+    frozen_batchnorm: bool = False
+    """keep all normalisation layers in evaluation mode"""
+    augment: str = "none"
+    """how images are varied, as `data.augment`"""
+
+
+@dataclass
+class Checkpoint:
+    """Where a training can be resumed from, and what it must be for.
+
+    `identity` is any text that names the training (its settings, its inputs); a checkpoint of another identity is
+    left behind by an earlier version of the run, and is not used.
+    """
+
+    path: Path
+    identity: str
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.fingerprint = hashlib.sha256(self.identity.encode()).hexdigest()
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, log: list[dict[str, Any]]) -> None:
+        """Write the state after `epoch` epochs, atomically."""
+        tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+        for i, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
+        storage.write_tensors(self.path, tensors, {"fingerprint": self.fingerprint, "epoch": epoch, "log": log})
+
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict[str, Any]]]:
+        """Restore the state; gives (finished epochs, their log), (0, []) where there is nothing to resume."""
+        if not self.path.exists():
+            return 0, []
+        try:
+            tensors, metadata = storage.read_tensors(self.path)
+            found = metadata["fingerprint"], metadata["epoch"], metadata["log"]
+        except (UserError, KeyError, TypeError) as error:
+            # Only time is lost by beginning again, and the checkpoint is replaced by the next one.
+            tqdm.write(f"warning: {self.path}: not a usable checkpoint; training starts from its beginning ({error})")
+            return 0, []
+        if found[0] != self.fingerprint:
+            return 0, []
+        model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, i, key = name.split(".", 2)
+                state.setdefault(int(i), {})[key] = tensor
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        return found[1], found[2]
+
+    def discard(self) -> None:
+        """Delete it: the training's result is safe."""
+        self.path.unlink(missing_ok=True)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
+    """One cycle: up linearly over the first `warmup` of the steps, then down to 0 along a cosine."""
+    rise = warmup * steps
+    if step < rise:
+        return peak * (step + 1) / (rise + 1)
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1.0, steps - rise)))
+
+
+def make_optimizer(parameters: Sequence[nn.Parameter], settings: Any) -> torch.optim.Optimizer:
+    """The optimizer that a training section asks for; vectors (biases, BatchNorm) are not decayed."""
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=0.9, nesterov=True)
+    return torch.optim.AdamW(groups, lr=settings.learning_rate)
+
+
+def fit(
+    model: nn.Module,
+    train: Split,
+    settings: Any,
+    seed: int,
+    *,
+    parameters: Sequence[nn.Parameter] | None = None,
+    hooks: Hooks | None = None,
+    validate: Callable[[], float] | None = None,
+    checkpoint: Checkpoint | None = None,
+    log: Path | None = None,
+    title: str = "training",
+    quiet: bool = False,
+) -> list[dict[str, Any]]:
+    """Minimise cross entropy (+ penalty) over `train`, in place.
+
+    Args:
+        model: left in evaluation mode.
+        train: (N, C, H, W) images and (N,) labels, on the model's device.
+        settings: a `correctnet.config.Training` section.
+        seed: of the batches and the augmentation.
+        parameters: what is trained; all others are frozen. None: all.
+        hooks: what the stage adds.
+        validate: an accuracy to log after each epoch.
+        checkpoint: where to save after each epoch, and to resume from.
+        log: CSV with one row an epoch, rewritten after each.
+        title: of the progress bar.
+        quiet: no progress bar.
+
+    Returns:
+        The log, a dict an epoch: epoch, loss, accuracy (both on the training batches as they came), validation,
+        learning_rate, seconds, process (1, and one more after each resumption).
+
+    Raises:
+        UserError: the loss is not finite, or a file cannot be written.
+    """
+    hooks = hooks or Hooks()
+    chosen = list(model.parameters()) if parameters is None else list(parameters)
+    trained = {id(p) for p in chosen}
+    for p in model.parameters():
+        p.requires_grad_(id(p) in trained)
+    optimizer = make_optimizer(chosen, settings)
+    done, rows = checkpoint.load(model, optimizer) if checkpoint else (0, [])
+    process = 1 + max((r["process"] for r in rows), default=0)
+    per_epoch = math.ceil(len(train) / settings.batch)
+    steps = settings.epochs * per_epoch
+
+    bar = tqdm(total=steps, initial=done * per_epoch, desc=title, unit="batch", disable=quiet, mininterval=1.0)
+    with bar:
+        for epoch in range(done, settings.epochs):
+            began = time.monotonic()
+            _train_mode(model, hooks.frozen_batchnorm)
+            loss, correct = _epoch(model, train, settings, seed, epoch, steps, optimizer, hooks, bar)
+            model.eval()
+            row = {
+                "epoch": epoch + 1,
+                "loss": loss,
+                "accuracy": correct,
+                "validation": validate() if validate else None,
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "seconds": round(time.monotonic() - began, 3),
+                "process": process,
+            }
+            rows.append(row)
+            bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss:.4f}" + _percent(row["validation"]), refresh=False)
+            if checkpoint:
+                checkpoint.save(model, optimizer, epoch + 1, rows)
+            if log:
+                write_log(log, rows)
+    if log and not rows:
+        write_log(log, rows)
+    model.eval()
+    for p in model.parameters():
+        p.requires_grad_(True)
+    return rows
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f", validation {value:.2%}"
+
+
+def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a training log as CSV."""
+    columns = ["epoch", "loss", "accuracy", "validation", "learning_rate", "seconds", "process"]
+    storage.write_csv(path, pd.DataFrame(rows, columns=columns))
+
+
+def _train_mode(model: nn.Module, frozen_batchnorm: bool) -> None:
+    model.train()
+    if frozen_batchnorm:
+        for m in model.modules():
+            if isinstance(m, nn.modules.batchnorm._NormBase):
+                m.eval()
+
+
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """The generator of an epoch's order and augmentation, a function of (seed, epoch)."""
+    digest = hashlib.sha256(json.dumps([seed, epoch]).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _epoch(
+    model: nn.Module,
+    train: Split,
+    settings: Any,
+    seed: int,
+    epoch: int,
+    steps: int,
+    optimizer: torch.optim.Optimizer,
+    hooks: Hooks,
+    bar: tqdm,
+) -> tuple[float, float]:
+    generator = epoch_generator(seed, epoch)
+    order = torch.randperm(len(train), generator=generator).to(train.images.device)
+    per_epoch = math.ceil(len(train) / settings.batch)
+    device = train.images.device.type
+    losses, correct = 0.0, 0
+    for i, batch in enumerate(order.split(settings.batch)):
+        step = epoch * per_epoch + i
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, settings.learning_rate, settings.warmup)
+        images, labels = train.images[batch], train.labels[batch]
+        if hooks.augment != "none":
+            images = augment(images, generator, flip=hooks.augment == "crop-flip")
+        optimizer.zero_grad(set_to_none=True)
+        for draw in range(hooks.draws_per_batch):
+            hooks.before_batch(step * hooks.draws_per_batch + draw)
+            with torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+                logits = model(images)
+            loss = F.cross_entropy(logits.float() / hooks.temperature, labels)
+            (loss / hooks.draws_per_batch).backward()
+            losses += loss.item() * len(batch) / hooks.draws_per_batch
+            correct += (logits.argmax(1) == labels).sum().item() / hooks.draws_per_batch
+        if hooks.penalty is not None:
+            term = hooks.penalty_weight(step / max(1, steps)) * hooks.penalty()
+            term.backward()
+            losses += term.item() * len(batch)
+        if not math.isfinite(losses):
+            raise UserError(f"training: the loss is not finite in epoch {epoch + 1}; lower the learning rate or beta")
+        optimizer.step()
+        bar.update()
+    return losses / len(train), correct / len(train)

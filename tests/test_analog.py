@@ -1,0 +1,230 @@
+import copy
+import pickle
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from correctnet.analog import (
+    AnalogConv2d,
+    AnalogLinear,
+    CoverageWarning,
+    analog_candidates,
+    analog_layers,
+    check_coverage,
+    convert,
+    program,
+    programmed,
+)
+from correctnet.compensation import compensate
+from correctnet.errors import UserError
+from correctnet.variation import LogNormalVariation
+
+HALF = LogNormalVariation(0.5)
+
+
+def varied_by_hand(model, seed, sample, first=0, exclude=()):
+    """A digital copy of `model` with each weight replaced: what a chip should compute."""
+    digital = copy.deepcopy(model)
+    for index, (name, layer) in enumerate(analog_candidates(digital)):
+        if index >= first and name not in exclude:
+            layer.weight.data = HALF.sample(layer.weight.data, seed, index, sample)
+    return digital
+
+
+def test_clean_output_is_unchanged_and_the_original_untouched(lenet):
+    x = torch.randn(3, 1, 32, 32)
+    before = copy.deepcopy(lenet.state_dict())
+    analog = convert(lenet, HALF, seed=4)
+    assert torch.equal(analog(x), lenet(x))
+    program(analog, 0)
+    assert not torch.equal(analog(x), lenet(x))
+    program(analog, None)
+    assert torch.equal(analog(x), lenet(x))
+    assert all(torch.equal(before[k], v) for k, v in lenet.state_dict().items())
+    assert not any(isinstance(m, (AnalogConv2d, AnalogLinear)) for m in lenet.modules())
+    assert list(analog.state_dict()) == list(lenet.state_dict())
+
+
+@pytest.mark.parametrize("first", [0, 2, 4])
+def test_a_chip_computes_with_its_weights(lenet, first):
+    x = torch.randn(2, 1, 32, 32)
+    analog = convert(lenet, HALF, seed=4)
+    program(analog, 137, first_layer=first)
+    assert torch.equal(analog(x), varied_by_hand(lenet, 4, 137, first)(x))
+
+
+def test_a_chip_is_the_same_in_any_batch_and_after_any_other_chip(lenet):
+    x = torch.randn(6, 1, 32, 32)
+    analog = convert(lenet, HALF, seed=4)
+    outputs = []
+    for samples in ([137], [0, 1, 137], [140, 137]):
+        for sample in samples:
+            program(analog, sample)
+            whole = analog(x)
+        outputs.append(whole)
+    assert all(torch.equal(outputs[0], o) for o in outputs)
+    torch.testing.assert_close(torch.cat([analog(x[:1]), analog(x[1:])]), whole)
+
+
+def test_a_chip_is_the_same_in_another_process_with_other_threads():
+    code = (
+        "import torch, hashlib; torch.set_num_threads({})\n"
+        "from correctnet.variation import LogNormalVariation\n"
+        "w = LogNormalVariation(0.5).sample(torch.ones(300, 40), 7, 3, 137)\n"
+        "print(hashlib.sha256(w.numpy().tobytes()).hexdigest())"
+    )
+    digests = {subprocess.check_output([sys.executable, "-c", code.format(n)]) for n in (1, 2)}
+    assert len(digests) == 1
+
+
+def test_excluded_layers_stay_digital_but_keep_their_index(lenet):
+    analog = convert(lenet, HALF, seed=4, exclude=["conv2"])
+    assert [layer.layer_index for layer in analog_layers(analog)] == [0, 2, 3, 4]
+    x = torch.randn(2, 1, 32, 32)
+    program(analog, 5)
+    assert torch.equal(analog(x), varied_by_hand(lenet, 4, 5, exclude=["conv2.layer"])(x))
+    assert check_coverage(lenet, analog, x) == ["conv1.layer", "linear1.layer", "linear2.layer", "linear3.layer"]
+
+
+def test_compensation_is_digital_and_does_not_move_the_addresses(lenet):
+    compensated = compensate(lenet, {"conv1.layer": 3}, init="random")
+    analog = convert(compensated, HALF, seed=4)
+    assert [layer.layer_index for layer in analog_layers(analog)] == [0, 1, 2, 3, 4]
+    program(analog, 1)
+    plain = convert(lenet, HALF, seed=4)
+    program(plain, 1)
+    expected = plain.conv1.layer.chip_weight()
+    assert torch.equal(analog.conv1.layer.original.chip_weight(), expected)
+    names = check_coverage(compensated, analog, torch.randn(2, 1, 32, 32))
+    assert names[0] == "conv1.layer.original"
+    assert not any("generator" in n or "compensator" in n for n in names)
+
+
+def test_a_single_layer_and_a_shared_layer():
+    layer = nn.Linear(3, 2)
+    analog = convert(layer, HALF)
+    assert isinstance(analog, AnalogLinear)
+    shared = nn.Linear(4, 4)
+    twice = convert(nn.Sequential(shared, nn.ReLU(), shared), HALF)
+    assert twice[0] is twice[2]
+    assert len(analog_layers(twice)) == 1
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(4, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.recurrent = nn.LSTM(8, 8, batch_first=True)
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.project(x)
+        x = self.norm(self.attention(x, x, x)[0])
+        return self.head(self.recurrent(x)[0][:, -1])
+
+
+def test_parameters_without_variation_are_named():
+    model = Attention().eval()
+    with pytest.warns(CoverageWarning) as caught:
+        analog = convert(model, HALF)
+    text = str(caught[0].message)
+    for name in ("attention.in_proj_weight", "attention.out_proj.weight", "recurrent.weight_ih_l0"):
+        assert name in text
+    assert "norm" not in text
+    assert check_coverage(model, analog, torch.randn(2, 5, 4)) == ["project", "head"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(model, HALF, exclude=["attention", "recurrent"])
+
+
+class BehindItsBack(nn.Module):
+    """Uses a layer's weight without calling the layer: variation on it would silently have no effect."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.second(nn.functional.linear(x, self.first.weight))
+
+
+def test_coverage_names_a_layer_that_is_never_called():
+    model = BehindItsBack().eval()
+    with pytest.raises(UserError, match="first is never called"):
+        check_coverage(model, convert(model, HALF), torch.randn(2, 4))
+
+
+def test_coverage_finds_variation_that_is_not_applied(lenet, monkeypatch):
+    analog = convert(lenet, HALF)
+    x = torch.randn(2, 1, 32, 32)
+    monkeypatch.setattr(analog.linear2.layer, "chip_weight", lambda: analog.linear2.layer.weight)
+    with pytest.raises(UserError, match=r"linear2\.layer"):
+        check_coverage(lenet, analog, x)
+
+
+def test_coverage_finds_variation_at_a_wrong_address(lenet):
+    analog = convert(lenet, HALF)
+    wrong = convert(lenet, HALF)
+    wrong.conv2.layer.chip = copy.copy(wrong.conv2.layer.chip)
+    wrong.conv2.layer.chip.sample = 99  # no longer the chip of the others
+    x = torch.randn(2, 1, 32, 32)
+    check_coverage(lenet, analog, x)
+    with pytest.raises(UserError, match="two models differ"):
+        check_coverage(lenet, wrong, x)
+
+
+def test_coverage_finds_a_digital_layer_that_changes(tiny):
+    analog = convert(tiny, HALF)
+    norm = analog[0].norm
+    norm.register_forward_hook(lambda module, args, y: y * 2 if analog[4].chip.sample is not None else y)
+    with pytest.raises(UserError, match=r"0\.norm is digital"):
+        check_coverage(tiny, analog, torch.randn(2, 1, 8, 8))
+
+
+def test_changed_weights_are_seen(lenet):
+    analog = convert(lenet, HALF)
+    x = torch.randn(2, 1, 32, 32)
+    with torch.no_grad(), programmed(analog, 3):
+        before = analog(x)
+        analog.conv1.layer.weight.mul_(2)
+        after = analog(x)
+    lenet.conv1.layer.weight.data.mul_(2)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, varied_by_hand(lenet, 0, 3)(x))
+
+
+def test_converted_models_can_be_copied_and_pickled(lenet):
+    analog = convert(lenet, HALF)
+    twin = copy.deepcopy(analog)
+    program(twin, 3)
+    x = torch.randn(2, 1, 32, 32)
+    assert torch.equal(analog(x), lenet(x)), "a copy has a chip of its own"
+    assert torch.equal(pickle.loads(pickle.dumps(twin))(x), twin(x))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"exclude": ["conv9"]}, "no module 'conv9'"),
+        ({"exclude": ["conv1", "conv2", "linear1", "linear2", "linear3"]}, "left to convert"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_bad_conversions(lenet, arguments, message):
+    with pytest.raises(UserError, match=message):
+        convert(lenet, HALF, **arguments)
+
+
+def test_converting_twice_and_programming_what_was_not_converted(lenet):
+    with pytest.raises(UserError, match="already"):
+        convert(convert(lenet, HALF), HALF)
+    with pytest.raises(UserError, match="convert"):
+        program(lenet, 0)
+    with pytest.raises(UserError, match="sample"):
+        program(convert(lenet, HALF), 2**32)

@@ -1,0 +1,60 @@
+import pytest
+import torch
+from torch import nn
+
+from correctnet import compensation, models
+from correctnet.analog import analog_candidates
+from correctnet.errors import UserError
+
+
+def test_lenet5_has_the_published_number_of_parameters():
+    # LeCun's layer sizes with full connections: 61,706 (conv 156 + 2,416, linear 48,120 + 10,164 + 850).
+    assert models.parameter_count(models.lenet5()) == 156 + 2416 + 48120 + 10164 + 850 == 61706
+
+
+def test_lenet5_widths_are_parameters():
+    network = models.lenet5(classes=10, channels=3, widths=(32, 64, 256, 128))
+    shapes = [tuple(layer.weight.shape) for _, layer in analog_candidates(network)]
+    assert shapes == [(32, 3, 5, 5), (64, 32, 5, 5), (256, 1600), (128, 256), (10, 128)]
+
+
+@pytest.mark.parametrize(("batchnorm", "norms"), [("before", 14), ("after", 14), ("none", 0)])
+def test_vgg16_layers(batchnorm, norms):
+    network = models.vgg16(100, batchnorm=batchnorm)
+    layers = [layer for _, layer in analog_candidates(network)]
+    assert [type(layer) for layer in layers] == [nn.Conv2d] * 13 + [nn.Linear] * 2
+    found = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert len(found) == norms
+    assert network.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 100)
+
+
+@pytest.mark.parametrize(("batchnorm", "order"), [("before", ["norm", "relu"]), ("after", ["relu", "norm"])])
+def test_vgg16_batchnorm_order(batchnorm, order):
+    block = models.vgg16(10, batchnorm=batchnorm).conv1
+    assert [name for name, _ in block.named_children()] == ["layer", *order]
+
+
+def test_the_paper_s_overhead_of_compensating_vgg16_s_first_six_convolutions():
+    # 4.29 % is the paper's figure (Section IV); 645,056 parameters follow from Fig. 5 with S = 1.
+    network = models.vgg16(100)
+    filters = compensation.filters_of(network, [1.0] * 6)
+    added = sum(p.numel() for p in compensation.compensation_parameters(compensation.compensate(network, filters)))
+    assert added == 645056
+    assert round(100 * compensation.overhead(network, filters), 2) == 4.29
+
+
+def test_weights_depend_on_the_seed_alone():
+    torch.manual_seed(5)
+    first = models.build("lenet5", 10, 1, seed=3)
+    before = torch.rand(1)
+    torch.manual_seed(5)
+    second = models.build("lenet5", 10, 1, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert torch.equal(before, torch.rand(1)), "building a network must not move torch's global generator"
+    third = models.build("lenet5", 10, 1, seed=4)
+    assert not torch.equal(first.conv1.layer.weight, third.conv1.layer.weight)
+
+
+def test_unknown_network():
+    with pytest.raises(UserError, match="unknown network 'resnet'"):
+        models.build("resnet", 10, 3)

@@ -1,0 +1,120 @@
+import errno
+import json
+import os
+import threading
+
+import pytest
+import torch
+
+from correctnet import storage
+from correctnet.errors import UserError
+
+TENSORS = {"a": torch.arange(1000.0), "b": torch.ones(3, 4, dtype=torch.int64)}
+
+
+def test_tensors_come_back(tmp_path):
+    storage.write_tensors(tmp_path / "x.safetensors", TENSORS, {"epoch": 3})
+    tensors, metadata = storage.read_tensors(tmp_path / "x.safetensors")
+    assert metadata == {"epoch": 3}
+    assert all(torch.equal(tensors[k], v) for k, v in TENSORS.items())
+
+
+def test_tensors_that_share_memory_and_are_not_contiguous(tmp_path):
+    base = torch.arange(12.0).view(3, 4)
+    storage.write_tensors(tmp_path / "x.safetensors", {"a": base, "b": base, "c": base.t()})
+    tensors, _ = storage.read_tensors(tmp_path / "x.safetensors")
+    assert torch.equal(tensors["c"], base.t())
+    assert torch.equal(tensors["b"], base)
+
+
+def test_model_comes_back(tmp_path):
+    storage.write_model(tmp_path, TENSORS, {"network": "n"})
+    for name in (tmp_path, tmp_path / "model.json", tmp_path / "model.safetensors"):
+        tensors, description = storage.read_model(name)
+        assert description["network"] == "n"
+        assert torch.equal(tensors["a"], TENSORS["a"])
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -1])
+def test_a_file_cut_short_is_refused_by_name(tmp_path, keep):
+    storage.write_model(tmp_path, TENSORS, {})
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    for read in (storage.read_tensors, storage.read_model):
+        with pytest.raises(UserError, match=r"model\.safetensors: damaged"):
+            read(path)
+
+
+def test_a_changed_byte_and_a_swapped_pair_are_refused(tmp_path):
+    storage.write_model(tmp_path, TENSORS, {})
+    path = tmp_path / "model.safetensors"
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(UserError, match="damaged"):
+        storage.read_model(tmp_path)
+    storage.write_tensors(path, {"a": torch.zeros(2)})
+    with pytest.raises(UserError, match="not the file that"):
+        storage.read_model(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", '{"format": 99}'])
+def test_a_broken_description_is_refused(tmp_path, text):
+    storage.write_model(tmp_path, TENSORS, {})
+    (tmp_path / "model.json").write_text(text)
+    with pytest.raises(UserError, match=r"model\.json"):
+        storage.read_model(tmp_path)
+
+
+def test_absent_files(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        storage.read_model(tmp_path / "nothing")
+    with pytest.raises(UserError, match="no such file"):
+        storage.read_tensors(tmp_path / "nothing.safetensors")
+
+
+def test_a_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "log.csv"
+    storage.write_text(path, "old")
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"log\.csv: cannot be written: No space left on device"):
+        storage.write_text(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["log.csv"]
+
+
+def test_a_failure_half_way_leaves_nothing(tmp_path):
+    def half():
+        with storage.replacing(tmp_path / "x") as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        half()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        storage.write_json(tmp_path / "file" / "x.json", {})
+
+
+def test_readers_see_the_old_file_or_the_new_one(tmp_path):
+    path, seen, stop = tmp_path / "x.json", set(), threading.Event()
+    storage.write_json(path, [0] * 10000)
+
+    def read():
+        while not stop.is_set():
+            seen.add(len(json.loads(path.read_text())))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for n in (10000, 20000) * 20:
+        storage.write_json(path, [0] * n)
+    stop.set()
+    reader.join()
+    assert seen <= {10000, 20000}

@@ -1,0 +1,167 @@
+import copy
+import math
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+
+from correctnet import training
+from correctnet.analog import convert, program
+from correctnet.config import Training
+from correctnet.data import Split
+from correctnet.errors import UserError
+from correctnet.training import Checkpoint, Hooks, fit
+from correctnet.variation import TRAINING_CHIPS, LogNormalVariation
+
+
+def section(**changes):
+    return SimpleNamespace(**{**Training().model_dump(), "batch": 32, "epochs": 4, "learning_rate": 0.01, **changes})
+
+
+def weights(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def same(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize(("optimizer", "learning_rate"), [("adamw", 0.01), ("sgd", 0.1)])
+def test_it_learns(tiny, blobs, optimizer, learning_rate):
+    rows = fit(tiny, blobs, section(epochs=8, optimizer=optimizer, learning_rate=learning_rate), seed=0, quiet=True)
+    assert rows[-1]["accuracy"] > 0.95
+    assert rows[-1]["loss"] < rows[0]["loss"] / 2
+    assert not tiny.training
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("when", [0, 1, 3])
+def test_a_killed_training_ends_with_the_same_weights(tiny, blobs, tmp_path, optimizer, when):
+    settings = section(optimizer=optimizer)
+    whole = copy.deepcopy(tiny)
+    uninterrupted = fit(whole, blobs, settings, seed=3, hooks=Hooks(augment="crop"), quiet=True)
+
+    def batches():
+        killed = copy.deepcopy(tiny)
+        seen = []
+
+        def kill(draw):
+            seen.append(draw)
+            if draw == when * 10 + 4:  # ten batches an epoch: in the middle of epoch `when + 1`
+                raise Killed
+
+        checkpoint = Checkpoint(tmp_path / "c.safetensors", "identity")
+        hooks = Hooks(augment="crop", before_batch=kill)
+        with pytest.raises(Killed):
+            fit(killed, blobs, settings, seed=3, hooks=hooks, checkpoint=checkpoint, log=tmp_path / "l", quiet=True)
+        resumed, seen_after = copy.deepcopy(tiny), []
+        hooks = Hooks(augment="crop", before_batch=seen_after.append)
+        fit(resumed, blobs, settings, seed=3, hooks=hooks, checkpoint=checkpoint, log=tmp_path / "l", quiet=True)
+        return resumed, seen_after
+
+    resumed, seen_after = batches()
+    assert same(weights(whole), weights(resumed))
+    assert seen_after == list(range(when * 10, 40)), "finished epochs are not done again"
+    log = pd.read_csv(tmp_path / "l")
+    assert list(log["epoch"]) == [1, 2, 3, 4]
+    assert list(log["process"]) == [1] * when + [2 if when else 1] * (4 - when)
+    assert list(log["loss"]) == pytest.approx([r["loss"] for r in uninterrupted])
+
+
+def test_a_checkpoint_of_other_settings_is_not_used(tiny, blobs, tmp_path):
+    path = tmp_path / "c.safetensors"
+    fit(copy.deepcopy(tiny), blobs, section(), seed=0, checkpoint=Checkpoint(path, "old"), quiet=True)
+    fresh, again = copy.deepcopy(tiny), copy.deepcopy(tiny)
+    fit(fresh, blobs, section(epochs=2), seed=1, quiet=True)
+    rows = fit(again, blobs, section(epochs=2), seed=1, checkpoint=Checkpoint(path, "new"), quiet=True)
+    assert len(rows) == 2
+    assert same(weights(fresh), weights(again))
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"x" * len(b)])
+def test_a_damaged_checkpoint_costs_time_only(tiny, blobs, tmp_path, damage, capsys):
+    path = tmp_path / "c.safetensors"
+    fit(copy.deepcopy(tiny), blobs, section(), seed=0, checkpoint=Checkpoint(path, "i"), quiet=True)
+    path.write_bytes(damage(path.read_bytes()))
+    fresh, again = copy.deepcopy(tiny), copy.deepcopy(tiny)
+    fit(fresh, blobs, section(), seed=0, quiet=True)
+    fit(again, blobs, section(), seed=0, checkpoint=Checkpoint(path, "i"), quiet=True)
+    assert same(weights(fresh), weights(again))
+    assert "c.safetensors: not a usable checkpoint" in capsys.readouterr().out
+
+
+def test_only_the_chosen_parameters_change(tiny, blobs):
+    before = weights(tiny)
+    fit(tiny, blobs, section(epochs=1), seed=0, parameters=list(tiny[4].parameters()), quiet=True)
+    changed = {k for k, v in tiny.state_dict().items() if not torch.equal(v, before[k])}
+    # BatchNorm's statistics are no parameters: they follow the data unless they are frozen.
+    assert changed == {"4.weight", "4.bias", "0.norm.running_mean", "0.norm.running_var", "0.norm.num_batches_tracked"}
+    assert all(p.requires_grad for p in tiny.parameters())
+    before = weights(tiny)
+    hooks = Hooks(frozen_batchnorm=True)
+    fit(tiny, blobs, section(epochs=1), seed=0, parameters=list(tiny[4].parameters()), hooks=hooks, quiet=True)
+    assert {k for k, v in tiny.state_dict().items() if not torch.equal(v, before[k])} == {"4.weight", "4.bias"}
+
+
+def test_the_penalty_is_part_of_the_gradient(tiny, blobs):
+    # Without data (a huge temperature) only the penalty is left: the norm of the last layer goes to its target.
+    layer = tiny[4]
+    hooks = Hooks(
+        penalty=lambda: (layer.weight.norm() - 0.5) ** 2,
+        penalty_weight=lambda done: 10.0,
+        temperature=1e9,
+    )
+    assert abs(layer.weight.norm().item() - 0.5) > 0.1
+    fit(tiny, blobs, section(epochs=10), seed=0, hooks=hooks, quiet=True)
+    assert layer.weight.norm().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_several_chips_a_batch_average_the_gradient(tiny, blobs):
+    # One step of plain SGD on one batch: the step with three draws is the mean of the three steps with one draw.
+    batch = Split(blobs.images[:32], blobs.labels[:32])
+    settings = section(epochs=1, optimizer="sgd", warmup=0.0)
+
+    def step(hooks_of):
+        analog = convert(tiny, LogNormalVariation(0.5))
+        before = weights(analog)
+        fit(analog, batch, settings, seed=0, hooks=hooks_of(analog), quiet=True)
+        return {k: v - before[k] for k, v in analog.named_parameters()}
+
+    def one(sample):
+        return lambda m: Hooks(before_batch=lambda d: program(m, TRAINING_CHIPS + sample), frozen_batchnorm=True)
+
+    def three(m):
+        hooks = Hooks(before_batch=lambda d: program(m, TRAINING_CHIPS + d), frozen_batchnorm=True)
+        hooks.draws_per_batch = 3
+        return hooks
+
+    singles, together = [step(one(i)) for i in range(3)], step(three)
+    for name, value in together.items():
+        torch.testing.assert_close(value, sum(s[name] for s in singles) / 3, atol=1e-6, rtol=1e-4)
+
+
+def test_learning_rate_schedule():
+    rates = [training.learning_rate(step, 100, 0.1, 0.2) for step in range(100)]
+    assert max(rates) == pytest.approx(0.1)
+    assert rates[0] == pytest.approx(0.1 / 21)
+    assert rates.index(max(rates)) == 20
+    assert rates[60] == pytest.approx(0.05)  # half way down the cosine
+    assert rates[-1] < 1e-4
+    assert all(math.isfinite(r) and r > 0 for r in rates)
+
+
+def test_no_epochs_is_no_change(tiny, blobs, tmp_path):
+    before = weights(tiny)
+    assert fit(tiny, blobs, section(epochs=0), seed=0, log=tmp_path / "log.csv", quiet=True) == []
+    assert same(before, weights(tiny))
+    assert len(pd.read_csv(tmp_path / "log.csv")) == 0
+
+
+def test_a_loss_that_is_not_finite_is_an_error(tiny, blobs):
+    with pytest.raises(UserError, match="not finite in epoch 1"):
+        fit(tiny, blobs, section(), seed=0, hooks=Hooks(temperature=1e-45), quiet=True)

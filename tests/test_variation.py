@@ -1,0 +1,107 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from correctnet import reference
+from correctnet.variation import TEST_CHIPS, TRAINING_CHIPS, VALIDATION_CHIPS, LogNormalVariation
+
+
+def test_moments_of_the_paper_s_setting():
+    # exp(0.125) = 1.13315 and sqrt(exp(0.25) - 1) = 0.53294, the lognormal's mean and coefficient of variation.
+    paper = LogNormalVariation(0.5)
+    assert paper.mean == pytest.approx(1.13315, abs=5e-6)
+    assert paper.cv == pytest.approx(0.53294, abs=5e-6)
+    assert LogNormalVariation(0.5, "mean").mean == pytest.approx(1.0)
+    assert paper.describe() | {"mean": 0, "cv": 0} == {
+        "model": "lognormal",
+        "on": "weight",
+        "sigma": 0.5,
+        "centre": "median",
+        "resample": "chip",
+        "mean": 0,
+        "cv": 0,
+    }
+
+
+@pytest.mark.parametrize("centre", ["median", "mean"])
+def test_sampled_weights_have_those_moments(centre):
+    model = LogNormalVariation(0.5, centre)
+    weight = torch.full((1000, 1000), 2.0)
+    ratio = model.sample(weight, seed=1, layer=0, sample=0).double() / 2
+    error = 5 * model.cv / 1000  # five standard errors of a mean over 10^6
+    assert ratio.mean().item() == pytest.approx(model.mean, abs=error)
+    assert (ratio.std() / ratio.mean()).item() == pytest.approx(model.cv, abs=0.01)
+    theta = ratio.log() - model.shift
+    assert theta.mean().item() == pytest.approx(0, abs=5 * 0.5 / 1000)
+    assert theta.std().item() == pytest.approx(0.5, abs=5 * 0.5 / math.sqrt(2e6))
+
+
+def test_elements_count_out_kh_kw_in():
+    model = LogNormalVariation(0.7)
+    weight = torch.randn(3, 5, 2, 4)
+    varied = model.sample(weight, seed=9, layer=2, sample=11)
+    draws = reference.lognormal(9, 2, 11, weight.numel(), 0.7)
+    for out, inp, row, column in np.ndindex(3, 5, 2, 4):
+        element = ((out * 2 + row) * 4 + column) * 5 + inp
+        assert varied[out, inp, row, column] == weight[out, inp, row, column] * draws[element]
+
+
+def test_a_linear_layer_is_a_convolution_of_one_pixel():
+    model = LogNormalVariation(0.5)
+    weight = torch.randn(6, 7)
+    as_conv = model.sample(weight[:, :, None, None], 1, 2, 3)[:, :, 0, 0]
+    assert torch.equal(model.sample(weight, 1, 2, 3), as_conv)
+
+
+def test_the_sign_of_a_weight_survives_and_zero_stays_zero():
+    weight = torch.tensor([[-1.0, 0.0, 2.0]])
+    varied = LogNormalVariation(1.0).sample(weight, 0, 0, 0)
+    assert torch.equal(varied.sign(), weight.sign())
+
+
+def test_sigma_zero_is_nominal():
+    weight = torch.randn(4, 4)
+    assert LogNormalVariation(0.0).sample(weight, 0, 0, 0) is weight
+
+
+def test_gradient_is_the_factor():
+    model = LogNormalVariation(0.5)
+    weight = torch.randn(5, 3, 3, 3, requires_grad=True)
+    model.sample(weight, 1, 2, 3).sum().backward()
+    assert torch.equal(weight.grad, model.factor(weight, 1, 2, 3))
+
+
+def test_bfloat16_weights_see_the_same_chip():
+    weight = torch.randn(8, 8).bfloat16()
+    model = LogNormalVariation(0.5)
+    assert torch.equal(model.sample(weight, 0, 0, 1), model.sample(weight.float(), 0, 0, 1).bfloat16())
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 100), st.integers(0, 2**32 - 1))
+def test_an_address_is_a_chip(seed, layer, sample):
+    weight = torch.ones(4, 8)
+    model = LogNormalVariation(0.5)
+    here = model.sample(weight, seed, layer, sample)
+    assert torch.equal(here, model.sample(weight, seed, layer, sample))
+    for other in ((seed ^ 1, layer, sample), (seed, layer + 1, sample), (seed, layer, sample ^ 1)):
+        assert not torch.equal(here, model.sample(weight, *other))
+
+
+def test_roles_of_chips_are_disjoint():
+    assert TEST_CHIPS < VALIDATION_CHIPS < TRAINING_CHIPS < 2**32
+    assert min(VALIDATION_CHIPS - TEST_CHIPS, TRAINING_CHIPS - VALIDATION_CHIPS, 2**32 - TRAINING_CHIPS) >= 2**30
+
+
+@pytest.mark.parametrize("sigma", [-0.1, math.nan, math.inf])
+def test_bad_sigma(sigma):
+    with pytest.raises(ValueError, match="sigma"):
+        LogNormalVariation(sigma)
+
+
+def test_bad_centre():
+    with pytest.raises(ValueError, match="centre"):
+        LogNormalVariation(0.5, "mode")

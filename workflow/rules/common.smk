@@ -1,0 +1,198 @@
+"""All functions of the workflow: the configuration, where a stage's files stand, and which rows read them."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+from snakemake.exceptions import WorkflowError
+
+from correctnet.config import Config
+from correctnet.errors import UserError
+
+try:
+    CONFIG = Config.check(config)
+except UserError as error:
+    raise WorkflowError(str(error))
+
+RUNS = [run for run in CONFIG.runs if run != "paper"]
+RESULTS = CONFIG.results
+DATA_DIR = os.environ.get("CORRECTNET_DATA", CONFIG.data_dir)
+# What every stage is told about where it runs. It changes no result, so it is no param.
+RUNTIME = f"--data-dir {shlex.quote(DATA_DIR)} --device {CONFIG.device} --quiet"
+GPUS = int(CONFIG.device == "cuda")
+
+
+wildcard_constraints:
+    pair="|".join(map(re.escape, CONFIG.pairs)),
+    row="|".join(map(re.escape, CONFIG.rows)),
+    run="|".join(map(re.escape, CONFIG.runs)),
+    # '' for a pair's own stage, '@row' for one whose settings a row changes (Config.variant)
+    variant=r"(@[a-z0-9.-]+)?",
+    limit=r"[0-9.]+",
+    sigma=r"[0-9.]+",
+    start=r"\d+",
+    stop=r"\d+",
+
+
+def row_of(wildcards):
+    """The row whose settings a stage's folder was made with; None: the pair's own."""
+    return getattr(wildcards, "row", None) or wildcards.variant[1:] or None
+
+
+def settings_of(wildcards):
+    """All settings of the row (or pair) that a job is for."""
+    return CONFIG.settings(wildcards.pair, row_of(wildcards))
+
+
+def stage_settings(stage):
+    """A params function: exactly the settings that `stage` reads, as one canonical string."""
+
+    def canonical(wildcards):
+        return settings_of(wildcards).canonical(stage)
+
+    return canonical
+
+
+def place(pair, row, stage):
+    """The folder of a stage of a row."""
+    variant = CONFIG.variant(pair, row, stage) if row else ""
+    return f"{RESULTS}/{pair}/{stage}{variant}"
+
+
+def result(stage, name="model.safetensors"):
+    """An input function: a file of another stage of the same row."""
+
+    def path(wildcards):
+        return f"{place(wildcards.pair, row_of(wildcards), stage)}/{name}"
+
+    return path
+
+
+def evaluated_model(wildcards):
+    """The model that a row of Table I evaluates."""
+    stage = CONFIG.rows[wildcards.row].evaluate
+    return f"{place(wildcards.pair, wildcards.row, stage)}/model.safetensors"
+
+
+def dataset_ready(wildcards):
+    return f"{RESULTS}/.data/{settings_of(wildcards).data.dataset}.ready"
+
+
+def limits(settings):
+    """The overhead limits that are searched; `strategy: all` has none, and stands as 1."""
+    return (1.0,) if settings.search.strategy == "all" else settings.search.limits
+
+
+def found_states(wildcards):
+    folder = place(wildcards.pair, row_of(wildcards), "search")
+    return [f"{folder}/limit-{limit:g}/best.json" for limit in limits(settings_of(wildcards))]
+
+
+def sigmas(pair, row):
+    """The sigmas at which a row is evaluated, and the chips at each: clean, the pair's own, and those of the curves."""
+    settings, own = CONFIG.settings(pair, row), CONFIG.settings(pair)
+    chips = {0.0: 1}
+    if CONFIG.rows[row].curve:
+        chips |= dict.fromkeys(settings.evaluate.sigmas, settings.evaluate.curve_chips)
+    return chips | {own.variation.sigma: settings.evaluate.chips}
+
+
+def chunk_settings(wildcards):
+    """The settings of `evaluate` at the sigma of the wildcards."""
+    settings = settings_of(wildcards)
+    varied = settings.variation.model_copy(update={"sigma": float(wildcards.sigma)})
+    return settings.model_copy(update={"variation": varied}).canonical("evaluate")
+
+
+def chunks(wildcards):
+    """The chunks of a Monte Carlo evaluation, by absolute number of the chip."""
+    chips = {f"{s:g}": n for s, n in sigmas(wildcards.pair, wildcards.row).items()}[wildcards.sigma]
+    size = settings_of(wildcards).evaluate.chunk
+    folder = f"{RESULTS}/{wildcards.pair}/evaluate/{wildcards.row}/sigma-{wildcards.sigma}"
+    return [f"{folder}/chips-{a}-{min(a + size, chips)}.csv" for a in range(0, chips, size)]
+
+
+def evaluations(pair):
+    folder = f"{RESULTS}/{pair}/evaluate"
+    rows = CONFIG.rows_of(pair)
+    return [f"{folder}/{row}/sigma-{sigma:g}.csv" for row in rows for sigma in sigmas(pair, row)]
+
+
+def notes(wildcards):
+    """Columns of a results file that only the workflow knows."""
+    label = CONFIG.rows[wildcards.row].label
+    values = {"pair": wildcards.pair, "row": wildcards.row, "label": label}
+    return " ".join(f"--note {shlex.quote(f'{k}={v}')}" for k, v in values.items())
+
+
+def pairs_with(run, row):
+    return [pair for pair in CONFIG.runs[run] if row in CONFIG.rows_of(pair)]
+
+
+def samples(run, row=None):
+    pairs = CONFIG.runs[run] if row is None else pairs_with(run, row)
+    return [f"{RESULTS}/{pair}/samples.csv" for pair in pairs]
+
+
+def sweeps(run):
+    pairs = pairs_with(run, "correctnet")
+    return [f"{place(pair, 'correctnet', 'sweep')}/accuracy.csv" for pair in pairs]
+
+
+def search_logs(run):
+    """The logs of the search of each pair's correctnet row."""
+    return [
+        f"{place(pair, 'correctnet', 'search')}/limit-{limit:g}/log.csv"
+        for pair in pairs_with(run, "correctnet")
+        for limit in limits(CONFIG.settings(pair, "correctnet"))
+    ]
+
+
+def figure_inputs(wildcards):
+    """The files that a figure is drawn from."""
+    return {
+        "2": samples(wildcards.run, "unprotected"),
+        "7": samples(wildcards.run, "correctnet"),
+        "9": sweeps(wildcards.run),
+        "10": search_logs(wildcards.run),
+    }[wildcards.number]
+
+
+def figures(run):
+    numbers = ["2"] if pairs_with(run, "unprotected") == list(CONFIG.runs[run]) else []
+    if pairs_with(run, "correctnet") == list(CONFIG.runs[run]):
+        numbers += ["7", "9", "10"]
+    return numbers
+
+
+def targets(run):
+    """Table I and the figures of a run."""
+    if run not in CONFIG.runs:
+        return []
+    folder = f"{RESULTS}/summary/{run}"
+    return [f"{folder}/table1.md", *(f"{folder}/figure{n}.png" for n in figures(run))]
+
+
+def table_sigma(wildcards):
+    """The sigma of Table I. Raises where the pairs of a run differ in it: they are no one table."""
+    values = {CONFIG.settings(pair).variation.sigma for pair in CONFIG.runs[wildcards.run]}
+    if len(values) != 1:
+        raise WorkflowError(f"run {wildcards.run}: its pairs have different variation.sigma ({sorted(values)})")
+    return values.pop()
+
+
+def training_threads(wildcards):
+    """LeNet-5 is too small for more than two threads; VGG16 takes what there is."""
+    return 8 if settings_of(wildcards).network.name == "vgg16" else 2
+
+
+def print_estimate():
+    """Say how long a full run may take, before it begins."""
+    for target in workflow.dag_settings.targets or ["all"]:
+        run = "paper" if target == "all" else target
+        if run in CONFIG.runs and run != "quick":
+            command = [sys.executable, "-m", "correctnet.estimate", "--run", run, "--cores", str(workflow.cores)]
+            subprocess.run(command, input=json.dumps(config), text=True, check=True)

@@ -1,0 +1,52 @@
+# Monte Carlo on the test images, scattered by the number of the chip and gathered.
+
+
+localrules:
+    gather,
+    collect,
+
+
+rule evaluate:
+    input:
+        data=ancient(dataset_ready),
+        model=evaluated_model,
+    output:
+        temp(f"{RESULTS}/{{pair}}/evaluate/{{row}}/sigma-{{sigma}}/chips-{{start}}-{{stop}}.csv"),
+    log:
+        f"{RESULTS}/.logs/{{pair}}/evaluate/{{row}}/sigma-{{sigma}}/chips-{{start}}-{{stop}}.log",
+    benchmark:
+        f"{RESULTS}/.benchmarks/{{pair}}/evaluate/{{row}}/sigma-{{sigma}}/chips-{{start}}-{{stop}}.tsv"
+    params:
+        settings=chunk_settings,
+        notes=notes,
+        chips=lambda wildcards: int(wildcards.stop) - int(wildcards.start),
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=720,
+        gpu=GPUS,
+    shell:
+        "correctnet evaluate --settings {params.settings:q} {RUNTIME} --threads {threads} {params.notes}"
+        " --model {input.model} --chips {params.chips} --start {wildcards.start} --out {output} > {log} 2>&1"
+
+
+rule gather:
+    input:
+        chunks,
+    output:
+        f"{RESULTS}/{{pair}}/evaluate/{{row}}/sigma-{{sigma}}.csv",
+    log:
+        f"{RESULTS}/.logs/{{pair}}/gather/{{row}}/sigma-{{sigma}}.log",
+    shell:
+        "correctnet merge {input} --out {output} > {log} 2>&1"
+
+
+rule collect:
+    input:
+        lambda wildcards: evaluations(wildcards.pair),
+    output:
+        report(f"{RESULTS}/{{pair}}/samples.csv", caption="../report/samples.rst", category="Per-sample results"),
+    log:
+        f"{RESULTS}/.logs/{{pair}}/collect.log",
+    shell:
+        "correctnet collect {input} --out {output} > {log} 2>&1"

@@ -1,0 +1,80 @@
+# The candidate layers, the search for the best compensation within each overhead limit, and its training.
+
+
+rule sweep:
+    input:
+        data=ancient(dataset_ready),
+        pretrained=result("pretrain"),
+        suppressed=result("suppress"),
+    output:
+        accuracy=f"{RESULTS}/{{pair}}/sweep{{variant}}/accuracy.csv",
+        candidates=f"{RESULTS}/{{pair}}/sweep{{variant}}/candidates.json",
+    log:
+        f"{RESULTS}/.logs/{{pair}}/sweep{{variant}}.log",
+    benchmark:
+        f"{RESULTS}/.benchmarks/{{pair}}/sweep{{variant}}.tsv"
+    params:
+        settings=stage_settings("sweep"),
+    threads: training_threads
+    resources:
+        mem_mb=6000,
+        runtime=720,
+        gpu=GPUS,
+    shell:
+        "correctnet sweep --settings {params.settings:q} {RUNTIME} --threads {threads}"
+        " --pretrained {input.pretrained} --suppressed {input.suppressed}"
+        " --out $(dirname {output.accuracy}) > {log} 2>&1"
+
+
+rule search:
+    input:
+        data=ancient(dataset_ready),
+        suppressed=result("suppress"),
+        candidates=result("sweep", "candidates.json"),
+    output:
+        best=f"{RESULTS}/{{pair}}/search{{variant}}/limit-{{limit}}/best.json",
+        states=f"{RESULTS}/{{pair}}/search{{variant}}/limit-{{limit}}/log.csv",
+    log:
+        f"{RESULTS}/.logs/{{pair}}/search{{variant}}-{{limit}}.log",
+    benchmark:
+        f"{RESULTS}/.benchmarks/{{pair}}/search{{variant}}-{{limit}}.tsv"
+    params:
+        settings=stage_settings("search"),
+    threads: training_threads
+    resources:
+        mem_mb=6000,
+        runtime=2880,
+        gpu=GPUS,
+    shell:
+        "correctnet search --settings {params.settings:q} {RUNTIME} --threads {threads} --limit {wildcards.limit}"
+        " --work {RESULTS}/.resume/{wildcards.pair}/search{wildcards.variant}"
+        " --suppressed {input.suppressed} --candidates {input.candidates}"
+        " --out $(dirname {output.best}) > {log} 2>&1"
+
+
+rule compensate:
+    input:
+        data=ancient(dataset_ready),
+        suppressed=result("suppress"),
+        found=found_states,
+    output:
+        model=f"{RESULTS}/{{pair}}/compensate{{variant}}/model.safetensors",
+        description=f"{RESULTS}/{{pair}}/compensate{{variant}}/model.json",
+        epochs=f"{RESULTS}/{{pair}}/compensate{{variant}}/log.csv",
+    log:
+        f"{RESULTS}/.logs/{{pair}}/compensate{{variant}}.log",
+    benchmark:
+        f"{RESULTS}/.benchmarks/{{pair}}/compensate{{variant}}.tsv"
+    params:
+        settings=stage_settings("compensate"),
+        found=lambda wildcards, input: " ".join(f"--found {path}" for path in input.found),
+    threads: training_threads
+    resources:
+        mem_mb=6000,
+        runtime=1440,
+        gpu=GPUS,
+    shell:
+        "correctnet compensate --settings {params.settings:q} {RUNTIME} --threads {threads}"
+        " --work {RESULTS}/.resume/{wildcards.pair}/compensate{wildcards.variant}"
+        " --suppressed {input.suppressed} {params.found}"
+        " --out $(dirname {output.model}) > {log} 2>&1"

@@ -1,0 +1,76 @@
+# Training of the original network, under the Lipschitz regulariser, and with variation injected.
+# Each resumes from its last epoch: what it needs for that stands in {RESULTS}/.resume, outside the outputs.
+
+
+rule pretrain:
+    input:
+        data=ancient(dataset_ready),
+    output:
+        model=f"{RESULTS}/{{pair}}/pretrain{{variant}}/model.safetensors",
+        description=f"{RESULTS}/{{pair}}/pretrain{{variant}}/model.json",
+        epochs=f"{RESULTS}/{{pair}}/pretrain{{variant}}/log.csv",
+    log:
+        f"{RESULTS}/.logs/{{pair}}/pretrain{{variant}}.log",
+    benchmark:
+        f"{RESULTS}/.benchmarks/{{pair}}/pretrain{{variant}}.tsv"
+    params:
+        settings=stage_settings("pretrain"),
+    threads: training_threads
+    resources:
+        mem_mb=6000,
+        runtime=1440,
+        gpu=GPUS,
+    shell:
+        "correctnet pretrain --settings {params.settings:q} {RUNTIME} --threads {threads}"
+        " --work {RESULTS}/.resume/{wildcards.pair}/pretrain{wildcards.variant}"
+        " --out $(dirname {output.model}) > {log} 2>&1"
+
+
+rule suppress:
+    input:
+        data=ancient(dataset_ready),
+        pretrained=result("pretrain"),
+    output:
+        model=f"{RESULTS}/{{pair}}/suppress{{variant}}/model.safetensors",
+        description=f"{RESULTS}/{{pair}}/suppress{{variant}}/model.json",
+        epochs=f"{RESULTS}/{{pair}}/suppress{{variant}}/log.csv",
+    log:
+        f"{RESULTS}/.logs/{{pair}}/suppress{{variant}}.log",
+    benchmark:
+        f"{RESULTS}/.benchmarks/{{pair}}/suppress{{variant}}.tsv"
+    params:
+        settings=stage_settings("suppress"),
+    threads: training_threads
+    resources:
+        mem_mb=6000,
+        runtime=1440,
+        gpu=GPUS,
+    shell:
+        "correctnet suppress --settings {params.settings:q} {RUNTIME} --threads {threads}"
+        " --work {RESULTS}/.resume/{wildcards.pair}/suppress{wildcards.variant}"
+        " --pretrained {input.pretrained} --out $(dirname {output.model}) > {log} 2>&1"
+
+
+rule inject:
+    input:
+        data=ancient(dataset_ready),
+        pretrained=result("pretrain"),
+    output:
+        model=f"{RESULTS}/{{pair}}/inject{{variant}}/model.safetensors",
+        description=f"{RESULTS}/{{pair}}/inject{{variant}}/model.json",
+        epochs=f"{RESULTS}/{{pair}}/inject{{variant}}/log.csv",
+    log:
+        f"{RESULTS}/.logs/{{pair}}/inject{{variant}}.log",
+    benchmark:
+        f"{RESULTS}/.benchmarks/{{pair}}/inject{{variant}}.tsv"
+    params:
+        settings=stage_settings("inject"),
+    threads: training_threads
+    resources:
+        mem_mb=6000,
+        runtime=1440,
+        gpu=GPUS,
+    shell:
+        "correctnet inject --settings {params.settings:q} {RUNTIME} --threads {threads}"
+        " --work {RESULTS}/.resume/{wildcards.pair}/inject{wildcards.variant}"
+        " --pretrained {input.pretrained} --out $(dirname {output.model}) > {log} 2>&1"
