@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -346,13 +347,12 @@ def set_threads(threads: int) -> None:
     """Use `threads` threads within and between operations, never more than the CPUs this process may use."""
     threads = max(1, min(threads, available_cpus()))
     torch.set_num_threads(threads)
-    torch.set_num_interop_threads(1)  # nothing here runs two operations at once
+    if torch.get_num_interop_threads() != 1:
+        torch.set_num_interop_threads(1)  # nothing here runs two operations at once
 
 
 def available_cpus() -> int:
     """The CPUs that this process may use: its affinity, and its control group's quota."""
-    import os
-
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()

@@ -12,6 +12,7 @@ from correctnet.data import Split
 def _one_thread():
     # Two pools of threads on two cores are slower than none, and one thread's sums are reproducible.
     torch.set_num_threads(1)
+    torch.set_num_interop_threads(1)
 
 
 @pytest.fixture

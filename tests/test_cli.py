@@ -1,0 +1,296 @@
+"""The command line as a user meets it: the chain by hand, and bad input, each a one-line error that loses nothing."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+import torch
+from click.testing import CliRunner
+
+from correctnet import compensation, data, models, stages, storage, training
+from correctnet.cli import main
+from correctnet.config import READS
+
+FAST = ["--quiet", "--threads", "1", "--batch", "64"]
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def succeed(*arguments):
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def fail(*arguments):
+    """Run a command that must fail as users' errors do, and give its only line."""
+    result = run(*arguments)
+    assert result.exit_code == 2, (result.exit_code, result.output, result.exception)
+    lines = [line for line in result.output.splitlines() if line.startswith(("error:", "Error:"))]
+    assert len(lines) == 1, result.output
+    assert "Traceback" not in result.output
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """Every stage by hand on digits, with tiny budgets."""
+    folder = tmp_path_factory.mktemp("chain")
+    succeed("pretrain", *FAST, "--epochs", 4, "--out", folder / "pretrain", "--work", folder / "work")
+    pre = ("--pretrained", folder / "pretrain")
+    succeed("suppress", *FAST, "--epochs", 1, *pre, "--out", folder / "suppress")
+    succeed("inject", *FAST, "--epochs", 1, *pre, "--out", folder / "inject")
+    sup = ("--suppressed", folder / "suppress")
+    few = ["--quiet", "--threads", "1", "--chips", 3]
+    succeed("sweep", *few, "--images", 50, "--threshold", 1, *pre, *sup, "--out", folder / "sweep")
+    (folder / "candidates.json").write_text('{"candidates": ["conv1.layer", "conv2.layer"]}')
+    found = ("--candidates", folder / "candidates.json")
+    small = [*few, "--images", 50, "--train-images", 100, "--evaluations", 3]
+    succeed("search", *small, *sup, *found, "--limit", 0.02, "--out", folder / "search")
+    best = ("--found", folder / "search" / "best.json")
+    succeed("compensate", *FAST, "--epochs", 1, *sup, *best, "--out", folder / "compensate")
+    return folder
+
+
+def test_help_names_every_setting_with_its_default():
+    for stage in READS:
+        text = succeed(stage, "--help").output
+        assert "--seed" in text
+        assert "default:" in text
+    text = " ".join(succeed("suppress", "--help").output.split())
+    assert "--beta FLOAT weight of the regulariser in the loss [suppress.beta; default: 0.0001]" in text
+    for name in (*READS, "table", "figure", "merge", "collect", "fetch", "check", "show"):
+        assert name in succeed("--help").output
+
+
+def test_the_chain_leaves_what_it_says(chain):
+    for stage in ("pretrain", "suppress", "inject", "compensate"):
+        names = {path.name for path in (chain / stage).iterdir()}
+        assert names == {"model.safetensors", "model.json", "log.csv"}
+    assert list((chain / "work").iterdir()) == [], "a finished training leaves no checkpoint behind"
+    description = storage.read_json(chain / "compensate" / "model.json")
+    assert [h["stage"] for h in description["history"]] == ["pretrain", "suppress", "compensate"]
+    assert [h["epochs"] for h in description["history"]] == [4, 1, 1]
+    log = pd.read_csv(chain / "search" / "log.csv")
+    best = json.loads((chain / "search" / "best.json").read_text())
+    assert best["mean"] == log["mean"].max()
+    assert best["overhead"] <= 0.02
+    model, _ = stages.read_network(chain / "compensate")
+    assert set(description["compensation"]["filters"]) == {name.removesuffix(".original") for name in best["filters"]}
+    expected = sum(p.numel() for p in compensation.compensation_parameters(model)) / 61706
+    assert description["overhead"] == pytest.approx(expected)
+
+
+def test_training_the_compensators_leaves_the_network_as_it_was(chain):
+    suppressed, _ = storage.read_model(chain / "suppress")
+    compensated, _ = storage.read_model(chain / "compensate")
+    kept = {k.replace(".original", ""): v for k, v in compensated.items()}
+    assert all(torch.equal(kept[k], v) for k, v in suppressed.items())
+
+
+def test_the_sweep_is_about_validation_images(chain):
+    summary = storage.read_json(chain / "sweep" / "candidates.json")
+    model, _ = stages.read_network(chain / "pretrain")
+    validation = data.load("digits").validation.take(50)
+    with torch.no_grad():
+        accuracy = models.accuracy(model(validation.images), validation.labels)
+    assert summary["original"] == pytest.approx(accuracy)
+    table = pd.read_csv(chain / "sweep" / "accuracy.csv")
+    assert table.groupby("layer").size().to_dict() == dict.fromkeys(range(1, 6), 3)
+    assert (table["sample"] >= 2**30).all()
+
+
+def test_chunks_of_an_evaluation_merge_to_the_whole(chain):
+    notes = [a for note in ("pair=p", "row=r", "label=l") for a in ("--note", note)]
+    common = ["--quiet", "--threads", "1", "--model", chain / "compensate", *notes, "--images", 100]
+    succeed("evaluate", *common, "--chips", 5, "--out", chain / "whole.csv")
+    succeed("evaluate", *common, "--chips", 3, "--out", chain / "a.csv")
+    succeed("evaluate", *common, "--chips", 2, "--start", 3, "--out", chain / "b.csv")
+    succeed("merge", chain / "b.csv", chain / "a.csv", "--out", chain / "merged.csv")
+    assert (chain / "merged.csv").read_text() == (chain / "whole.csv").read_text()
+    fail("merge", chain / "a.csv", chain / "a.csv", "--out", chain / "twice.csv")
+    table = pd.read_csv(chain / "whole.csv")
+    assert set(table["epochs"]) == {"4 pretrain + 1 suppress + 1 compensate"}
+    assert set(table["dataset"]) == {"digits"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--sigma", "-0.1"], "error: command line: variation.sigma: Input should be greater than or equal to 0"),
+        (["--beta", "-1"], "error: command line: suppress.beta: Input should be greater than or equal to 0"),
+        (["--settings", "{"], "error: --settings: not JSON"),
+        (["--settings", '{"supress": {}}'], "supress: unknown key (did you mean 'suppress'?)"),
+        (["--config", "config.yaml"], "error: --config and --pair"),
+        (["--dataset", "mnits"], "'mnits' is not one of"),
+        (["--pretrained", "nowhere"], "nowhere/model.json: no such file"),
+    ],
+)
+def test_bad_options(chain, tmp_path, arguments, line):
+    given = ["--pretrained", chain / "pretrain", "--out", tmp_path / "out", "--quiet", *arguments]
+    assert line in fail("suppress", *given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_network_and_pair(tmp_path):
+    assert "'resnet' is not one of" in fail("pretrain", "--network", "resnet", "--out", tmp_path)
+    options = ["--config", "config.yaml", "--out", tmp_path]
+    assert "no pair 'lenet'" in fail("pretrain", *options, "--pair", "lenet")
+    assert "no row 'best'" in fail("pretrain", *options, "--pair", "lenet5-digits", "--row", "best")
+
+
+@pytest.mark.parametrize("limit", ["0", "-0.01", "1.5"])
+def test_a_limit_of_zero(chain, tmp_path, limit):
+    given = ["--suppressed", chain / "suppress", "--candidates", chain / "candidates.json", "--out", tmp_path]
+    assert "--limit is a fraction above 0" in fail("search", *given, "--limit", limit)
+
+
+def test_candidates_of_another_network(chain, tmp_path):
+    (tmp_path / "c.json").write_text('{"candidates": ["conv7"]}')
+    given = ["--suppressed", chain / "suppress", "--candidates", tmp_path / "c.json", "--out", tmp_path, "--quiet"]
+    assert "names no candidate layers of this network" in fail("search", *given)
+
+
+def test_missing_and_truncated_data(tmp_path, monkeypatch):
+    import pooch
+
+    def no_network(*args, **kwargs):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(pooch, "retrieve", no_network)
+    options = ["--dataset", "mnist", "--data-dir", tmp_path, "--out", tmp_path / "out", "--quiet"]
+    line = fail("pretrain", *options)
+    assert "train-images-idx3-ubyte" in line
+    assert str(tmp_path) in line
+    assert "CORRECTNET_DATA" in line
+    folder = tmp_path / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for file in (*data.SOURCES["mnist"].train, *data.SOURCES["mnist"].test):
+        (folder / file.name).write_bytes(b"\0" * 1000)
+    assert "train-images-idx3-ubyte: 1000 bytes, 47040016 expected" in fail("pretrain", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_corrupt_model(chain, tmp_path):
+    for name in ("model.safetensors", "model.json"):
+        (tmp_path / name).write_bytes((chain / "pretrain" / name).read_bytes())
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    line = fail("evaluate", "--model", tmp_path, "--out", tmp_path / "e.csv", "--quiet")
+    assert "model.safetensors: damaged" in line
+    assert not (tmp_path / "e.csv").exists()
+
+
+def test_an_unwritable_results_folder(chain):
+    line = fail("evaluate", "--model", chain / "pretrain", "--chips", 1, "--out", "/proc/nothing/e.csv", "--quiet")
+    assert "/proc/nothing/e.csv: cannot be written" in line
+
+
+def test_a_disk_that_fills_in_mid_training_loses_nothing(tmp_path, monkeypatch):
+    options = [*FAST, "--epochs", 3, "--out", tmp_path / "out", "--work", tmp_path / "work"]
+    fsync, written = os.fsync, []
+
+    def full(handle):
+        written.append(handle)
+        if len(written) == 3:  # the checkpoint and the log of the first epoch, then no more
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    line = fail("pretrain", *options)
+    assert "pretrain.safetensors: cannot be written: No space left on device" in line
+    monkeypatch.undo()
+    assert [p.name for p in (tmp_path / "work").iterdir()] == ["pretrain.safetensors"]
+    succeed("pretrain", *options)
+    assert list(pd.read_csv(tmp_path / "out" / "log.csv")["process"]) == [1, 2, 2]
+    succeed("pretrain", *FAST, "--epochs", 3, "--out", tmp_path / "whole")
+    resumed, whole = (storage.read_model(tmp_path / name)[0] for name in ("out", "whole"))
+    assert all(torch.equal(resumed[k], v) for k, v in whole.items())
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_a_killed_stage_goes_on(tmp_path, sent):
+    command = [sys.executable, "-m", "correctnet.cli", "pretrain", *FAST, "--epochs", "12"]
+    command += ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "out" / "log.csv"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (not log.exists() or len(pd.read_csv(log)) < 2):
+        time.sleep(0.02)
+    process.send_signal(sent)
+    assert process.wait(30) != 0
+    done = len(pd.read_csv(log))
+    assert 2 <= done < 12
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    rows = pd.read_csv(log)
+    assert list(rows["epoch"]) == list(range(1, 13))
+    counts = rows["process"].value_counts().to_dict()
+    assert counts[1] in (done, done + 1), "an epoch may have ended between the look and the signal"
+    assert counts[1] + counts[2] == 12
+    succeed("pretrain", *FAST, "--epochs", 12, "--out", tmp_path / "whole")
+    resumed, whole = (storage.read_model(tmp_path / name)[0] for name in ("out", "whole"))
+    assert all(torch.equal(resumed[k], v) for k, v in whole.items())
+
+
+def test_threads_stay_within_the_process_s_cpus(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
+    stages.set_threads(64)
+    stages.set_threads(2)
+    assert asked[0] <= 3
+    assert asked == [asked[0], min(2, asked[0])]
+
+
+def test_cuda_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--device cuda: torch sees no CUDA device" in fail("pretrain", "--device", "cuda", "--out", tmp_path)
+
+
+def test_no_candidates_gives_the_suppressed_network(chain, tmp_path):
+    (tmp_path / "c.json").write_text('{"candidates": []}')
+    sup = ("--suppressed", chain / "suppress")
+    options = ["--quiet", "--threads", "1", "--chips", 2, "--images", 50]
+    succeed("search", *options, *sup, "--candidates", tmp_path / "c.json", "--out", tmp_path / "search")
+    found = ("--found", tmp_path / "search" / "best.json")
+    succeed("compensate", *FAST, *sup, *found, "--out", tmp_path / "compensate")
+    before, after = storage.read_model(chain / "suppress")[0], storage.read_model(tmp_path / "compensate")[0]
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_check_and_show(chain):
+    assert "no mistakes" in succeed("check", "config.yaml").output
+    shown = json.loads(succeed("show", chain / "compensate").output)
+    assert shown["network"]["name"] == "lenet5"
+
+
+def test_checkpoints_are_for_their_settings(tmp_path):
+    # A killed run whose settings are then changed starts anew: no weights of the old settings leak into the new.
+    options = [*FAST, "--out", tmp_path / "out", "--work", tmp_path / "work"]
+    save, saved = training.Checkpoint.save, []
+
+    class Killed(Exception):
+        pass
+
+    def once(self, *arguments):
+        save(self, *arguments)
+        saved.append(1)
+        raise Killed
+
+    training.Checkpoint.save = once
+    try:
+        assert isinstance(run("pretrain", *options, "--epochs", 2).exception, Killed)
+    finally:
+        training.Checkpoint.save = save
+    succeed("pretrain", *options, "--epochs", 2, "--learning-rate", 0.002)
+    assert list(pd.read_csv(tmp_path / "out" / "log.csv")["process"]) == [1, 1]

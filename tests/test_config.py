@@ -1,0 +1,135 @@
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from correctnet.config import READS, VERSIONS, Config, Settings
+from correctnet.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = yaml.safe_load((ROOT / "config.yaml").read_text())
+
+
+def changed(path, value, base=SHIPPED):
+    """The shipped configuration with one key (a dotted path) changed."""
+    config = copy.deepcopy(base)
+    *groups, leaf = path.split("/")
+    target = config
+    for group in groups:
+        target = target.setdefault(group, {})
+    target[leaf] = value
+    return config
+
+
+def test_the_shipped_configuration_is_right():
+    config = Config.load(ROOT / "config.yaml")
+    assert config.runs["paper"] == ("lenet5-mnist", "lenet5-cifar10", "vgg16-cifar10", "vgg16-cifar100")
+    settings = config.settings("vgg16-cifar100", "correctnet")
+    assert (settings.variation.sigma, settings.sweep.threshold, settings.suppress.k) == (0.5, 0.95, 1.0)
+    assert settings.search.limits == (0.01, 0.02, 0.03)
+    assert settings.evaluate.chips == 250
+    assert settings.evaluate.images is None
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "line"),
+    [
+        ("defaults/sweep/treshold", 0.9, "defaults.sweep.treshold: unknown key (did you mean 'threshold'?)"),
+        ("result", "x", "result: unknown key (did you mean 'results'?)"),
+        ("defaults/variation/sigma", -0.1, "defaults.variation.sigma: Input should be greater than or equal to 0"),
+        ("pairs/lenet5-mnist/suppress/beta", "big", "pairs.lenet5-mnist.suppress.beta: Input should be a valid number"),
+        ("defaults/variation/sigma", float("nan"), "defaults.variation.sigma: Input should be a finite number"),
+        ("defaults/search/limits", [0.01, 0], "defaults.search.limits: limits are fractions above 0"),
+        ("defaults/search/limits", [], "defaults.search.limits: limits are fractions above 0"),
+        ("defaults/search/ratios", [0.5, 1.0], "defaults.search.ratios: ratios need 0"),
+        ("pairs/lenet5-mnist/network/name", "lenet", "pairs.lenet5-mnist.network.name: Input should be 'lenet5'"),
+        ("pairs/lenet5-mnist/network/widths", [1, 2], "pairs.lenet5-mnist.network.widths: four positive widths"),
+        ("runs/paper", ["lenet5-mnits"], "runs.paper: no pair 'lenet5-mnits' (did you mean 'lenet5-mnist'?)"),
+        ("pairs/lenet5-mnist/rows", ["unprotected", "corectnet"], "no row 'corectnet' (did you mean 'correctnet'?)"),
+        ("pairs/lenet5-mnist/rows", ["correctnet"], "the first row must evaluate the original network"),
+        ("pairs/lenet5-mnist/rows", ["unprotected", "recalibrated"], "'recalibrated' recalibrates BatchNorm"),
+        ("rows/unprotected/evaluate", "prune", "rows.unprotected.evaluate: Input should be 'pretrain'"),
+        ("rows/Bad_Row", {"evaluate": "pretrain", "label": "x"}, "rows.Bad_Row: a name of lower-case letters"),
+        ("device", "tpu", "device: Input should be 'cpu' or 'cuda'"),
+        ("rows/correctnet/set", {"sweep": {"chips": 0}}, "rows.correctnet.set.sweep.chips: Input should be greater"),
+        ("defaults/evaluate/sigmas", [0.0], "defaults.evaluate.sigmas: sigmas lie above 0"),
+    ],
+)
+def test_mistakes_are_one_line_each(path, value, line):
+    with pytest.raises(UserError) as caught:
+        Config.check(changed(path, value))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("config.yaml: ")
+    assert line in lines[0]
+
+
+def test_every_mistake_is_named_at_once():
+    config = changed("defaults/sweep/chips", 0, changed("runs/quick", ["nothing"], changed("defaults/sed", 1)))
+    with pytest.raises(UserError) as caught:
+        Config.check(config)
+    text = str(caught.value)
+    assert len(text.splitlines()) == 3
+    assert all(part in text for part in ("defaults.sweep.chips", "runs.quick", "defaults.sed"))
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "", "\x00"])
+def test_files_that_are_no_configuration(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"c\.yaml: "):
+        Config.load(tmp_path / "c.yaml")
+    with pytest.raises(UserError, match="No such file"):
+        Config.load(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("stage", READS)
+def test_a_stage_gets_what_it_reads_and_nothing_else(stage):
+    settings = Settings()
+    text = settings.canonical(stage)
+    values = json.loads(text)
+    assert values.pop("version") == VERSIONS[stage]
+    assert Settings.from_canonical(text, stage).canonical(stage) == text
+    view = settings.of(stage)
+    for section in ("data", "network", "variation", "pretrain", "suppress", "search", "compensate", "evaluate"):
+        assert hasattr(view, section) == (section in values)
+
+
+def test_a_stage_s_string_changes_with_what_it_reads_only():
+    config = Config.check(SHIPPED)
+    before = config.settings("lenet5-mnist", "correctnet")
+    after = Config.check(changed("pairs/lenet5-mnist/suppress/beta", 0.5)).settings("lenet5-mnist", "correctnet")
+    assert {s for s in READS if before.canonical(s) != after.canonical(s)} == {"suppress"}
+    after = Config.check(changed("defaults/variation/sigma", 0.4)).settings("lenet5-mnist", "correctnet")
+    assert {s for s in READS if before.canonical(s) != after.canonical(s)} == set(READS) - {"pretrain"}
+
+
+def test_rows_share_the_stages_in_which_they_agree():
+    config = Config.check(SHIPPED)
+    pair = "lenet5-mnist"
+    assert config.variant(pair, "correctnet", "compensate") == ""
+    assert config.variant(pair, "correctnet-t99", "suppress") == ""
+    assert config.variant(pair, "correctnet-t99", "sweep") == "@correctnet-t99"
+    assert config.variant(pair, "correctnet-t99", "compensate") == "@correctnet-t99"
+    assert config.variant(pair, "random-search", "sweep") == ""
+    assert config.variant(pair, "random-search", "search") == "@random-search"
+    assert config.variant(pair, "random-search", "compensate") == "@random-search", "its input differs"
+    # Two rows that make the same change share one run of it, under the name of the first.
+    twins = changed("rows/b", {"evaluate": "suppress", "label": "b", "set": {"suppress": {"beta": 9.0}}})
+    twins = changed("rows/a", {"evaluate": "suppress", "label": "a", "set": {"suppress": {"beta": 9.0}}}, twins)
+    twins["pairs"][pair]["rows"] = ["unprotected", "b", "a"]
+    config = Config.check(twins)
+    assert config.variant(pair, "a", "suppress") == config.variant(pair, "b", "suppress") == "@b"
+
+
+def test_swapped_numbers_are_noticed():
+    a = Settings.model_validate({"suppress": {"beta": 0.1, "k": 0.2}}).canonical("suppress")
+    b = Settings.model_validate({"suppress": {"beta": 0.2, "k": 0.1}}).canonical("suppress")
+    assert a != b
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"version": 99}', '{"sweep": {"chip": 3}}'])
+def test_bad_settings_strings(text):
+    with pytest.raises(UserError, match="--settings"):
+        Settings.from_canonical(text, "sweep")

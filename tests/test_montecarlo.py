@@ -1,0 +1,161 @@
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from torch import nn
+
+from correctnet.analog import analog_layers, chip_of, convert, program
+from correctnet.errors import UserError
+from correctnet.montecarlo import COLUMNS, Result, clean_accuracy, count_correct, evaluate
+from correctnet.variation import LogNormalVariation
+
+
+def result(accuracies, images=1000, start=0, seed=0):
+    rows = [(start + i, round(a * images), images, a, seed) for i, a in enumerate(accuracies)]
+    return Result(pd.DataFrame(rows, columns=COLUMNS))
+
+
+def test_every_chip_is_evaluated_on_all_images(tiny, blobs):
+    analog = convert(tiny, LogNormalVariation(0.5), seed=2)
+    found = evaluate(analog, blobs, 4, start=5, batch=64, progress=False)
+    for i, sample in enumerate(range(5, 9)):
+        program(analog, sample)
+        with torch.no_grad():
+            right = (analog(blobs.images).argmax(1) == blobs.labels).sum().item()
+        row = found.table.iloc[i]
+        assert (row["sample"], row["correct"], row["images"], row["seed"]) == (sample, right, 300, 2)
+        assert row["accuracy"] == right / 300
+
+
+def test_what_was_programmed_before_is_restored(tiny, blobs):
+    analog = convert(tiny, LogNormalVariation(0.5))
+    program(analog, 77, first_layer=1)
+    evaluate(analog, blobs, 2, progress=False)
+    assert (chip_of(analog).sample, chip_of(analog).first_layer) == (77, 1)
+    assert clean_accuracy(analog, blobs) == clean_accuracy(tiny, blobs)
+
+
+@given(st.integers(1, 6), st.integers(0, 5), st.integers(1, 300))
+def test_chunks_and_batches_do_not_matter(chips, cut, batch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    images, labels = torch.randn(200, 1, 2, 2), torch.arange(200) % 3
+    analog = convert(model, LogNormalVariation(1.0))
+    whole = evaluate(analog, (images, labels), chips, progress=False)
+    cut = min(cut, chips)
+    parts = [(0, cut), (cut, chips - cut)]
+    found = Result.concatenate(
+        evaluate(analog, (images, labels), n, start=s, batch=batch, progress=False) for s, n in reversed(parts) if n
+    )
+    pd.testing.assert_frame_equal(whole.table, found.table)
+
+
+def test_a_loader_of_batches(tiny, blobs):
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(blobs.images, blobs.labels), batch_size=50)
+    analog = convert(tiny, LogNormalVariation(0.5))
+    by_loader = evaluate(analog, loader, 3, progress=False)
+    by_tensor = evaluate(analog, (blobs.images, blobs.labels), 3, progress=False)
+    pd.testing.assert_frame_equal(by_loader.table, by_tensor.table)
+
+
+def test_statistics_are_the_textbook_s():
+    values = np.array([0.90, 0.92, 0.95, 0.91, 0.97])
+    found = result(values)
+    assert found.mean == pytest.approx(0.93)
+    assert found.std == pytest.approx(np.sqrt(sum((values - 0.93) ** 2) / 4))
+    # t(0.975, 4) = 2.776 in any table of Student's distribution
+    half = 2.776445 * found.std / np.sqrt(5)
+    interval = found.interval()
+    assert (interval.low, interval.high) == pytest.approx((0.93 - half, 0.93 + half))
+    assert found.percentile(50) == 0.92
+
+
+def test_yield_has_wilson_s_interval():
+    found = result([0.94, 0.95, 0.96, 0.97] * 5)
+    good = found.yield_at(0.95)
+    assert good.estimate == 0.75  # at or above
+    # Wilson: (p + z^2/2n +- z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n)
+    z, n, p = 1.959964, 20, 0.75
+    centre, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    expected = (centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)
+    assert (good.low, good.high) == pytest.approx(expected, rel=1e-5)
+
+
+def test_intervals_cover_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    hits = sum(i.low <= 0.9 <= i.high for i in (result(rng.normal(0.9, 0.02, 10)).interval(0.9) for _ in range(1000)))
+    assert abs(hits / 1000 - 0.9) < 4 * np.sqrt(0.9 * 0.1 / 1000)
+
+
+def test_paired_comparison_is_scipy_s():
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(0.9, 0.05, 30), rng.normal(0.88, 0.05, 30)
+    difference = result(a).minus(result(b))
+    expected = stats.ttest_rel(a, b).confidence_interval(0.95)
+    assert (difference.low, difference.high) == pytest.approx((expected.low, expected.high))
+
+
+@pytest.mark.parametrize("other", [{"start": 1}, {"images": 500}, {"seed": 1}])
+def test_only_the_same_chips_are_compared(other):
+    with pytest.raises(UserError, match="same chips"):
+        result([0.9, 0.8]).minus(result([0.9, 0.8], **other))
+
+
+def test_one_chip():
+    found = result([0.9])
+    assert (found.std, found.interval().low, found.interval().high) == (0.0, 0.9, 0.9)
+
+
+def test_csv_round_trip(tmp_path):
+    found = result(np.random.default_rng(0).random(20))
+    found.to_csv(tmp_path / "r.csv")
+    pd.testing.assert_frame_equal(Result.from_csv(tmp_path / "r.csv").table, found.table)
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        Result.from_csv(tmp_path / "none.csv")
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="not a Monte Carlo result"):
+        Result.from_csv(tmp_path / "x.csv")
+
+
+def test_chunks_that_overlap_or_differ():
+    with pytest.raises(UserError, match="a chip comes twice"):
+        Result.concatenate([result([0.9, 0.8]), result([0.7], start=1)])
+    with pytest.raises(UserError, match="different numbers of images"):
+        Result.concatenate([result([0.9]), result([0.7], start=1, images=10)])
+
+
+def test_bad_calls(tiny, blobs):
+    analog = convert(tiny, LogNormalVariation(0.5))
+    with pytest.raises(UserError, match="at least 1"):
+        evaluate(analog, blobs, 0)
+    with pytest.raises(UserError, match="convert"):
+        evaluate(tiny, blobs, 1)
+    with pytest.raises(UserError, match="300 images and 3 labels"):
+        evaluate(analog, (blobs.images, blobs.labels[:3]), 1, progress=False)
+    with pytest.raises(UserError, match="many times"):
+        evaluate(analog, iter([(blobs.images, blobs.labels)]), 1, progress=False)
+    with pytest.raises(UserError, match="no images"):
+        count_correct(tiny, [])
+
+
+def test_variation_hurts_more_with_more_layers(tiny, blobs):
+    analog = convert(tiny, LogNormalVariation(0.8))
+    layers = len(analog_layers(analog))
+    none = evaluate(analog, blobs, 3, first_layer=layers, progress=False)
+    assert set(none.accuracies) == {clean_accuracy(tiny, blobs)}
+
+
+def test_plot():
+    import matplotlib.pyplot as plt
+
+    found = result(np.random.default_rng(0).normal(0.9, 0.02, 50))
+    ax = found.plot(label="mine")
+    heights = [bar.get_height() for bar in ax.containers[0]]
+    assert sum(heights) == 50
+    plt.close(ax.figure)

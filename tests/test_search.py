@@ -1,0 +1,191 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from correctnet import search as searching
+from correctnet.config import Search
+from correctnet.errors import UserError
+from correctnet.search import Log, Policy, Problem, read_log, reward, search
+
+WIDTHS = (64, 64, 128, 128, 256, 256)
+RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
+# What one filter of a layer costs and what compensating it fully brings: the early layers matter, as in the paper.
+GAIN = np.array([0.20, 0.16, 0.10, 0.05, 0.01, 0.01])
+
+
+def settings(**changes):
+    return SimpleNamespace(**{**Search().model_dump(), **changes})
+
+
+def synthetic(limit=0.02, calls=None):
+    """A search with a known optimum: accuracy saturates in S, overhead grows with filters x width."""
+
+    def overhead(filters):
+        return sum(m * n for m, n in zip(filters, WIDTHS, strict=True)) / 3e6
+
+    def score(filters):
+        if calls is not None:
+            calls.append(filters)
+        s = np.array(filters) / np.array(WIDTHS)
+        return 0.45 + float((GAIN * (1 - (1 - s) ** 3)).sum()), 0.01
+
+    return Problem(WIDTHS, RATIOS, limit, overhead, score)
+
+
+def optimum(problem):
+    """The best mean over all 5^6 states, by brute force."""
+    states = np.stack(np.meshgrid(*[range(5)] * 6, indexing="ij"), -1).reshape(-1, 6)
+    fitting = (problem.filters(a) for a in states.tolist())
+    return max(problem.score(f)[0] for f in fitting if problem.overhead(f) <= problem.limit)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "overhead", "expected"),
+    [(0.67, 0.01, 0.02, 0.64), (0.67, 0.01, 0.03, 0.63), (None, None, 0.031, -0.031), (0.9, 0.0, 0.5, -0.5)],
+)
+def test_reward_is_equation_12(mean, std, overhead, expected):
+    assert reward(mean, std, overhead, limit=0.03) == pytest.approx(expected)
+
+
+def test_reinforce_finds_the_known_optimum_and_does_better_than_chance():
+    best = {"reinforce": [], "random": []}
+    for seed in range(3):
+        for strategy, found in best.items():
+            problem = synthetic()
+            wanted = settings(strategy=strategy, evaluations=150, episodes=400, rollouts=8)
+            log = search(problem, wanted, seed, progress=False)
+            assert log.evaluations <= 150
+            found.append(log.best().mean)
+    top = optimum(synthetic())
+    assert max(best["reinforce"]) > top - 0.005
+    assert np.mean(best["reinforce"]) > np.mean(best["random"])
+
+
+def test_the_policy_learns(monkeypatch):
+    # The states that it draws late are far better than those that it draws first.
+    drawn = []
+    explore = Log.explore
+
+    def recording(log, filters, episode):
+        drawn.append(explore(log, filters, episode).reward)
+        return explore(log, filters, episode)
+
+    monkeypatch.setattr(Log, "explore", recording)
+    search(synthetic(), settings(evaluations=10**6, episodes=100, rollouts=8), 0, progress=False)
+    assert np.mean(drawn[-80:]) > np.mean(drawn[:80]) + 0.15
+
+
+def test_what_does_not_fit_is_never_trained_and_nothing_is_trained_twice():
+    calls = []
+    problem = synthetic(limit=0.005, calls=calls)
+    log = search(problem, settings(evaluations=40, episodes=100, rollouts=8), 0, progress=False)
+    assert len(calls) == len(set(calls)) == log.evaluations == 40
+    assert all(problem.overhead(f) <= 0.005 for f in calls)
+    above = [s for s in log.states.values() if s.overhead > 0.005]
+    assert above
+    assert all(s.mean is None and s.reward == -s.overhead for s in above)
+
+
+def test_states_that_round_to_the_same_filters_are_one():
+    calls = []
+
+    def score(filters):
+        calls.append(filters)
+        return 0.5, 0.0
+
+    problem = Problem((2, 2), (0.0, 0.4, 0.5, 0.6), 1.0, lambda f: sum(f) / 100, score)
+    search(problem, settings(evaluations=50, episodes=50), 0, progress=False)
+    assert sorted(calls) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("strategy", ["reinforce", "random"])
+@pytest.mark.parametrize("after", [1, 5, 12])
+def test_a_killed_search_resumes_from_its_log(tmp_path, strategy, after):
+    wanted = settings(strategy=strategy, evaluations=15, episodes=40)
+    whole = search(synthetic(), wanted, 7, tmp_path / "whole.csv", progress=False)
+
+    calls = []
+    problem = synthetic(calls=calls)
+
+    def dying(filters):
+        if len(calls) == after:
+            raise Killed
+        return problem.score(filters)
+
+    killed = Problem(problem.widths, problem.ratios, problem.limit, problem.overhead, dying)
+    with pytest.raises(Killed):
+        search(killed, wanted, 7, tmp_path / "log.csv", progress=False)
+    again = []
+    resumed = search(synthetic(calls=again), wanted, 7, tmp_path / "log.csv", progress=False)
+    assert len(calls) + len(again) == 15, "evaluations are not done again"
+    assert not set(calls) & set(again)
+    assert resumed.best() == pytest.approx(whole.best()) or resumed.best().filters == whole.best().filters
+    columns = [c for c in searching.COLUMNS if c != "seconds"]
+    logs = [pd.read_csv(tmp_path / name)[columns] for name in ("log.csv", "whole.csv")]
+    pd.testing.assert_frame_equal(*logs)
+
+
+def test_log_columns(tmp_path):
+    search(synthetic(), settings(evaluations=5), 0, tmp_path / "log.csv", progress=False)
+    log = pd.read_csv(tmp_path / "log.csv")
+    assert list(log.columns) == searching.COLUMNS
+    first = log.iloc[0]
+    assert (first["filters"], first["layers"], first["overhead"]) == ("0 0 0 0 0 0", 0, 0.0)
+    trained = log.dropna(subset=["mean"])
+    expected = trained["mean"] - trained["std"] - trained["overhead"]
+    assert np.allclose(trained["reward"], expected)
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "evaluation,episode\n1,1\n"])
+def test_a_damaged_log_is_named(tmp_path, text):
+    (tmp_path / "log.csv").write_text(text)
+    with pytest.raises(UserError, match=r"log\.csv: not a search log"):
+        read_log(tmp_path / "log.csv")
+
+
+def test_no_candidates_is_a_result():
+    problem = Problem((), RATIOS, 0.01, lambda f: 0.0, lambda f: (0.9, 0.01))
+    best = search(problem, settings(), 0, progress=False).best()
+    assert (best.filters, best.mean) == ((), 0.9)
+
+
+@given(st.integers(0, 2**31), st.integers(1, 5), st.integers(1, 6))
+def test_log_probabilities_are_those_of_the_drawn_sequences(seed, layers, rollouts):
+    torch.manual_seed(0)
+    policy = Policy(layers, 3)
+    torch.nn.init.normal_(policy.head.weight)
+    offered = torch.ones(layers, 3, dtype=torch.bool)
+    offered[0, 1] = False
+    actions, logs, entropy = policy(offered, torch.Generator().manual_seed(seed), rollouts)
+    assert actions.shape == (rollouts, layers)
+    assert (actions[:, 0] != 1).all(), "an action that is not offered is never drawn"
+    assert ((entropy >= 0) & (entropy <= layers * np.log(3) + 1e-4)).all()
+    # Every sequence's probability, by walking the LSTM by hand.
+    for row, log in zip(actions, logs, strict=True):
+        state, before, total = None, torch.zeros(1, 3), 0.0
+        for i, action in enumerate(row):
+            where = torch.zeros(1, layers)
+            where[0, i] = 1
+            state = policy.cell(torch.cat([before, where], 1), state)
+            p = policy.head(state[0])[0].masked_fill(~offered[i], -torch.inf).softmax(0)
+            total += p[action].log().item()
+            before = torch.nn.functional.one_hot(action, 3).float()[None]
+        assert log.item() == pytest.approx(total, abs=1e-4)
+
+
+def test_the_start_is_uniform_over_the_offered_actions():
+    policy = Policy(2, 4)
+    offered = torch.tensor([[True, True, True, True], [True, False, False, True]])
+    actions, _, _ = policy(offered, torch.Generator().manual_seed(0), 4000)
+    shares = [torch.bincount(actions[:, i], minlength=4) / 4000 for i in range(2)]
+    assert torch.allclose(shares[0], torch.full((4,), 0.25), atol=0.04)
+    assert torch.allclose(shares[1], torch.tensor([0.5, 0, 0, 0.5]), atol=0.04)
