@@ -1,1 +1,37 @@
 """CorrectNet: neural networks under the device variation of analog in-memory hardware."""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# The public names, and the modules that they come from; imported when first used, so that the command line, which
+# needs few of them, starts at once.
+_PUBLIC = {
+    "LogNormalVariation": "variation",
+    "Variation": "variation",
+    "convert": "analog",
+    "program": "analog",
+    "programmed": "analog",
+    "check_coverage": "analog",
+    "evaluate": "montecarlo",
+    "clean_accuracy": "montecarlo",
+    "Result": "results",
+    "compensate": "compensation",
+    "overhead": "compensation",
+    "save": "compensation",
+    "load": "compensation",
+    "fit_compensators": "compensation",
+    "UserError": "errors",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'correctnet' has no attribute {name!r}")
+    return getattr(import_module(f"correctnet.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

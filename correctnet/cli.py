@@ -157,15 +157,17 @@ def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(
         data_dir: str | None, device: str, threads: int | None, work: Path | None, quiet: bool, **arguments: Any
     ) -> Any:
+        out: Path = arguments["out"]
+        work = work or out.parent / ".resume" / out.name
         return function(runtime=_runtime(data_dir, device, threads, work, quiet), **arguments)
 
     call.__doc__, call.__name__ = function.__doc__, function.__name__
     call.__click_params__ = list(getattr(function, "__click_params__", []))  # type: ignore[attr-defined]
     for option in (
         click.option("--quiet", is_flag=True, help="No progress bars."),
-        click.option("--work", type=PATH, help="Folder for what a killed run needs to go on; none: it begins anew."),
+        click.option("--work", type=PATH, help="What a killed run needs to go on.  [default: .resume beside --out]"),
         click.option("--threads", type=click.IntRange(1), help="At most this many CPU threads.  [default: all]"),
-        click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True),
+        click.option("--device", type=click.Choice(["cpu", "cuda"]), envvar="CORRECTNET_DEVICE", default="cpu"),
         click.option(
             "--data-dir", envvar="CORRECTNET_DATA", help="Where the data sets lie.  [CORRECTNET_DATA, else: data]"
         ),
@@ -174,7 +176,7 @@ def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _runtime(data_dir: str | None, device: str, threads: int | None, work: Path | None, quiet: bool) -> Runtime:
+def _runtime(data_dir: str | None, device: str, threads: int | None, work: Path, quiet: bool) -> Runtime:
     import torch
 
     from correctnet.stages import Runtime, available_cpus, set_threads
@@ -315,16 +317,19 @@ def evaluate(
     """Evaluate a model over chip samples: a CSV with the accuracy of each."""
     from correctnet import stages
 
-    columns = {}
-    for text in note:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise UserError(f"--note {text!r}: NAME=VALUE is expected")
-        columns[name] = value
+    columns = _pairs("--note", note)
     click.echo(
         stages.evaluate_chips(settings, model, out, runtime, chips=chips, start=start, split=split, **columns),
         err=True,
     )
+
+
+def _pairs(option: str, texts: tuple[str, ...]) -> dict[str, str]:
+    """NAME=VALUE texts as a dict."""
+    for text in texts:
+        if not text.partition("=")[0] or "=" not in text:
+            raise UserError(f"{option} {text!r}: NAME=VALUE is expected")
+    return dict(text.split("=", 1) for text in texts)
 
 
 @main.command("merge")
@@ -332,7 +337,7 @@ def evaluate(
 @click.option("--out", type=PATH, required=True, help="CSV that is written.")
 def merge_chunks(files: tuple[Path, ...], out: Path) -> None:
     """Put the CSVs of several chunks of one evaluation together, in the order of the chips."""
-    from correctnet.montecarlo import Result
+    from correctnet.results import Result
 
     Result.concatenate(Result.from_csv(path) for path in files).to_csv(out)
 
@@ -350,12 +355,13 @@ def collect(files: tuple[Path, ...], out: Path) -> None:
 @main.command()
 @click.argument("samples", type=PATH, nargs=-1, required=True)
 @click.option("--sigma", type=float, default=0.5, show_default=True, help="The sigma of the table.")
+@click.option("--label", multiple=True, metavar="ROW=LABEL", help="What a row is called; may be repeated.")
 @click.option("--out", type=PATH, required=True, help="CSV; a Markdown file of the same name is written beside it.")
-def table(samples: tuple[Path, ...], sigma: float, out: Path) -> None:
+def table(samples: tuple[Path, ...], sigma: float, label: tuple[str, ...], out: Path) -> None:
     """Table I of the paper from per-sample results."""
     from correctnet import storage, tables
 
-    rows = tables.table1(tables.read_samples(samples), sigma)
+    rows = tables.table1(tables.read_samples(samples), sigma, _pairs("--label", label))
     storage.write_csv(out, rows)
     storage.write_text(out.with_suffix(".md"), tables.markdown(rows, sigma))
     click.echo(out.with_suffix(".md").read_text(), err=True)

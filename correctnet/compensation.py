@@ -20,9 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from correctnet import storage
-from correctnet.analog import analog_candidates
+from correctnet.analog import analog_candidates, convert, program
+from correctnet.config import Compensate, validate
+from correctnet.data import Split
 from correctnet.errors import UserError
 from correctnet.models import Block, parameter_count
+from correctnet.training import Hooks, fit
+from correctnet.variation import TRAINING_CHIPS, Variation
 
 
 class Compensated(nn.Module):
@@ -185,6 +189,63 @@ def compensation_parameters(model: nn.Module) -> list[nn.Parameter]:
         for part in (m.generator, m.compensator)
         for p in part.parameters()
     ]
+
+
+def prepare(
+    model: nn.Module, filters: Mapping[str, int], section: Any, variation: Variation, seed: int
+) -> tuple[nn.Module, dict[str, Any], Hooks]:
+    """What training compensators takes: a converted copy of `model` with untrained ones, its plan, and the hooks.
+
+    The hooks program a fresh chip sample for every batch, `section.chips_per_batch` of them, from the range of
+    chips that nothing is evaluated on; the loss is the original one.
+
+    Args:
+        model: the digital network, suppressed or not.
+        filters: generator filters by layer name.
+        section: a `correctnet.config.Compensate` section.
+        variation: the device model.
+        seed: of the chips and of the initial weights.
+    """
+    plan = {"filters": dict(filters), "place": section.place, "seed": seed}
+    plan |= {"activation": section.activation, "init": section.init, "pool": section.pool}
+    analog = convert(compensate(model, **plan), variation, seed)
+    hooks = Hooks(
+        before_batch=lambda draw: program(analog, TRAINING_CHIPS + draw),
+        draws_per_batch=section.chips_per_batch,
+        frozen_batchnorm=section.freeze_batchnorm,
+    )
+    return analog, plan, hooks
+
+
+def fit_compensators(
+    model: nn.Module,
+    filters: Mapping[str, int],
+    images: Tensor,
+    labels: Tensor,
+    variation: Variation,
+    *,
+    seed: int = 0,
+    quiet: bool = False,
+    **settings: Any,
+) -> nn.Module:
+    """A compensated copy of `model` as a plain `nn.Module`, its generators and compensators trained.
+
+    Args:
+        model: any network that `correctnet.analog.convert` takes.
+        filters: generator filters by layer name, e.g. {"conv1": 16}; `filters_of` makes them from ratios.
+        images: (N, ...) training inputs, `labels`: (N,) their classes.
+        variation: the device model to compensate.
+        seed: of the batches, the chips and the initial weights.
+        quiet: no progress bar.
+        settings: fields of `correctnet.config.Compensate`, e.g. epochs=5, learning_rate=1e-3.
+    """
+    section = validate(Compensate, settings, "fit_compensators")
+    analog, plan, hooks = prepare(model, filters, section, variation, seed)
+    parameters = compensation_parameters(analog)
+    fit(analog, Split(images, labels), section, seed, parameters=parameters, hooks=hooks, quiet=quiet)
+    compensated = compensate(model, **plan).eval()
+    compensated.load_state_dict(analog.state_dict())
+    return compensated
 
 
 def save(model: nn.Module, path: str | Path, filters: Mapping[str, int], place: str = "layer", **options: Any) -> None:

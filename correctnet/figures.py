@@ -16,7 +16,7 @@ from correctnet import storage, tables
 from correctnet.errors import UserError
 
 if TYPE_CHECKING:
-    from correctnet.montecarlo import Result
+    from correctnet.results import Result
 
 # Okabe and Ito's palette, which people with any kind of colour blindness can tell apart.
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"

@@ -8,6 +8,7 @@ last and whole, and keeps what it needs to go on after a kill in a folder of its
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -29,7 +30,8 @@ from correctnet.analog import analog_candidates, check_coverage, convert, progra
 from correctnet.config import Settings, Stage
 from correctnet.data import DataSet
 from correctnet.errors import UserError
-from correctnet.montecarlo import Result, clean_accuracy, evaluate, record
+from correctnet.montecarlo import clean_accuracy, evaluate
+from correctnet.results import Result, record
 from correctnet.training import Checkpoint, Hooks, fit
 
 
@@ -174,24 +176,6 @@ def sweep(settings: Settings, pretrained: Path, suppressed: Path, out: Path, run
     storage.write_json(out / "candidates.json", {**found.summary(), "chips": s.sweep.chips, "images": len(images)})
 
 
-def compensable(
-    model: nn.Module, filters: dict[str, int], section: Any, variation_settings: Any, seed: int
-) -> tuple[nn.Module, dict[str, Any], Hooks]:
-    """A converted copy of `model` with untrained compensators, its plan, and the hooks that train them.
-
-    A fresh chip sample is drawn for every batch, `section.chips_per_batch` of them; the loss is the original one.
-    """
-    plan = {"filters": filters, "place": section.place, "seed": seed}
-    plan |= {"activation": section.activation, "init": section.init, "pool": section.pool}
-    analog = convert(compensation.compensate(model, **plan), variation.make(variation_settings), seed)
-    hooks = Hooks(
-        before_batch=lambda draw: program(analog, variation.TRAINING_CHIPS + draw),
-        draws_per_batch=section.chips_per_batch,
-        frozen_batchnorm=section.freeze_batchnorm,
-    )
-    return analog, plan, hooks
-
-
 def search(
     settings: Settings, suppressed: Path, candidates: Path, limit: float, out: Path, runtime: Runtime
 ) -> dict[str, Any]:
@@ -216,12 +200,13 @@ def search(
     data = runtime.load(s)
     train, images = data.train.take(s.search.train_images), data.validation.take(s.search.images)
     section = SimpleNamespace(**{**vars(s.compensate), "epochs": s.search.train_epochs})
+    device = variation.make(s.variation)
 
     def named(filters: searching.Filters) -> dict[str, int]:
         return {name: m for name, m in zip(names, filters, strict=True) if m}
 
     def score(filters: searching.Filters) -> tuple[float, float]:
-        analog, _, hooks = compensable(model, named(filters), section, s.variation, s.seed)
+        analog, _, hooks = compensation.prepare(model, named(filters), section, device, s.seed)
         parameters = compensation.compensation_parameters(analog)
         if parameters:
             hooks.augment = s.data.augment
@@ -252,6 +237,8 @@ def search(
     storage.write_json(out / "best.json", best)
     if log_path:
         log_path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder holds something else
+            log_path.parent.rmdir()
     return best
 
 
@@ -274,7 +261,8 @@ def compensate(settings: Settings, suppressed: Path, found: Sequence[Path], out:
     results = [storage.read_json(path) for path in found]
     best = max(results, key=lambda r: (r["mean"] if r["mean"] is not None else 1.0, -r["overhead"]))
     model, base = read_network(suppressed, runtime.device)
-    analog, plan, hooks = compensable(model, best["filters"], s.compensate, s.variation, s.seed)
+    device = variation.make(s.variation)
+    analog, plan, hooks = compensation.prepare(model, best["filters"], s.compensate, device, s.seed)
     base = {**base, "compensation": plan, "overhead": compensation.overhead(model, plan["filters"]), "search": best}
     parameters = compensation.compensation_parameters(analog)
     if not parameters:

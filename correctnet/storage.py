@@ -13,14 +13,15 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import safetensors
-import safetensors.torch
-from torch import Tensor
 
 from correctnet.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
 
 FORMAT = 1
 
@@ -95,6 +96,8 @@ def sha256(path: str | Path) -> str:
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:
     """Write tensors, and JSON values beside them in the same file, atomically."""
+    import safetensors.torch  # torch takes seconds to import, and tables do without it
+
     contiguous = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     text = None if metadata is None else {"correctnet": json.dumps(metadata)}
     with replacing(path) as temporary:

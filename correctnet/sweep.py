@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from correctnet.analog import analog_candidates, analog_layers
 from correctnet.errors import UserError
-from correctnet.montecarlo import Batches, Result, evaluate
+from correctnet.montecarlo import Batches, evaluate
+from correctnet.results import Result
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
 
 from correctnet.errors import UserError
-from correctnet.montecarlo import COLUMNS, Result
+from correctnet.results import COLUMNS, Result
 
 # What the paper states (Section IV), as fractions, by (network, data set): clean accuracy, and by row at sigma 0.5
 # (mean, standard deviation). Table I itself is not legible in the copies at hand; these are the values of its text.
@@ -25,7 +25,7 @@ PAPER = {
 }
 PAPER_SIGMA = 0.5
 
-KEYS = ["pair", "row", "label", "network", "dataset", "split", "sigma", "centre", "overhead", "layers", "epochs"]
+KEYS = ["pair", "row", "network", "dataset", "split", "sigma", "centre", "overhead", "layers", "epochs"]
 
 
 def read_samples(files: Iterable[Path]) -> pd.DataFrame:
@@ -40,12 +40,12 @@ def read_samples(files: Iterable[Path]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def table1(samples: pd.DataFrame, sigma: float) -> pd.DataFrame:
+def table1(samples: pd.DataFrame, sigma: float, labels: Mapping[str, str] | None = None) -> pd.DataFrame:
     """One row a (pair, row): accuracies at `sigma` against the clean accuracy of the pair's unprotected network.
 
     Columns: pair, row, label, centre, clean (of the row's own network), mean, std, ci_low, ci_high (95 % t interval),
     ratio (mean / clean accuracy of the pair's first row, the original network), overhead, layers, chips, images,
-    epochs, seed, paper (its mean at sigma 0.5, where it is known), difference.
+    epochs, seed, paper (its mean at sigma 0.5, where it is known), difference. `labels` names the rows for people.
 
     Raises:
         UserError: a row lacks its clean accuracy, or rows of a pair differ in chips, images, seeds or split and must
@@ -74,7 +74,7 @@ def table1(samples: pd.DataFrame, sigma: float) -> pd.DataFrame:
                 {
                     "pair": pair,
                     "row": row,
-                    "label": first["label"],
+                    "label": (labels or {}).get(row, row),
                     "centre": first["centre"],
                     "clean": clean_accuracy,
                     "mean": result.mean,

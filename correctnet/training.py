@@ -7,6 +7,7 @@ epoch's number. It is saved after every epoch; a run that is killed goes on from
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -92,8 +93,10 @@ class Checkpoint:
         return found[1], found[2]
 
     def discard(self) -> None:
-        """Delete it: the training's result is safe."""
+        """Delete it, and its folder if that is empty now: the training's result is safe."""
         self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.path.parent.rmdir()
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from correctnet import compensation, models
-from correctnet.analog import analog_candidates
+from correctnet.analog import AnalogLayer, analog_candidates, convert
 from correctnet.compensation import Compensated, compensate
+from correctnet.config import Training
 from correctnet.errors import UserError
+from correctnet.montecarlo import evaluate
+from correctnet.training import fit
+from correctnet.variation import LogNormalVariation
 
 
 def test_forward_is_figure_5():
@@ -107,3 +113,19 @@ def test_bad_plans(lenet):
         compensate(lenet, {"conv1.layer": 0})
     with pytest.raises(UserError, match="Conv1d"):
         Compensated(nn.Conv1d(1, 2, 3), 1)
+
+
+def test_compensators_win_accuracy_back(tiny, blobs):
+    variation = LogNormalVariation(1.0)
+    fit(tiny, blobs, SimpleNamespace(**{**Training().model_dump(), "epochs": 10, "batch": 32}), seed=0, quiet=True)
+    before = {k: v.clone() for k, v in tiny.state_dict().items()}
+    filters = {"0.layer": 4, "3.layer": 8, "4": 3}
+    options = {"epochs": 20, "batch": 32, "learning_rate": 0.01, "quiet": True}
+    compensated = compensation.fit_compensators(tiny, filters, blobs.images, blobs.labels, variation, **options)
+    bare, helped = (evaluate(convert(m, variation), blobs, 40, progress=False) for m in (tiny, compensated))
+    assert helped.minus(bare).low > 0.01
+    assert not any(isinstance(m, AnalogLayer) for m in compensated.modules())
+    after = {k.replace(".original", ""): v for k, v in compensated.state_dict().items()}
+    assert all(torch.equal(after[k], v) for k, v in before.items()), "the original weights stay as they were"
+    with pytest.raises(UserError, match=r"fit_compensators: epoch: unknown key .did you mean 'epochs'"):
+        compensation.fit_compensators(tiny, {"0.layer": 4}, blobs.images, blobs.labels, variation, epoch=3)

@@ -9,7 +9,8 @@ from torch import nn
 
 from correctnet.analog import analog_layers, chip_of, convert, program
 from correctnet.errors import UserError
-from correctnet.montecarlo import COLUMNS, Result, clean_accuracy, count_correct, evaluate
+from correctnet.montecarlo import clean_accuracy, count_correct, evaluate
+from correctnet.results import COLUMNS, Result
 from correctnet.variation import LogNormalVariation
 
 

@@ -3,7 +3,8 @@ import pytest
 
 from correctnet.analog import convert
 from correctnet.errors import UserError
-from correctnet.montecarlo import COLUMNS, Result, evaluate
+from correctnet.montecarlo import evaluate
+from correctnet.results import COLUMNS, Result
 from correctnet.sweep import Sweep, sweep
 from correctnet.variation import LogNormalVariation
 

@@ -19,9 +19,9 @@ except UserError as error:
 
 RUNS = [run for run in CONFIG.runs if run != "paper"]
 RESULTS = CONFIG.results
-DATA_DIR = os.environ.get("CORRECTNET_DATA", CONFIG.data_dir)
-# What every stage is told about where it runs. It changes no result, so it is no param.
-RUNTIME = f"--data-dir {shlex.quote(DATA_DIR)} --device {CONFIG.device} --quiet"
+# What every stage is told about where it runs goes through the environment: it changes no result, so it is no param.
+os.environ.setdefault("CORRECTNET_DATA", os.path.abspath(CONFIG.data_dir))
+os.environ.update(CORRECTNET_DEVICE=CONFIG.device)
 GPUS = int(CONFIG.device == "cuda")
 
 
@@ -121,11 +121,9 @@ def evaluations(pair):
     return [f"{folder}/{row}/sigma-{sigma:g}.csv" for row in rows for sigma in sigmas(pair, row)]
 
 
-def notes(wildcards):
-    """Columns of a results file that only the workflow knows."""
-    label = CONFIG.rows[wildcards.row].label
-    values = {"pair": wildcards.pair, "row": wildcards.row, "label": label}
-    return " ".join(f"--note {shlex.quote(f'{k}={v}')}" for k, v in values.items())
+def labels(wildcards):
+    """What Table I calls the rows."""
+    return " ".join(f"--label {shlex.quote(f'{name}={row.label}')}" for name, row in CONFIG.rows.items())
 
 
 def pairs_with(run, row):
@@ -194,5 +192,13 @@ def print_estimate():
     for target in workflow.dag_settings.targets or ["all"]:
         run = "paper" if target == "all" else target
         if run in CONFIG.runs and run != "quick":
-            command = [sys.executable, "-m", "correctnet.estimate", "--run", run, "--cores", str(workflow.cores)]
+            command = [
+                sys.executable,
+                "-m",
+                "correctnet.estimate",
+                "--run",
+                run,
+                "--cores",
+                str(workflow.cores),
+            ]
             subprocess.run(command, input=json.dumps(config), text=True, check=True)

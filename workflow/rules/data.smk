@@ -10,7 +10,5 @@ rule fetch:
         touch(f"{RESULTS}/.data/{{dataset}}.ready"),
     log:
         f"{RESULTS}/.logs/fetch/{{dataset}}.log",
-    params:
-        data_dir=DATA_DIR,
     shell:
-        "correctnet fetch {wildcards.dataset} --data-dir {params.data_dir:q} > {log} 2>&1"
+        "correctnet fetch {wildcards.dataset} > {log} 2>&1"

@@ -16,17 +16,17 @@ rule evaluate:
         f"{RESULTS}/.logs/{{pair}}/evaluate/{{row}}/sigma-{{sigma}}/chips-{{start}}-{{stop}}.log",
     benchmark:
         f"{RESULTS}/.benchmarks/{{pair}}/evaluate/{{row}}/sigma-{{sigma}}/chips-{{start}}-{{stop}}.tsv"
-    params:
-        settings=chunk_settings,
-        notes=notes,
-        chips=lambda wildcards: int(wildcards.stop) - int(wildcards.start),
     threads: 1
     resources:
         mem_mb=4000,
         runtime=720,
         gpu=GPUS,
+    params:
+        settings=chunk_settings,
+        chips=lambda wildcards: int(wildcards.stop) - int(wildcards.start),
     shell:
-        "correctnet evaluate --settings {params.settings:q} {RUNTIME} --threads {threads} {params.notes}"
+        "correctnet evaluate --settings {params.settings:q} --quiet --threads {threads}"
+        " --note pair={wildcards.pair} --note row={wildcards.row}"
         " --model {input.model} --chips {params.chips} --start {wildcards.start} --out {output} > {log} 2>&1"
 
 
@@ -45,7 +45,11 @@ rule collect:
     input:
         lambda wildcards: evaluations(wildcards.pair),
     output:
-        report(f"{RESULTS}/{{pair}}/samples.csv", caption="../report/samples.rst", category="Per-sample results"),
+        report(
+            f"{RESULTS}/{{pair}}/samples.csv",
+            caption="../report/samples.rst",
+            category="Per-sample results",
+        ),
     log:
         f"{RESULTS}/.logs/{{pair}}/collect.log",
     shell:

@@ -13,15 +13,15 @@ rule sweep:
         f"{RESULTS}/.logs/{{pair}}/sweep{{variant}}.log",
     benchmark:
         f"{RESULTS}/.benchmarks/{{pair}}/sweep{{variant}}.tsv"
-    params:
-        settings=stage_settings("sweep"),
     threads: training_threads
     resources:
         mem_mb=6000,
         runtime=720,
         gpu=GPUS,
+    params:
+        settings=stage_settings("sweep"),
     shell:
-        "correctnet sweep --settings {params.settings:q} {RUNTIME} --threads {threads}"
+        "correctnet sweep --settings {params.settings:q} --quiet --threads {threads}"
         " --pretrained {input.pretrained} --suppressed {input.suppressed}"
         " --out $(dirname {output.accuracy}) > {log} 2>&1"
 
@@ -38,16 +38,15 @@ rule search:
         f"{RESULTS}/.logs/{{pair}}/search{{variant}}-{{limit}}.log",
     benchmark:
         f"{RESULTS}/.benchmarks/{{pair}}/search{{variant}}-{{limit}}.tsv"
-    params:
-        settings=stage_settings("search"),
     threads: training_threads
     resources:
         mem_mb=6000,
         runtime=2880,
         gpu=GPUS,
+    params:
+        settings=stage_settings("search"),
     shell:
-        "correctnet search --settings {params.settings:q} {RUNTIME} --threads {threads} --limit {wildcards.limit}"
-        " --work {RESULTS}/.resume/{wildcards.pair}/search{wildcards.variant}"
+        "correctnet search --settings {params.settings:q} --quiet --threads {threads} --limit {wildcards.limit}"
         " --suppressed {input.suppressed} --candidates {input.candidates}"
         " --out $(dirname {output.best}) > {log} 2>&1"
 
@@ -65,16 +64,15 @@ rule compensate:
         f"{RESULTS}/.logs/{{pair}}/compensate{{variant}}.log",
     benchmark:
         f"{RESULTS}/.benchmarks/{{pair}}/compensate{{variant}}.tsv"
-    params:
-        settings=stage_settings("compensate"),
-        found=lambda wildcards, input: " ".join(f"--found {path}" for path in input.found),
     threads: training_threads
     resources:
         mem_mb=6000,
         runtime=1440,
         gpu=GPUS,
+    params:
+        settings=stage_settings("compensate"),
+        found=lambda wildcards, input: " ".join(f"--found {path}" for path in input.found),
     shell:
-        "correctnet compensate --settings {params.settings:q} {RUNTIME} --threads {threads}"
-        " --work {RESULTS}/.resume/{wildcards.pair}/compensate{wildcards.variant}"
+        "correctnet compensate --settings {params.settings:q} --quiet --threads {threads}"
         " --suppressed {input.suppressed} {params.found}"
         " --out $(dirname {output.model}) > {log} 2>&1"

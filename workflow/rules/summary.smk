@@ -10,14 +10,19 @@ rule table1:
     input:
         lambda wildcards: samples(wildcards.run),
     output:
-        csv=report(f"{RESULTS}/summary/{{run}}/table1.csv", caption="../report/table1.rst", category="Table I"),
+        csv=report(
+            f"{RESULTS}/summary/{{run}}/table1.csv",
+            caption="../report/table1.rst",
+            category="Table I",
+        ),
         markdown=f"{RESULTS}/summary/{{run}}/table1.md",
     log:
         f"{RESULTS}/.logs/summary/{{run}}/table1.log",
     params:
         sigma=table_sigma,
+        labels=labels,
     shell:
-        "correctnet table {input} --sigma {params.sigma} --out {output.csv} > {log} 2>&1"
+        "correctnet table {input} --sigma {params.sigma} {params.labels} --out {output.csv} > {log} 2>&1"
 
 
 rule figure:

@@ -1,5 +1,5 @@
 # Training of the original network, under the Lipschitz regulariser, and with variation injected.
-# Each resumes from its last epoch: what it needs for that stands in {RESULTS}/.resume, outside the outputs.
+# Each resumes from its last epoch: what it needs for that stands in results/PAIR/.resume, outside the outputs.
 
 
 rule pretrain:
@@ -13,16 +13,15 @@ rule pretrain:
         f"{RESULTS}/.logs/{{pair}}/pretrain{{variant}}.log",
     benchmark:
         f"{RESULTS}/.benchmarks/{{pair}}/pretrain{{variant}}.tsv"
-    params:
-        settings=stage_settings("pretrain"),
     threads: training_threads
     resources:
         mem_mb=6000,
         runtime=1440,
         gpu=GPUS,
+    params:
+        settings=stage_settings("pretrain"),
     shell:
-        "correctnet pretrain --settings {params.settings:q} {RUNTIME} --threads {threads}"
-        " --work {RESULTS}/.resume/{wildcards.pair}/pretrain{wildcards.variant}"
+        "correctnet pretrain --settings {params.settings:q} --quiet --threads {threads}"
         " --out $(dirname {output.model}) > {log} 2>&1"
 
 
@@ -38,16 +37,15 @@ rule suppress:
         f"{RESULTS}/.logs/{{pair}}/suppress{{variant}}.log",
     benchmark:
         f"{RESULTS}/.benchmarks/{{pair}}/suppress{{variant}}.tsv"
-    params:
-        settings=stage_settings("suppress"),
     threads: training_threads
     resources:
         mem_mb=6000,
         runtime=1440,
         gpu=GPUS,
+    params:
+        settings=stage_settings("suppress"),
     shell:
-        "correctnet suppress --settings {params.settings:q} {RUNTIME} --threads {threads}"
-        " --work {RESULTS}/.resume/{wildcards.pair}/suppress{wildcards.variant}"
+        "correctnet suppress --settings {params.settings:q} --quiet --threads {threads}"
         " --pretrained {input.pretrained} --out $(dirname {output.model}) > {log} 2>&1"
 
 
@@ -63,14 +61,13 @@ rule inject:
         f"{RESULTS}/.logs/{{pair}}/inject{{variant}}.log",
     benchmark:
         f"{RESULTS}/.benchmarks/{{pair}}/inject{{variant}}.tsv"
-    params:
-        settings=stage_settings("inject"),
     threads: training_threads
     resources:
         mem_mb=6000,
         runtime=1440,
         gpu=GPUS,
+    params:
+        settings=stage_settings("inject"),
     shell:
-        "correctnet inject --settings {params.settings:q} {RUNTIME} --threads {threads}"
-        " --work {RESULTS}/.resume/{wildcards.pair}/inject{wildcards.variant}"
+        "correctnet inject --settings {params.settings:q} --quiet --threads {threads}"
         " --pretrained {input.pretrained} --out $(dirname {output.model}) > {log} 2>&1"

@@ -1,0 +1,305 @@
+import gzip
+import hashlib
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pooch
+import pytest
+import torch
+
+from correctnet import data
+from correctnet.errors import UserError
+
+REAL = os.environ.get("CORRECTNET_DATA", "data")
+
+
+def real(name):
+    """The real data set, or a skip where its files are absent."""
+    source = data.SOURCES[name]
+    if not all((Path(REAL) / source.folder / f.name).exists() for f in (*source.train, *source.test)):
+        pytest.skip(f"no {name} under {REAL} (CORRECTNET_DATA says where)")
+    return data.load(name, REAL)
+
+
+@pytest.fixture(scope="module")
+def mnist_files(tmp_path_factory):
+    """Files of MNIST's exact sizes with random images in them."""
+    folder = tmp_path_factory.mktemp("mnist")
+    rng = np.random.default_rng(0)
+    write_mnist(folder, *(random_records(rng, n) for n in (60000, 10000)))
+    return folder
+
+
+def random_records(rng, n):
+    return rng.integers(0, 256, (n, 28, 28), dtype=np.uint8), rng.integers(0, 10, n, dtype=np.uint8)
+
+
+def write_mnist(folder, train, test):
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for prefix, (images, labels) in (("train", train), ("t10k", test)):
+        header = np.array([0x803, *images.shape], ">u4").tobytes()
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        header = np.array([0x801, len(labels)], ">u4").tobytes()
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
+
+
+def rows(split):
+    """The set of a split's records, as digests."""
+    return {
+        hashlib.md5(image.numpy().tobytes() + bytes([label])).hexdigest()
+        for image, label in zip(split.images, split.labels, strict=True)
+    }
+
+
+def equal(a, b):
+    return torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+
+
+@pytest.fixture(scope="module")
+def mnist(mnist_files):
+    return data.load("mnist", mnist_files, 0.1, seed=3)
+
+
+def test_shapes_types_and_sizes(mnist):
+    assert (len(mnist.train), len(mnist.validation), len(mnist.test)) == (54000, 6000, 10000)
+    for split in (mnist.train, mnist.validation, mnist.test):
+        assert split.images.shape[1:] == (1, 32, 32)
+        assert (split.images.dtype, split.labels.dtype) == (torch.float32, torch.int64)
+    assert (mnist.classes, mnist.channels) == (10, 1)
+
+
+def test_splits_hold_every_record_once(mnist):
+    parts = [rows(mnist.train), rows(mnist.validation)]
+    assert len(parts[0]) == 54000
+    assert len(parts[1]) == 6000
+    assert not parts[0] & parts[1]
+
+
+def test_a_copy_in_another_order_gives_the_same_splits(mnist_files, mnist, tmp_path):
+    rng = np.random.default_rng(9)
+    raw = mnist_files / "MNIST" / "raw"
+    parts = []
+    for prefix, n in (("train", 60000), ("t10k", 10000)):
+        images = np.fromfile(raw / f"{prefix}-images-idx3-ubyte", np.uint8)[16:].reshape(n, 28, 28)
+        labels = np.fromfile(raw / f"{prefix}-labels-idx1-ubyte", np.uint8)[8:]
+        order = rng.permutation(n)
+        parts.append((images[order], labels[order]))
+    write_mnist(tmp_path, *parts)
+    copy = data.load("mnist", tmp_path, 0.1, seed=3)
+    for name in ("train", "validation", "test"):
+        assert equal(getattr(mnist, name), getattr(copy, name)), name
+
+
+def test_the_seed_moves_the_validation_split_and_not_the_test_set(mnist_files, mnist):
+    other = data.load("mnist", mnist_files, 0.1, seed=4)
+    assert equal(mnist.test, other.test)
+    assert rows(mnist.validation) != rows(other.validation)
+    assert rows(mnist.validation) | rows(mnist.train) == rows(other.validation) | rows(other.train)
+
+
+def test_normalisation_and_padding(mnist_files, mnist):
+    pixels = (mnist.test.images * 0.3081 + 0.1307) * 255
+    border = pixels.clone()
+    border[:, :, 2:30, 2:30] = 0
+    assert border.abs().max() < 1e-3
+    stored = np.fromfile(mnist_files / "MNIST" / "raw" / "t10k-images-idx3-ubyte", np.uint8)[16:]
+    assert pixels.round().sum().item() == pytest.approx(stored.sum(dtype=np.int64), rel=1e-6)
+
+
+def test_digits_are_scikit_learn_s():
+    digits = data.load("digits", validation=0.1)
+    assert len(digits.train) + len(digits.validation) + len(digits.test) == 1797
+    assert equal(digits.test, data.load("digits", validation=0.3, seed=5).test)
+    labels = torch.cat([s.labels for s in (digits.train, digits.validation, digits.test)])
+    # scikit-learn's documentation: about 180 a class.
+    assert labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    everything = torch.cat([digits.train.images, digits.validation.images])
+    assert everything.mean().abs() < 0.02
+    assert (everything.std() - 1).abs() < 0.02
+
+
+def test_prefixes_are_fair_samples(mnist):
+    counts = mnist.test.take(2000).labels.bincount(minlength=10)
+    assert counts.sum() == 2000
+    assert counts.min() > 130  # 200 +- 13.4 by chance
+    assert mnist.test.take(None) is mnist.test
+
+
+def test_real_mnist():
+    mnist = real("mnist")
+    both = torch.cat([mnist.train.labels, mnist.validation.labels])
+    # The official counts of each digit.
+    assert both.bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert mnist.test.labels.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_real_cifar(name):
+    cifar = real(name)
+    labels = torch.cat([cifar.train.labels, cifar.validation.labels])
+    assert set(labels.bincount().tolist()) == {50000 // cifar.classes}
+    assert set(cifar.test.labels.bincount().tolist()) == {10000 // cifar.classes}
+    # Normalised by the published means and standard deviations, the training pixels have mean 0 and deviation 1.
+    for channel in range(3):
+        values = torch.cat([cifar.train.images[:, channel].flatten(), cifar.validation.images[:, channel].flatten()])
+        assert values.double().mean().abs() < 1e-3
+        assert (values.double().std() - 1).abs() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        ("train-images-idx3-ubyte", lambda b: b[:-1], "47040015 bytes, 47040016 expected"),
+        ("t10k-labels-idx1-ubyte", lambda b: b"", "0 bytes, 10008 expected"),
+        ("train-labels-idx1-ubyte", lambda b: b"\0\0\x08\x03" + b[4:], "wrong header"),
+        ("t10k-images-idx3-ubyte", lambda b: b[:4] + b"\0\0\0\1" + b[8:], "wrong header"),
+        ("train-labels-idx1-ubyte", lambda b: b[:-1] + b"\x0b", "label 11 where labels are below 10"),
+    ],
+)
+def test_damaged_files_are_refused_by_name(mnist_files, tmp_path, file, damage, message):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for source in (mnist_files / "MNIST" / "raw").iterdir():
+        if source.name == file:
+            (raw / file).write_bytes(damage(source.read_bytes()))
+        else:
+            (raw / source.name).symlink_to(source)
+    with pytest.raises(UserError) as caught:
+        data.load("mnist", tmp_path)
+    assert str(raw / file) in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_cifar_records_and_labels(tmp_path):
+    # Two files of the official sizes whose first record is known.
+    folder = tmp_path / "cifar-100-binary"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name, n in (("train.bin", 50000), ("test.bin", 10000)):
+        records = rng.integers(0, 256, (n, 3074), dtype=np.uint8)
+        records[:, 0], records[:, 1] = 19, np.arange(n) % 100
+        records.tofile(folder / name)
+    cifar = data.load("cifar100", tmp_path)
+    assert set(cifar.test.labels.bincount().tolist()) == {100}, "the fine label, not the coarse one"
+    pixel = records[7, 2:].reshape(3, 32, 32)
+    mean, std = torch.tensor(data.SOURCES["cifar100"].mean), torch.tensor(data.SOURCES["cifar100"].std)
+    wanted = (torch.tensor(pixel) / 255 - mean[:, None, None]) / std[:, None, None]
+    assert (cifar.test.images - wanted).abs().amax((1, 2, 3)).min() < 1e-5
+    records[5, 1] = 100
+    records.tofile(folder / "test.bin")
+    with pytest.raises(UserError, match=r"test\.bin: label 100 where labels are below 100"):
+        data.load("cifar100", tmp_path)
+
+
+def test_no_network_is_one_line_that_says_what_to_do(tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise ConnectionError("Network is unreachable")
+
+    monkeypatch.setattr(pooch, "retrieve", no_network)
+    with pytest.raises(UserError) as caught:
+        data.load("cifar10", tmp_path)
+    text = str(caught.value)
+    assert len(text.splitlines()) == 1
+    for part in ("data_batch_1.bin", "test_batch.bin", str(tmp_path), "data_dir", "CORRECTNET_DATA"):
+        assert part in text
+
+
+def served(monkeypatch, content):
+    """pooch downloads `content` from a folder instead of the network; checksums are still pooch's to check."""
+
+    class Downloader:
+        def __call__(self, url, output_file, pooch):
+            Path(output_file).write_bytes(content)
+
+    retrieve = pooch.retrieve
+
+    def local(url, **options):
+        options["progressbar"] = False
+        return retrieve(url, downloader=Downloader(), **options)
+
+    monkeypatch.setattr(pooch, "retrieve", local)
+
+
+def small_archive(monkeypatch):
+    """A CIFAR-100 of two records, as a tar.gz, with the sizes and checksum that the source expects."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name in ("train.bin", "test.bin"):
+            info = tarfile.TarInfo(f"cifar-100-binary/{name}")
+            info.size = 2 * 3074
+            archive.addfile(info, io.BytesIO(bytes(2 * 3074)))
+    content = buffer.getvalue()
+    md5 = {data.CIFAR100_ARCHIVE: hashlib.md5(content).hexdigest()}
+    changed = {**data.SOURCES["cifar100"].__dict__, "archives": md5}
+    monkeypatch.setitem(data.SOURCES, "cifar100", data.Source(**changed))
+    return content
+
+
+def test_a_download_is_unpacked_into_the_publisher_s_layout(tmp_path, monkeypatch):
+    served(monkeypatch, small_archive(monkeypatch))
+    assert data.fetch("cifar100", tmp_path) == tmp_path / "cifar-100-binary"
+    assert sorted(p.name for p in (tmp_path / "cifar-100-binary").iterdir()) == ["test.bin", "train.bin"]
+    assert (tmp_path / "cifar-100-binary" / "test.bin").stat().st_size == 2 * 3074
+    assert list((tmp_path / "downloads").iterdir()) == []
+
+
+def test_a_download_with_a_wrong_checksum_leaves_nothing(tmp_path, monkeypatch):
+    served(monkeypatch, small_archive(monkeypatch)[:-7])
+    with pytest.raises(UserError, match="cannot be had"):
+        data.fetch("cifar100", tmp_path)
+    assert not (tmp_path / "cifar-100-binary").exists()
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_gzipped_downloads(tmp_path, monkeypatch):
+    path = tmp_path / "x.gz"
+    path.write_bytes(gzip.compress(b"payload"))
+    file = data.SOURCES["mnist"].train[0]
+    assert data._extract(path, data.SOURCES["mnist"], file) == b"payload"
+
+
+def test_files_directly_under_data_dir(mnist_files, tmp_path, mnist):
+    for source in (mnist_files / "MNIST" / "raw").iterdir():
+        (tmp_path / source.name).symlink_to(source)
+    assert equal(data.load("mnist", tmp_path, 0.1, seed=3).test, mnist.test)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "mnits"}, "unknown data set 'mnits' .did you mean 'mnist'"),
+        ({"name": "imagenet"}, "known: digits"),
+        ({"name": "digits", "validation": 0.0}, "fraction between 0 and 1"),
+        ({"name": "digits", "validation": 1.5}, "fraction between 0 and 1"),
+        ({"name": "digits", "validation": 1e-6}, "leaves one part empty"),
+    ],
+)
+def test_bad_calls(arguments, message):
+    with pytest.raises(UserError, match=message):
+        data.load(**arguments)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_augmentation_is_a_crop_and_a_flip_of_each_image(flip):
+    images = torch.randn(40, 3, 32, 32)
+    found = data.augment(images, torch.Generator().manual_seed(1), padding=4, flip=flip)
+    padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
+    seen = set()
+    for image, got in zip(padded, found, strict=True):
+        options = {
+            (top, left, mirrored): torch.equal(crop.flip(-1) if mirrored else crop, got)
+            for top in range(9)
+            for left in range(9)
+            for mirrored in ((False, True) if flip else (False,))
+            for crop in [image[:, top : top + 32, left : left + 32]]
+        }
+        assert sum(options.values()) == 1
+        seen.add(next(k for k, v in options.items() if v))
+    assert len(seen) > 25, "each image has a crop of its own"
+    assert {s[2] for s in seen} == ({False, True} if flip else {False})
+    again = data.augment(images, torch.Generator().manual_seed(1), padding=4, flip=flip)
+    assert torch.equal(found, again)

@@ -1,0 +1,141 @@
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from correctnet import figures, tables
+from correctnet.errors import UserError
+from correctnet.results import COLUMNS, Result, record
+
+
+def samples(pair="vgg16-cifar100", row="correctnet", sigma=0.5, accuracies=(0.6, 0.7), images=100, **columns):
+    """Per-sample results as `correctnet evaluate` writes them."""
+    network, dataset = pair.split("-")
+    rows = [(i, round(a * images), images, a, 0) for i, a in enumerate(accuracies)]
+    values = {"pair": pair, "row": row, "network": network, "dataset": dataset, "split": "test"}
+    values |= {"sigma": sigma, "centre": "median", "overhead": 0.02, "layers": 4, "epochs": "1 pretrain"}
+    return record(Result(pd.DataFrame(rows, columns=COLUMNS)), **{**values, **columns}).table
+
+
+def complete(pair="vgg16-cifar100"):
+    return pd.concat(
+        [
+            samples(pair, "unprotected", 0.0, [0.7], overhead=0.0, layers=0),
+            samples(pair, "unprotected", 0.5, [0.10, 0.14, 0.12], overhead=0.0, layers=0),
+            samples(pair, "correctnet", 0.0, [0.69]),
+            samples(pair, "correctnet", 0.5, [0.66, 0.68, 0.67]),
+            samples(pair, "unprotected", 0.3, [0.3, 0.4]),
+            samples(pair, "correctnet", 0.3, [0.68, 0.69]),
+        ],
+        ignore_index=True,
+    )
+
+
+def test_table1_is_computed_from_the_samples():
+    table = tables.table1(complete(), 0.5).set_index("row")
+    row = table.loc["correctnet"]
+    assert (row["clean"], row["chips"], row["images"], row["layers"]) == (0.69, 3, 100, 4)
+    assert row["mean"] == pytest.approx(0.67)
+    assert row["std"] == pytest.approx(0.01)
+    assert row["ratio"] == pytest.approx(0.67 / 0.70), "against the original network's clean accuracy"
+    # t(0.975, 2) = 4.3027
+    assert row["ci_high"] - row["mean"] == pytest.approx(4.3027 * 0.01 / np.sqrt(3), rel=1e-4)
+    assert row["paper"] == 0.6701
+    assert row["difference"] == pytest.approx(0.67 - 0.6701)
+    assert table.loc["unprotected", "paper"] == 0.0169
+
+
+def test_the_paper_s_values_stand_beside_its_sigma_and_pairs_only():
+    at_other_sigma = tables.table1(complete()[complete()["sigma"] != 0.5], 0.3)
+    assert at_other_sigma["paper"].isna().all()
+    other_pair = tables.table1(complete("lenet5-mnist"), 0.5)
+    assert other_pair["paper"].isna().all()
+
+
+@pytest.mark.parametrize("change", [{"images": 50}, {"accuracies": [0.6] * 4}, {"split": "validation"}])
+def test_rows_that_differ_in_chips_or_images_are_refused(change):
+    mixed = complete()
+    mixed = mixed[~((mixed["row"] == "correctnet") & (mixed["sigma"] == 0.5))]
+    other = samples(**{"accuracies": [0.66, 0.68, 0.67], **change})
+    with pytest.raises(UserError, match="rows of vgg16-cifar100 are not comparable"):
+        tables.table1(pd.concat([mixed, other]), 0.5)
+
+
+def test_missing_results():
+    with pytest.raises(UserError, match=r"no results at sigma 0\.4"):
+        tables.table1(complete(), 0.4)
+    without = complete()
+    without = without[~((without["row"] == "correctnet") & (without["sigma"] == 0))]
+    with pytest.raises(UserError, match="correctnet of vgg16-cifar100 has no results at sigma 0"):
+        tables.table1(without, 0.5)
+
+
+def test_markdown_has_a_line_a_row():
+    table = tables.table1(complete(), 0.5, {"correctnet": "CORRECTNET"})
+    text = tables.markdown(table, 0.5)
+    assert "| vgg16-cifar100 | CORRECTNET | 69.00% | 67.00% ± 1.00 |" in text
+    assert "| 67.01% | -0.01 |" in text
+    assert len(text.strip().splitlines()) == 4 + len(table)
+
+
+def test_read_samples_names_what_is_missing(tmp_path):
+    path = tmp_path / "s.csv"
+    samples().drop(columns="epochs").to_csv(path, index=False)
+    with pytest.raises(UserError, match=r"s\.csv: no column 'epochs'"):
+        tables.read_samples([path])
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Files of a run, where the workflow puts them."""
+    pair = tmp_path / "vgg16-cifar100"
+    (pair / "sweep").mkdir(parents=True)
+    (pair / "search" / "limit-0.02").mkdir(parents=True)
+    complete().to_csv(pair / "samples.csv", index=False)
+    layers = np.repeat(np.arange(1, 6), 3)
+    accuracy = 0.3 + 0.08 * layers + 0.01 * np.tile([0, 1, 2], 5)
+    sweep = pd.DataFrame({"layer": layers, "accuracy": accuracy, "original": 0.7, "threshold": 0.95, "images": 100})
+    sweep.to_csv(pair / "sweep" / "accuracy.csv", index=False)
+    log = pd.DataFrame({"overhead": [0.0, 0.01, 0.05], "mean": [0.4, 0.6, np.nan], "std": [0.02, 0.01, np.nan]})
+    log.to_csv(pair / "search" / "limit-0.02" / "log.csv", index=False)
+    sample_file = [pair / "samples.csv"]
+    return {"2": sample_file, "7": sample_file, "9": [pair / "sweep" / "accuracy.csv"]} | {
+        "10": [pair / "search" / "limit-0.02" / "log.csv"]
+    }
+
+
+@pytest.mark.parametrize("number", figures.FIGURES)
+def test_figures_are_drawn_as_png_and_svg(files, tmp_path, number):
+    figures.draw(number, files[number], tmp_path / "f.png")
+    picture = np.asarray(Image.open(tmp_path / "f.png").convert("L"))
+    assert picture.shape[0] > 300
+    assert (picture < 128).mean() > 0.001, "an empty picture"
+    first = (tmp_path / "f.svg").read_text()
+    assert "vgg16-cifar100" in first or "<path" in first
+    figures.draw(number, files[number], tmp_path / "f.png")
+    assert (tmp_path / "f.svg").read_text() == first, "the same data give the same file"
+
+
+def lines(figure):
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].lines}
+
+
+def test_figures_show_the_data(files):
+    drawn = lines(figures.figure7(files["7"]))
+    assert drawn["CorrectNet"] == ([0.0, 0.3, 0.5], pytest.approx([0.69, 0.685, 0.67]))
+    assert drawn["original network"][1][0] == 0.7
+    drawn = lines(figures.figure9(files["9"]))
+    assert drawn["Lipschitz regularisation alone"][0] == [1, 2, 3, 4, 5]
+    assert drawn["95% of the original accuracy"][1] == pytest.approx([0.665, 0.665])
+    stars = [c for c in figures.figure2(files["2"]).axes[0].collections if c.get_label() == "paper, original network"]
+    assert stars[0].get_offsets().tolist() == [[0.5, 0.0169]]
+    plt.close("all")
+
+
+def test_a_figure_of_a_row_that_is_not_there(files, tmp_path):
+    complete()[complete()["row"] != "correctnet"].to_csv(files["7"][0], index=False)
+    with pytest.raises(UserError, match="no row 'correctnet'"):
+        figures.draw("7", files["7"], tmp_path / "f.png")
+    with pytest.raises(UserError, match="no column 'overhead'"):
+        figures.draw("10", files["9"], tmp_path / "f.png")

@@ -1,0 +1,223 @@
+"""The workflow: a real run with tiny budgets, then what reruns after one key of the configuration is changed."""
+
+import copy
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+pytest.importorskip("snakemake", reason="the workflow extra is not installed")
+ROOT = Path(__file__).parents[1]
+
+PAIR = {
+    "rows": ["unprotected", "suppressed", "correctnet", "mean-preserving"],
+    "data": {"dataset": "digits", "validation": 0.15},
+    "pretrain": {"epochs": 3},
+    "suppress": {"epochs": 1},
+    "sweep": {"threshold": 1.0, "chips": 2, "images": 50},
+    "search": {"limits": [0.02], "evaluations": 2, "episodes": 3, "train_images": 64, "chips": 2, "images": 50},
+    "compensate": {"epochs": 1},
+    "evaluate": {"chips": 3, "sigmas": [0.2], "curve_chips": 2, "chunk": 2, "images": 50},
+}
+
+
+def configuration():
+    config = yaml.safe_load((ROOT / "config.yaml").read_text())
+    config["pairs"] = {"one": copy.deepcopy(PAIR), "two": {**copy.deepcopy(PAIR), "rows": ["unprotected"]}}
+    config["runs"] = {"paper": ["one"], "quick": ["one"], "both": ["one", "two"]}
+    return config
+
+
+def snakemake(folder, *arguments, check=True):
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    process = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    output = process.stdout + process.stderr
+    assert not check or process.returncode == 0, output[-5000:]
+    return output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A copy of the workflow in which `quick` has run."""
+    folder = tmp_path_factory.mktemp("workflow")
+    shutil.copy(ROOT / "Snakefile", folder)
+    shutil.copytree(ROOT / "workflow", folder / "workflow")
+    (folder / "config.yaml").write_text(yaml.safe_dump(configuration(), sort_keys=False))
+    snakemake(folder, "quick")
+    return folder
+
+
+@pytest.fixture
+def changed(folder):
+    """A function that changes one key (a path with slashes) for one test and gives the rules that would rerun."""
+    path = folder / "config.yaml"
+    before = path.read_text()
+
+    def change(key, value, target="quick"):
+        config = yaml.safe_load(before)
+        *groups, leaf = key.split("/")
+        place = config
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[leaf] = value
+        path.write_text(yaml.safe_dump(config, sort_keys=False))
+        return rules(snakemake(folder, "-n", target))
+
+    yield change
+    path.write_text(before)
+
+
+def rules(dry_run):
+    """{rule: jobs} of a dry run, without the target itself."""
+    table = re.search(r"Job stats:\njob +count\n[- ]+\n((?:\S+ +\d+\n)+)", dry_run)
+    jobs = dict(line.split() for line in table[1].splitlines()) if table else {}
+    return {name: int(n) for name, n in jobs.items() if name not in ("total", "quick", "both", "all")}
+
+
+def test_everything_is_there(folder):
+    summary = folder / "results" / "summary" / "quick"
+    names = {f"figure{n}.{kind}" for n in (2, 7, 9, 10) for kind in ("png", "svg")} | {"table1.csv", "table1.md"}
+    assert {p.name for p in summary.iterdir()} == names
+    table = pd.read_csv(summary / "table1.csv").set_index("row")
+    assert list(table.index) == PAIR["rows"]
+    assert set(table["chips"]) == {3}
+    assert set(table["images"]) == {50}
+    assert table.loc["correctnet", "label"] == "CorrectNet"
+    assert re.fullmatch(r"3 pretrain \+ 1 suppress \+ [01] compensate", table.loc["correctnet", "epochs"])
+    assert (table["overhead"] <= 0.02).all()
+    samples = pd.read_csv(folder / "results" / "one" / "samples.csv")
+    # sigma 0 (1 chip) and 0.5 (3 chips) for all rows, 0.2 (2 chips) for the two that are curves
+    assert samples.groupby("row").size().to_dict() == dict(zip(PAIR["rows"], (6, 4, 6, 4), strict=True))
+    assert not list((folder / "results").rglob("chips-*.csv")), "chunks are temporary"
+
+
+def test_chunks_give_what_one_evaluation_gives(folder, tmp_path):
+    one = folder / "results" / "one"
+    log = json.loads((one / "compensate" / "model.json").read_text())["history"][0]["settings"]
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert log["pretrain"]["epochs"] == config["pairs"]["one"]["pretrain"]["epochs"]
+    command = ["correctnet", "evaluate", "--config", folder / "config.yaml", "--pair", "one", "--chips", "3"]
+    command += ["--model", one / "compensate", "--out", tmp_path / "e.csv", "--note", "pair=one", "--threads", "1"]
+    command += ["--note", "row=correctnet", "--quiet"]
+    subprocess.run([sys.executable, "-m", "correctnet.cli", *map(str, command[1:])], check=True)
+    gathered = (one / "evaluate" / "correctnet" / "sigma-0.5.csv").read_text()
+    assert (tmp_path / "e.csv").read_text() == gathered
+
+
+def test_nothing_reruns_when_nothing_changed(folder):
+    assert rules(snakemake(folder, "-n", "quick")) == {}
+
+
+# After its models are made anew, every result of a row is: (gather, evaluate) jobs with 2 chips a chunk.
+END = {"collect": 1, "table1": 1}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        # the regulariser: everything of the suppressed network and what stands on it, nothing of the original
+        (
+            "pairs/one/suppress/beta",
+            0.01,
+            {"suppress": 1, "sweep": 1, "search": 1, "compensate": 1, "evaluate": 7, "gather": 5, "figure": 4, **END},
+        ),
+        # the original network: everything
+        (
+            "pairs/one/pretrain/epochs",
+            4,
+            {"pretrain": 1, "suppress": 1, "sweep": 1, "search": 1, "compensate": 1, "evaluate": 13, "gather": 10}
+            | {"figure": 4, **END},
+        ),
+        # training of the compensators, which the search does too
+        (
+            "pairs/one/compensate/learning_rate",
+            0.002,
+            {"search": 1, "compensate": 1, "evaluate": 4, "gather": 3, "figure": 3, **END},
+        ),
+        # a further limit: its search alone, and what stands on the best state
+        (
+            "pairs/one/search/limits",
+            [0.02, 0.01],
+            {"search": 1, "compensate": 1, "evaluate": 4, "gather": 3, "figure": 3, **END},
+        ),
+        ("pairs/one/sweep/threshold", 0.9, {"sweep": 1, "search": 1, "compensate": 1, "evaluate": 4, "gather": 3}
+         | {"figure": 4, **END}),
+        # sigma: all but the original network and its clean accuracy
+        (
+            "pairs/one/variation",
+            {"sigma": 0.4},
+            {"suppress": 1, "sweep": 1, "search": 1, "compensate": 1, "evaluate": 11, "gather": 8, "figure": 4, **END},
+        ),
+        # more chips: only chunks that are not there; the chunks before were temporary, so those of 0.5 all rerun
+        ("pairs/one/evaluate/chips", 4, {"evaluate": 8, "gather": 4, "figure": 2, **END}),
+        ("pairs/one/evaluate/sigmas", [0.2, 0.3], {"evaluate": 2, "gather": 2, "figure": 2, **END}),
+        # a row's name for people: the table alone
+        ("rows/correctnet/label", "our method", {"table1": 1}),
+        ("pairs/one/rows", ["unprotected", "suppressed", "correctnet"], {"table1": 1, "collect": 1, "figure": 2}),
+        # settings of other stages, other pairs, and of where things run
+        ("pairs/one/inject", {"epochs": 7}, {}),
+        ("pairs/two/pretrain/epochs", 9, {}),
+        ("device", "cpu", {}),
+        ("data_dir", "elsewhere", {}),
+    ],
+)  # fmt: skip
+def test_one_changed_key_reruns_exactly_what_reads_it(changed, key, value, expected):
+    assert changed(key, value) == expected
+
+
+def test_another_pair_reruns_nothing_of_the_first(changed):
+    found = changed("pairs/two/sweep/chips", 2, target="both")
+    assert {k: found[k] for k in ("pretrain", "evaluate", "gather", "collect", "table1")} == {
+        "pretrain": 1,
+        "evaluate": 4,
+        "gather": 3,
+        "collect": 1,
+        "table1": 1,
+    }
+    assert "suppress" not in found
+    assert "compensate" not in found
+
+
+def test_mistakes_in_the_configuration_stop_before_anything_runs(folder):
+    path = folder / "config.yaml"
+    before = path.read_text()
+    try:
+        path.write_text(before.replace("threshold: 1.0", "treshold: 1.0", 1))
+        output = snakemake(folder, "-n", "quick", check=False)
+    finally:
+        path.write_text(before)
+    assert "config.yaml: pairs.one.sweep.treshold: unknown key (did you mean 'threshold'?)" in output
+    assert "Traceback" not in output
+
+
+def test_report_with_captions(folder):
+    snakemake(folder, "--report", "report.html", "quick")
+    html = (folder / "report.html").read_text()
+    assert len(html) > 100_000
+    for text in ("Figure 7: accuracy of CorrectNet", "Table I: accuracy of each network-data pair", "figure10.svg"):
+        assert text in html
+
+
+def test_a_full_run_prints_its_estimate(folder):
+    output = snakemake(folder, "all")
+    assert re.search(r"paper: about \d+ (s|min) if one job runs after the other", output), output
+    assert re.search(r"one: about \d+ (s|min) \(pretrain", output)
+
+
+def test_the_shipped_workflow_plans_the_whole_paper():
+    found = rules(snakemake(ROOT, "-n", "--forceall", "all"))
+    config = yaml.safe_load((ROOT / "config.yaml").read_text())
+    assert found["pretrain"] == len(config["runs"]["paper"]) == 4
+    assert found["inject"] == 4
+    assert found["table1"] == 1
+    assert found["figure"] == 4
+    assert found["search"] >= 4 * 2 * 3, "limits 1, 2 and 3 % are jobs of their own"
