@@ -212,7 +212,8 @@ def prepare(
     hooks = Hooks(
         before_batch=lambda draw: program(analog, TRAINING_CHIPS + draw),
         draws_per_batch=section.chips_per_batch,
-        frozen_batchnorm=section.freeze_batchnorm,
+        frozen=True,
+        update_batchnorm=not section.freeze_batchnorm,
     )
     return analog, plan, hooks
 

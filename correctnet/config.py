@@ -49,6 +49,8 @@ class Network(Section):
     """channels of LeNet-5's two convolutions and width of its two hidden linear layers; empty: 6, 16, 120, 84"""
     batchnorm: Literal["before", "after", "none"] = "before"
     """VGG16's BatchNorm: before ReLU, after it (the Keras network), or none"""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """fraction of each hidden layer's outputs that is dropped while the network trains"""
 
     @field_validator("widths")
     @classmethod

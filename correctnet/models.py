@@ -20,15 +20,25 @@ VGG16_POOLED = (1, 3, 6, 9, 12)  # convolutions followed by a 2 x 2 max-pool
 
 
 class Block(nn.Sequential):
-    """One conv or linear layer `layer`, and what follows it: `norm` and `relu`, in either order or left out."""
+    """One conv or linear layer `layer`, and what follows it: `norm` and `relu`, in either order, and `dropout`."""
 
-    def __init__(self, layer: nn.Module, norm: nn.Module | None = None, relu: bool = True, norm_first: bool = True):
+    def __init__(
+        self,
+        layer: nn.Module,
+        norm: nn.Module | None = None,
+        relu: bool = True,
+        norm_first: bool = True,
+        dropout: float = 0.0,
+    ):
         after = [("norm", norm), ("relu", nn.ReLU() if relu else None)]
         parts = [("layer", layer), *(after if norm_first else reversed(after))]
+        parts.append(("dropout", nn.Dropout(dropout) if dropout else None))
         super().__init__(OrderedDict((name, part) for name, part in parts if part is not None))
 
 
-def lenet5(classes: int = 10, channels: int = 1, widths: tuple[int, ...] = LENET5_WIDTHS) -> nn.Sequential:
+def lenet5(
+    classes: int = 10, channels: int = 1, widths: tuple[int, ...] = LENET5_WIDTHS, dropout: float = 0.0
+) -> nn.Sequential:
     """LeNet-5: conv 5x5, pool, conv 5x5, pool, three linear layers; ReLU, max-pooling.
 
     Args:
@@ -36,34 +46,39 @@ def lenet5(classes: int = 10, channels: int = 1, widths: tuple[int, ...] = LENET
         channels: of the (N, channels, 32, 32) input.
         widths: channels of the two convolutions, outputs of the two hidden linear layers (LeCun: 6, 16, 120, 84,
             61,706 parameters for MNIST).
+        dropout: fraction of each hidden layer's outputs that training drops.
     """
     c1, c2, h1, h2 = widths
     return nn.Sequential(
         OrderedDict(
-            conv1=Block(nn.Conv2d(channels, c1, 5)),
+            conv1=Block(nn.Conv2d(channels, c1, 5), dropout=dropout),
             pool1=nn.MaxPool2d(2),
-            conv2=Block(nn.Conv2d(c1, c2, 5)),
+            conv2=Block(nn.Conv2d(c1, c2, 5), dropout=dropout),
             pool2=nn.MaxPool2d(2),
             flatten=nn.Flatten(),
-            linear1=Block(nn.Linear(c2 * 5 * 5, h1)),
-            linear2=Block(nn.Linear(h1, h2)),
+            linear1=Block(nn.Linear(c2 * 5 * 5, h1), dropout=dropout),
+            linear2=Block(nn.Linear(h1, h2), dropout=dropout),
             linear3=Block(nn.Linear(h2, classes), relu=False),
         )
     )
 
 
 def vgg16(
-    classes: int = 10, channels: int = 3, batchnorm: Literal["before", "after", "none"] = "before"
+    classes: int = 10,
+    channels: int = 3,
+    batchnorm: Literal["before", "after", "none"] = "before",
+    dropout: float = 0.0,
 ) -> nn.Sequential:
     """VGG16 for 32 x 32 images: 13 conv 3x3, five max-pools, linear 512-512, linear 512-classes.
 
     With BatchNorm before or after each hidden ReLU it is the network usually called VGG16 on CIFAR (15.04 M
-    parameters for 100 classes); `none` leaves BatchNorm out. Weights start from He's normal initialisation.
+    parameters for 100 classes); `none` leaves BatchNorm out. `dropout` is the fraction of each hidden layer's outputs
+    that training drops. Weights start from He's normal initialisation.
     """
 
     def block(layer: nn.Conv2d | nn.Linear, width: int) -> Block:
         norm = nn.BatchNorm2d(width) if isinstance(layer, nn.Conv2d) else nn.BatchNorm1d(width)
-        return Block(layer, norm if batchnorm != "none" else None, norm_first=batchnorm == "before")
+        return Block(layer, norm if batchnorm != "none" else None, norm_first=batchnorm == "before", dropout=dropout)
 
     parts: OrderedDict[str, nn.Module] = OrderedDict()
     for i, width in enumerate(VGG16_WIDTHS):
@@ -85,7 +100,7 @@ def vgg16(
 def build(name: str, classes: int, channels: int, seed: int = 0, **options: object) -> nn.Sequential:
     """A network by name with weights drawn from `seed`, leaving torch's global generator as it was.
 
-    `options`: `widths` for lenet5, `batchnorm` for vgg16. Raises UserError for an unknown name.
+    `options`: `dropout`, `widths` for lenet5, `batchnorm` for vgg16. Raises UserError for an unknown name.
     """
     makers = {"lenet5": lenet5, "vgg16": vgg16}
     if name not in makers:

@@ -121,6 +121,7 @@ def pretrain(settings: Settings, out: Path, runtime: Runtime) -> None:
     s = settings.of("pretrain")
     data = runtime.load(s)
     network: dict[str, Any] = {"name": s.network.name, "classes": data.classes, "channels": data.channels}
+    network["dropout"] = s.network.dropout
     if s.network.name == "lenet5":
         network["widths"] = s.network.widths or models.LENET5_WIDTHS
     else:

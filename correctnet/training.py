@@ -42,8 +42,10 @@ class Hooks:
     """the logits are divided by this in the loss"""
     draws_per_batch: int = 1
     """forward and backward passes a batch, over which the gradient is averaged"""
-    frozen_batchnorm: bool = False
-    """keep all normalisation layers in evaluation mode"""
+    frozen: bool = False
+    """the network is not what is trained: no dropout, and BatchNorm keeps its statistics"""
+    update_batchnorm: bool = False
+    """with `frozen`: BatchNorm normalises with each batch and updates its statistics all the same"""
     augment: str = "none"
     """how images are varied, as `data.augment`"""
 
@@ -170,7 +172,7 @@ def fit(
     with bar:
         for epoch in range(done, settings.epochs):
             began = time.monotonic()
-            _train_mode(model, hooks.frozen_batchnorm)
+            _set_mode(model, hooks)
             loss, correct = _epoch(model, train, settings, seed, epoch, steps, optimizer, hooks, bar)
             model.eval()
             row = {
@@ -206,12 +208,12 @@ def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
     storage.write_csv(path, pd.DataFrame(rows, columns=columns))
 
 
-def _train_mode(model: nn.Module, frozen_batchnorm: bool) -> None:
-    model.train()
-    if frozen_batchnorm:
+def _set_mode(model: nn.Module, hooks: Hooks) -> None:
+    model.train(not hooks.frozen)
+    if hooks.update_batchnorm:
         for m in model.modules():
             if isinstance(m, nn.modules.batchnorm._NormBase):
-                m.eval()
+                m.train()
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
@@ -232,6 +234,7 @@ def _epoch(
     bar: tqdm,
 ) -> tuple[float, float]:
     generator = epoch_generator(seed, epoch)
+    torch.manual_seed(generator.initial_seed())  # of dropout
     order = torch.randperm(len(train), generator=generator).to(train.images.device)
     per_epoch = math.ceil(len(train) / settings.batch)
     device = train.images.device.type

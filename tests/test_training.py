@@ -103,7 +103,7 @@ def test_only_the_chosen_parameters_change(tiny, blobs):
     assert changed == {"4.weight", "4.bias", "0.norm.running_mean", "0.norm.running_var", "0.norm.num_batches_tracked"}
     assert all(p.requires_grad for p in tiny.parameters())
     before = weights(tiny)
-    hooks = Hooks(frozen_batchnorm=True)
+    hooks = Hooks(frozen=True)
     fit(tiny, blobs, section(epochs=1), seed=0, parameters=list(tiny[4].parameters()), hooks=hooks, quiet=True)
     assert {k for k, v in tiny.state_dict().items() if not torch.equal(v, before[k])} == {"4.weight", "4.bias"}
 
@@ -133,10 +133,10 @@ def test_several_chips_a_batch_average_the_gradient(tiny, blobs):
         return {k: v - before[k] for k, v in analog.named_parameters()}
 
     def one(sample):
-        return lambda m: Hooks(before_batch=lambda d: program(m, TRAINING_CHIPS + sample), frozen_batchnorm=True)
+        return lambda m: Hooks(before_batch=lambda d: program(m, TRAINING_CHIPS + sample), frozen=True)
 
     def three(m):
-        hooks = Hooks(before_batch=lambda d: program(m, TRAINING_CHIPS + d), frozen_batchnorm=True)
+        hooks = Hooks(before_batch=lambda d: program(m, TRAINING_CHIPS + d), frozen=True)
         hooks.draws_per_batch = 3
         return hooks
 

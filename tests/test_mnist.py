@@ -1,0 +1,44 @@
+"""The whole chain, LeNet-5 on the real MNIST, with a budget of two minutes; the settings that ship take longer."""
+
+import os
+from pathlib import Path
+
+import pytest
+from test_cli import succeed
+
+from correctnet import data, storage
+from correctnet.results import Result
+
+ROOT = Path(os.environ.get("CORRECTNET_DATA", "data"))
+FILES = [ROOT / "MNIST" / "raw" / f.name for f in (*data.SOURCES["mnist"].train, *data.SOURCES["mnist"].test)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not all(f.exists() for f in FILES), reason=f"no MNIST under {ROOT} (CORRECTNET_DATA says where)")
+def test_the_chain_on_mnist(tmp_path):
+    common = ["--config", "config.yaml", "--pair", "lenet5-mnist", "--row", "correctnet-t99", "--quiet"]
+    common += ["--data-dir", ROOT]
+    pre, sup = ("--pretrained", tmp_path / "pretrain"), ("--suppressed", tmp_path / "suppress")
+    succeed("pretrain", *common, "--epochs", 2, "--out", tmp_path / "pretrain")
+    succeed("suppress", *common, "--epochs", 1, *pre, "--out", tmp_path / "suppress")
+    succeed("sweep", *common, "--chips", 10, "--images", 1000, *pre, *sup, "--out", tmp_path / "sweep")
+    found = ("--candidates", tmp_path / "sweep" / "candidates.json")
+    budget = ["--evaluations", 4, "--train-images", 6000, "--chips", 10, "--images", 500]
+    succeed("search", *common, *budget, *sup, *found, "--limit", 0.03, "--out", tmp_path / "search")
+    best = tmp_path / "search" / "best.json"
+    succeed("compensate", *common, "--epochs", 1, *sup, "--found", best, "--out", tmp_path / "compensate")
+    results = {}
+    for stage in ("pretrain", "compensate"):
+        for sigma, chips in ((0, 1), (0.5, 30)):
+            out = tmp_path / f"{stage}-{sigma}.csv"
+            options = [*common, "--sigma", sigma, "--chips", chips, "--images", 2000]
+            succeed("evaluate", *options, "--model", tmp_path / stage, "--out", out)
+            results[stage, sigma] = Result.from_csv(out)
+    assert results["pretrain", 0].mean >= 0.98
+    assert results["compensate", 0].mean >= results["pretrain", 0].mean - 0.01
+    assert results["pretrain", 0.5].mean < results["pretrain", 0].mean - 0.02, "variation hurts"
+    assert results["compensate", 0.5].minus(results["pretrain", 0.5]).low > 0, "and CorrectNet wins some of it back"
+    description = storage.read_json(tmp_path / "compensate" / "model.json")
+    assert 0 < description["overhead"] <= 0.03
+    candidates = storage.read_json(tmp_path / "sweep" / "candidates.json")["candidates"]
+    assert set(storage.read_json(best)["filters"]) <= set(candidates)
