@@ -26,6 +26,9 @@ namespace correctnet {
 namespace {
 namespace noise {
 
+CN_NOISE_INLINE void store(float* p, float a) { *p = a; }
+CN_NOISE_INLINE void store(uint16_t* p, float a) { *p = bfloat16(a); }
+
 #if defined(__AVX2__)
 
 // The table in the order of p's exponent (a float's biased one, modulo 32), which spares the way to the octave.
@@ -323,9 +326,6 @@ class Filler {
 
 #else  // neither: one weight at a time
 
-CN_NOISE_INLINE void convert(float a, float* out) { *out = a; }
-CN_NOISE_INLINE void convert(float a, uint16_t* out) { *out = bfloat16(a); }
-
 template <class T>
 class Filler {
  public:
@@ -337,7 +337,7 @@ class Filler {
       const Block drawn = words(noise_, block);
       for (int64_t i = done < 0 ? -done : 0; i < 4 && done + i < count; ++i) {
         const float factor = lognormal(drawn.word[i], log2_, kNormal);
-        convert(weight ? multiply(weight[done + i], factor) : factor, out + done + i);
+        store(out + done + i, weight ? multiply(weight[done + i], factor) : factor);
       }
     }
   }

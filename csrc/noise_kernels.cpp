@@ -70,7 +70,7 @@ void noisy_weight(const Noise& noise, const Layer& layer, const float* weight, T
   const NoiseKernels& kernels = noise_kernels(selected_isa());
   const int64_t row = std::max<int64_t>(1, layer.taps * layer.channels), grain = (kThreadWork + row - 1) / row;
   share(layer.rows, grain, threads, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(layer.channels_last ? 0 : row);
+    std::vector<float> scratch(layer.channels_last ? 0 : 2 * row);
     run_noisy(kernels, noise, layer, begin, end, weight, out, scratch.data());
   });
 }

@@ -19,7 +19,7 @@ struct Layer {
 
 struct NoiseKernels {
   void (*factors)(const Noise&, int64_t first, int64_t count, float* out);
-  // Rows first_row ... last_row - 1; `scratch` is for taps * channels floats. `weight` and `out` begin at row 0.
+  // Rows first_row ... last_row - 1; `scratch` is for 2 * taps * channels floats. `weight` and `out` begin at row 0.
   void (*noisy_float32)(const Noise&, const Layer&, int64_t first_row, int64_t last_row, const float* weight, float* out,
                         float* scratch);
   void (*noisy_bfloat16)(const Noise&, const Layer&, int64_t first_row, int64_t last_row, const float* weight,

@@ -11,9 +11,15 @@ void factors(const Noise& noise, int64_t first, int64_t count, float* out) {
   noise_fill(nullptr, first, count, noise, out);
 }
 
-inline float multiply_as(float weight, float factor, float*) { return noise::multiply(weight, factor); }
-inline uint16_t multiply_as(float weight, float factor, uint16_t*) {
-  return noise::bfloat16(noise::multiply(weight, factor));
+template <class T>
+void multiply(const float* weight, const float* factor, int64_t count, T* out) {
+  int64_t i = 0;
+#if defined(__AVX2__)
+  for (constexpr int kHalf = noise::kVector; i + 2 * kHalf <= count; i += 2 * kHalf)
+    noise::store(out + i, noise::multiply(noise::load(weight + i), noise::load(factor + i)),
+                 noise::multiply(noise::load(weight + i + kHalf), noise::load(factor + i + kHalf)));
+#endif
+  for (; i < count; ++i) noise::store(out + i, noise::multiply(weight[i], factor[i]));
 }
 
 template <class T>
@@ -22,12 +28,12 @@ void noisy(const Noise& noise, const Layer& layer, int64_t first_row, int64_t la
   const int64_t taps = layer.taps, channels = layer.channels, size = taps * channels;
   if (layer.channels_last || taps == 1 || channels == 1)
     return noise_fill(weight, first_row * size, (last_row - first_row) * size, noise, out + first_row * size);
+  float* in_memory_order = scratch + size;
   for (int64_t row = first_row; row < last_row; ++row) {
     noise_fill(nullptr, row * size, size, noise, scratch);
-    const float* w = weight + row * size;
-    T* o = out + row * size;
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t t = 0; t < taps; ++t, ++w, ++o) *o = multiply_as(*w, scratch[t * channels + c], o);
+    for (int64_t t = 0; t < taps; ++t)
+      for (int64_t c = 0; c < channels; ++c) in_memory_order[c * taps + t] = scratch[t * channels + c];
+    multiply(weight + row * size, in_memory_order, size, out + row * size);
   }
 }
 
