@@ -48,7 +48,7 @@ const NoiseCases& cases_of(Isa isa) {
   }
 }
 
-// Distance in units of the standard normal between z and the exact inverse of p, by a Newton step: independent of the table.
+// Distance of z from the exact inverse of p, by a Newton step: independent of the table.
 double normal_error(double z, double p) {
   const double density = std::exp(-z * z / 2) / std::sqrt(2 * M_PI);
   return (0.5 * std::erfc(-z / std::sqrt(2.0)) - p) / density;
@@ -181,10 +181,11 @@ void test_exp2(const NoiseCases& cases, uint64_t stride) {
 void test_fill(const NoiseCases& cases, int rounds) {
   constexpr float kGuard = 12345;
   std::mt19937_64 random(3);
+  const float special[] = {0.0f, -0.0f, INFINITY, -INFINITY, NAN, 3e38f, 1.2e-38f, -1e-40f};
   std::vector<float> weight(1200);
   for (float& w : weight) {
     w = float(int(random() % 2001) - 1000) / 500;
-    if (random() % 20 == 0) w = std::vector<float>{0.0f, -0.0f, INFINITY, -INFINITY, NAN, 3e38f, 1.2e-38f, -1e-40f}[random() % 8];
+    if (random() % 20 == 0) w = special[random() % 8];
   }
   for (int round = 0; round < rounds; ++round) {
     const Noise noise{random(), uint32_t(random()), uint32_t(random()), 0.01 * (random() % 200),
@@ -202,7 +203,8 @@ void test_fill(const NoiseCases& cases, int rounds) {
     for (int64_t i = -64 + shift; i < count + 64 + shift; ++i) {
       const size_t at = 64 - shift + i;
       if (i < 0 || i >= count) {
-        CHECK(factors[at] == kGuard && products[at] == kGuard && halves[at] == 0x4711, "%s: wrote beside the row", isa_name);
+        CHECK(factors[at] == kGuard && products[at] == kGuard && halves[at] == 0x4711, "%s: wrote beside the row",
+              isa_name);
         continue;
       }
       const noise::Block drawn = noise::words(noise, uint32_t((first + i) / 4));
