@@ -1,5 +1,62 @@
-"""Packaging entry point; all metadata stands in pyproject.toml."""
+"""Builds the C++ core with CMake; all metadata stands in pyproject.toml.
 
-from setuptools import setup
+Where no C++ compiler is found, or where CORRECTNET_PURE_PYTHON is 1, correctnet is installed without the core and
+computes the same in numpy; `correctnet.native.status()` says which. Where there is a compiler, a build that fails is an
+error. CXX and CMAKE_ARGS are heeded.
+"""
 
-setup()
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    """Configures and builds csrc/ and leaves the module where setuptools expects it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11  # a build requirement, absent where nothing is built
+
+        module = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve()
+        settings = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": module.parent,
+            "CORRECTNET_PYTHON": "ON",
+            "BUILD_TESTING": "OFF",
+            "PYBIND11_FINDPYTHON": "ON",
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+        }
+        options = [f"-D{name}={value}" for name, value in settings.items()]
+        options += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        subprocess.run(["cmake", "-S", ROOT / "csrc", "-B", build, "-G", "Ninja", *options], check=True)
+        subprocess.run(["cmake", "--build", build], check=True)
+        if not module.exists():
+            raise RuntimeError(f"the build ended without {module}")
+
+
+def why_not() -> str | None:
+    """Why the core is not to be built, or None."""
+    if os.environ.get("CORRECTNET_PURE_PYTHON") == "1":
+        return "CORRECTNET_PURE_PYTHON is 1"
+    compilers = ["c++", "g++", "clang++"]
+    if "CXX" not in os.environ and not any(map(shutil.which, compilers)):
+        return f"no C++ compiler found ({', '.join(compilers)}; CXX not set)"
+    return None
+
+
+reason = why_not()
+if reason:
+    print(f"correctnet: {reason}: installing without the C++ core", file=sys.stderr)
+setup(
+    ext_modules=[] if reason else [Extension("correctnet._native", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

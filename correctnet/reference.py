@@ -115,10 +115,10 @@ def words(seed: int, layer: int, sample: int, count: int, start: int = 0, purpos
     Raises:
         ValueError: an argument is no integer or outside its range.
     """
-    key, address = _address(seed, layer, sample, count, start, purpose)
+    key, upper = address(seed, layer, sample, count, start, purpose)
     result = np.empty(count, np.uint32)
     for part in _blocks(start, count):
-        result[part] = _words(key, address, start + part.start, start + part.stop)
+        result[part] = _words(key, upper, start + part.start, start + part.stop)
     return result
 
 
@@ -177,10 +177,10 @@ def lognormal(
         ValueError: an argument is outside its range, or the factors could leave that of float32.
     """
     scale, offset = log2_scale(sigma, shift)
-    key, address = _address(seed, layer, sample, count, start, purpose)
+    key, upper = address(seed, layer, sample, count, start, purpose)
     result = np.empty(count, np.float32)
     for part in _blocks(start, count):
-        z = standard_normal(_words(key, address, start + part.start, start + part.stop))
+        z = standard_normal(_words(key, upper, start + part.start, start + part.stop))
         result[part] = exp2(fma(z, scale, offset))
     return result
 
@@ -201,6 +201,22 @@ def log2_scale(sigma: float, shift: float) -> tuple[np.float32, np.float32]:
     return np.float32(sigma * LOG2_E), np.float32(shift * LOG2_E)
 
 
+def address(
+    seed: int, layer: int, sample: int, count: int, start: int, purpose: int
+) -> tuple[list[int], list[NDArray[np.uint64]]]:
+    """The arguments of `words`, checked: the two words of the key, and the upper three of the counter, (1,) each.
+
+    Raises:
+        ValueError: see `words`.
+    """
+    seed = _integer("seed", seed, -(1 << 63), (1 << 64) - 1) & 0xFFFFFFFFFFFFFFFF
+    _integer("start", start, 0, ELEMENTS)
+    _integer("count", count, 0, ELEMENTS - start)
+    upper = [("sample", sample), ("layer", layer), ("purpose", purpose)]
+    counter = [np.array([_integer(name, value, 0, 0xFFFFFFFF)], np.uint64) for name, value in upper]
+    return [seed & 0xFFFFFFFF, seed >> 32], counter
+
+
 def _philox(counter: list[NDArray[np.uint64]], key: list[int]) -> list[NDArray[np.uint32]]:
     """Ten rounds; the words of a counter are 32-bit numbers in uint64 arrays that broadcast against each other."""
     low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
@@ -213,10 +229,10 @@ def _philox(counter: list[NDArray[np.uint64]], key: list[int]) -> list[NDArray[n
     return [word.astype(np.uint32) for word in (c0, c1, c2, c3)]
 
 
-def _words(key: list[int], address: list[NDArray[np.uint64]], start: int, stop: int) -> NDArray[np.uint32]:
-    """The words of elements start, ..., stop - 1; `address` is (sample, layer, purpose)."""
+def _words(key: list[int], upper: list[NDArray[np.uint64]], start: int, stop: int) -> NDArray[np.uint32]:
+    """The words of elements start, ..., stop - 1; `upper` is (sample, layer, purpose)."""
     blocks = np.arange(start // 4, -(-stop // 4), dtype=np.uint64)
-    flat = np.stack(_philox([blocks, *address], key), axis=-1).reshape(-1)
+    flat = np.stack(_philox([blocks, *upper], key), axis=-1).reshape(-1)
     return flat[start % 4 : start % 4 + stop - start]
 
 
@@ -226,18 +242,6 @@ def _blocks(start: int, count: int) -> Iterator[slice]:
     borders = [start, *range(start - start % BLOCK + BLOCK, stop, BLOCK), stop]
     for first, last in itertools.pairwise(borders):
         yield slice(first - start, last - start)
-
-
-def _address(
-    seed: int, layer: int, sample: int, count: int, start: int, purpose: int
-) -> tuple[list[int], list[NDArray[np.uint64]]]:
-    """The arguments of `words`, checked, as the key and the upper three words of the counter."""
-    seed = _integer("seed", seed, -(1 << 63), (1 << 64) - 1) & 0xFFFFFFFFFFFFFFFF
-    _integer("start", start, 0, ELEMENTS)
-    _integer("count", count, 0, ELEMENTS - start)
-    upper = [("sample", sample), ("layer", layer), ("purpose", purpose)]
-    address = [np.array([_integer(name, value, 0, 0xFFFFFFFF)], np.uint64) for name, value in upper]
-    return [seed & 0xFFFFFFFF, seed >> 32], address
 
 
 def _integer(name: str, value: int, low: int, high: int) -> int:

@@ -1,0 +1,49 @@
+// The Python module correctnet._native. Tensors come as addresses, so that one build serves every version of torch;
+// correctnet/native.py, its only user, sees to their types, sizes and memory orders.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "isa.h"
+#include "noise_kernels.h"
+
+namespace py = pybind11;
+using namespace correctnet;
+
+PYBIND11_MODULE(_native, m) {
+  m.def("isa", [] { return name(selected_isa()); });
+  m.def("select_isa", &select_isa, py::arg("name"));
+  m.def("supported_isas", [] {
+    std::vector<std::string> names;
+    for (const Isa isa : supported_isas()) names.push_back(name(isa));
+    return names;
+  });
+
+  py::class_<Noise>(m, "Noise")
+      .def(py::init([](uint64_t seed, uint32_t layer, uint32_t sample, double sigma, double shift, uint32_t purpose) {
+             return Noise{seed, layer, sample, sigma, shift, purpose};
+           }),
+           py::arg("seed"), py::arg("layer"), py::arg("sample"), py::arg("sigma"), py::arg("shift"), py::arg("purpose"));
+
+  m.def(
+      "lognormal",
+      [](const Noise& noise, int64_t first, int64_t count, uintptr_t out, int threads) {
+        lognormal(noise, first, count, reinterpret_cast<float*>(out), threads);
+      },
+      py::arg("noise"), py::arg("first"), py::arg("count"), py::arg("out"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "noisy_weight",
+      [](const Noise& noise, int64_t rows, int64_t taps, int64_t channels, bool channels_last, uintptr_t weight,
+         uintptr_t out, bool bfloat16, int threads) {
+        const Layer layer{rows, taps, channels, channels_last};
+        const float* w = reinterpret_cast<const float*>(weight);
+        if (bfloat16)
+          noisy_weight(noise, layer, w, reinterpret_cast<uint16_t*>(out), threads);
+        else
+          noisy_weight(noise, layer, w, reinterpret_cast<float*>(out), threads);
+      },
+      py::arg("noise"), py::arg("rows"), py::arg("taps"), py::arg("channels"), py::arg("channels_last"),
+      py::arg("weight"), py::arg("out"), py::arg("bfloat16"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
+}

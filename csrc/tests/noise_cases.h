@@ -1,0 +1,24 @@
+// The functions of noise_fill.h, to be tested: a table for each instruction set (noise_cases.cpp, compiled for each).
+#pragma once
+
+#include <cstdint>
+
+#include "../noise.h"
+
+namespace correctnet {
+
+struct NoiseCases {
+  int step;  // words that `words` gives at a time
+  void (*words)(const Noise&, uint32_t block, uint32_t* out);                      // of blocks block, block + 1, ...
+  void (*normal)(const uint32_t* words, int64_t count, float* out);                // count: a multiple of 16
+  void (*exp2)(const float* x, int64_t count, float* out);                         // likewise
+  void (*fill_float32)(const float* weight, int64_t first, int64_t count, const Noise&, float* out);
+  void (*fill_bfloat16)(const float* weight, int64_t first, int64_t count, const Noise&, uint16_t* out);
+};
+
+extern const NoiseCases noise_cases_portable;
+#if defined(CORRECTNET_X86)
+extern const NoiseCases noise_cases_avx2, noise_cases_avx512, noise_cases_avx512bf16;
+#endif
+
+}  // namespace correctnet
