@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from correctnet import reference
+from correctnet import native
 
 # Disjoint ranges of sample numbers, so that nothing is judged on a chip that it was trained or chosen on.
 TEST_CHIPS = 0
@@ -86,8 +86,8 @@ class LogNormalVariation(Variation):
 
         `element` counts in the order (out, kh, kw, in), whatever the memory order of `weight` is.
         """
-        draws = reference.lognormal(seed, layer, sample, weight.numel(), self.sigma, self.shift)
-        flat = torch.from_numpy(draws).to(weight.device)
+        draws = native.lognormal(seed, layer, sample, weight.numel(), self.sigma, self.shift)
+        flat = draws.to(weight.device)
         if weight.dim() != 4:
             return flat.view(weight.shape)
         out, inputs, kh, kw = weight.shape
@@ -98,7 +98,7 @@ class LogNormalVariation(Variation):
         if self.sigma == 0:
             return weight
         # Rounded once, from float32: weights in bfloat16 see the same chip as weights in float32.
-        return (weight.float() * self.factor(weight, seed, layer, sample)).to(weight.dtype)
+        return _Programmed.apply(weight, (seed, layer, sample, self.sigma, self.shift))
 
     def describe(self) -> dict[str, Any]:
         """The four settings that say which "lognormal" this is, with the mean and coefficient of variation."""
@@ -111,6 +111,19 @@ class LogNormalVariation(Variation):
             "mean": self.mean,
             "cv": self.cv,
         }
+
+
+class _Programmed(torch.autograd.Function):
+    """weight -> weight * factor(address). Its gradient is the factor, drawn again from the address, not stored."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, address: tuple[Any, ...]) -> Tensor:
+        ctx.address = address
+        return native.noisy_weight(weight, *address)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return native.noisy_weight(gradient, *ctx.address), None
 
 
 def make(settings: Any) -> Variation:
