@@ -134,7 +134,7 @@ END = {"collect": 1, "table1": 1}
         (
             "pairs/one/pretrain/epochs",
             4,
-            {"pretrain": 1, "suppress": 1, "sweep": 1, "search": 1, "compensate": 1, "evaluate": 13, "gather": 10}
+            {"pretrain": 1, "suppress": 1, "sweep": 1, "search": 1, "compensate": 1, "evaluate": 14, "gather": 10}
             | {"figure": 4, **END},
         ),
         # training of the compensators, which the search does too
@@ -155,7 +155,7 @@ END = {"collect": 1, "table1": 1}
         (
             "pairs/one/variation",
             {"sigma": 0.4},
-            {"suppress": 1, "sweep": 1, "search": 1, "compensate": 1, "evaluate": 11, "gather": 8, "figure": 4, **END},
+            {"suppress": 1, "sweep": 1, "search": 1, "compensate": 1, "evaluate": 11, "gather": 7, "figure": 4, **END},
         ),
         # more chips: only chunks that are not there; the chunks before were temporary, so those of 0.5 all rerun
         ("pairs/one/evaluate/chips", 4, {"evaluate": 8, "gather": 4, "figure": 2, **END}),
