@@ -301,7 +301,6 @@ def compensate(settings: Settings, runtime: Runtime, suppressed: Path, found: tu
 @click.option("--model", type=PATH, required=True, help="Model of any stage.")
 @click.option("--chips", type=click.IntRange(1), default=250, show_default=True, help="Chip samples.")
 @click.option("--start", type=click.IntRange(0), default=0, show_default=True, help="Number of the first chip.")
-@click.option("--split", type=click.Choice(["test", "validation"]), default="test", show_default=True)
 @click.option("--note", multiple=True, metavar="NAME=VALUE", help="A further column of the CSV; may be repeated.")
 @click.option("--out", type=PATH, required=True, help="CSV that is written, a row a chip.")
 def evaluate(
@@ -310,7 +309,6 @@ def evaluate(
     model: Path,
     chips: int,
     start: int,
-    split: str,
     note: tuple[str, ...],
     out: Path,
 ) -> None:
@@ -319,7 +317,7 @@ def evaluate(
 
     columns = _pairs("--note", note)
     click.echo(
-        stages.evaluate_chips(settings, model, out, runtime, chips=chips, start=start, split=split, **columns),
+        stages.evaluate_chips(settings, model, out, runtime, chips=chips, start=start, **columns),
         err=True,
     )
 
@@ -400,12 +398,26 @@ def fetch(name: str, data_dir: str | None) -> None:
 @click.option("--run", help="Also print an estimate of the hours that this run takes.")
 def check(config: Path, run: str | None) -> None:
     """Check a config.yaml."""
-    from correctnet import estimate
-
     loaded = Config.load(config)
     click.echo(f"{config}: {len(loaded.pairs)} pairs, {len(loaded.rows)} rows, no mistakes")
     if run:
-        click.echo(estimate.report(loaded, run))
+        from correctnet import estimate
+        from correctnet.stages import available_cpus
+
+        click.echo(estimate.report(loaded, run, available_cpus()))
+
+
+@main.command()
+def info() -> None:
+    """Say what this machine computes with: versions, CPUs, and the C++ core's instructions."""
+    import torch
+
+    from correctnet import __version__, native
+    from correctnet.stages import available_cpus
+
+    status = native.status()
+    click.echo(f"correctnet {__version__}, torch {torch.__version__}, {available_cpus()} CPUs")
+    click.echo(f"noise: {status.isa} ({status.reason}; available: {', '.join(status.available) or 'none'})")
 
 
 @main.command()

@@ -129,6 +129,8 @@ class Sweep(Section):
 class Compensate(Training):
     """Generators and compensators (Fig. 5), trained with everything else frozen."""
 
+    learning_rate: float = Field(1e-2, gt=0)
+    """peak learning rate of the one-cycle schedule; ten times a network's own, as the new layers are few"""
     activation: Literal["none", "relu"] = "relu"
     """activation behind the generator"""
     init: Literal["identity", "random"] = "identity"
@@ -191,20 +193,22 @@ class Search(Section):
 
 
 class Evaluate(Section):
-    """Monte Carlo evaluation on the test set."""
+    """Monte Carlo evaluation."""
 
     chips: int = Field(250, ge=1)
     """chip samples of a Table I row"""
+    split: Literal["test", "validation"] = "test"
+    """images that are classified; "validation" for everything that is still to be chosen"""
     images: int | None = Field(None, ge=1)
-    """test images; empty: all"""
+    """how many of them; empty: all"""
     sigmas: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4)
     """further sigmas for the curves of Figures 2 and 7"""
     curve_chips: int = Field(50, ge=1)
     """chip samples at each of those"""
     chunk: int = Field(125, ge=1)
     """chip samples a job"""
-    batch: int = Field(1000, ge=1)
-    """images a forward pass"""
+    batch: int = Field(100, ge=1)
+    """images a forward pass; small enough for a layer's activations to stay in the cache"""
     recalibrate: Literal["none", "simulated", "chip"] = "none"
     """BatchNorm statistics: as trained, estimated once over simulated chips, or anew on each chip"""
     recalibrate_images: int = Field(512, ge=2)
@@ -286,6 +290,7 @@ READS: dict[Stage, tuple[str, ...]] = {
         "data.dataset",
         "data.validation",
         "variation",
+        "evaluate.split",
         "evaluate.images",
         "evaluate.batch",
         "evaluate.recalibrate",

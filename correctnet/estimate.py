@@ -32,7 +32,7 @@ def _seconds(work: Callable[[], object], at_least: float = 0.2) -> float:
 
 
 def costs(settings: Settings) -> dict[str, float]:
-    """Measured seconds of the pair's network here: a training step's image, a test image, and one chip's sampling."""
+    """Seconds of the pair's network, measured on one thread: an image trained, an image tested, a chip sampled."""
     s = settings
     channels = 1 if s.data.dataset in ("digits", "mnist") else 3
     options = {"widths": s.network.widths or models.LENET5_WIDTHS}
@@ -114,20 +114,20 @@ def stage_seconds(config: Config, pair: str) -> dict[str, float]:
     return total
 
 
-def report(config: Config, run: str) -> str:
-    """The estimate for a run as lines of text."""
+def report(config: Config, run: str, cores: int) -> str:
+    """The estimate for a run as lines of text. Leaves torch with one thread."""
     if run not in config.runs:
         raise UserError(f"no run {run!r} (runs: {', '.join(config.runs)})")
+    # One thread, so that neither the other core nor what else runs there enters; stages keep all cores busy.
+    torch.set_num_threads(1)
     lines, everything = [], 0.0
     for pair in config.runs[run]:
-        stages = stage_seconds(config, pair)
+        stages = {stage: seconds / cores for stage, seconds in stage_seconds(config, pair).items()}
         everything += sum(stages.values())
         parts = ", ".join(f"{stage} {_duration(seconds)}" for stage, seconds in stages.items())
         lines.append(f"  {pair}: about {_duration(sum(stages.values()))} ({parts})")
-    head = (
-        f"{run}: about {_duration(everything)} if one job runs after the other with {torch.get_num_threads()} threads"
-    )
-    return "\n".join([f"{head} (measured here; at most: what is done already is not done again)", *lines])
+    head = f"{run}: about {_duration(everything)} on {cores} cores, from a few seconds of measurement on one of them;"
+    return "\n".join([f"{head} what is done already is not done again", *lines])
 
 
 def _duration(seconds: float) -> str:
@@ -138,14 +138,14 @@ def _duration(seconds: float) -> str:
 
 def main() -> None:
     """Print the estimate for --run of the configuration on standard input (JSON), as the workflow does at its start."""
-    from correctnet.stages import available_cpus, set_threads
+    from correctnet.stages import available_cpus
 
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--run", required=True)
     parser.add_argument("--cores", type=int, default=available_cpus())
     arguments = parser.parse_args()
-    set_threads(min(arguments.cores, available_cpus()))
-    print(report(Config.check(json.load(sys.stdin)), arguments.run), file=sys.stderr)
+    cores = min(arguments.cores, available_cpus())
+    print(report(Config.check(json.load(sys.stdin)), arguments.run, cores), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -37,20 +37,23 @@ def _batches(data: Batches, size: int) -> Callable[[], Iterator[tuple[Tensor, Te
 
 
 @torch.no_grad()
-def count_correct(model: nn.Module, data: Batches, batch: int = 1000) -> tuple[int, int]:
+def count_correct(model: nn.Module, data: Batches, batch: int = 100) -> tuple[int, int]:
     """(correctly classified images, images) of `data`, with the weights that `model` has now."""
     model.eval()
     device = next(model.parameters()).device
     correct = total = 0
     for images, labels in _batches(data, batch)():
-        correct += (model(images.to(device)).argmax(1) == labels.to(device)).sum().item()
+        images = images.to(device)
+        if images.dim() == 4:  # convolutions on a CPU are about 1.4 times faster in this order
+            images = images.contiguous(memory_format=torch.channels_last)
+        correct += (model(images).argmax(1) == labels.to(device)).sum().item()
         total += len(labels)
     if total == 0:
         raise UserError("evaluate: the data holds no images")
     return correct, total
 
 
-def clean_accuracy(model: nn.Module, data: Batches, batch: int = 1000) -> float:
+def clean_accuracy(model: nn.Module, data: Batches, batch: int = 100) -> float:
     """Accuracy with nominal weights; `model` converted or not."""
     try:
         chip_of(model)
@@ -69,7 +72,7 @@ def evaluate(
     *,
     start: int = 0,
     first_layer: int = 0,
-    batch: int = 1000,
+    batch: int = 100,
     prepare: Callable[[nn.Module], None] | None = None,
     progress: bool = True,
     title: str = "chips",

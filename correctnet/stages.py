@@ -283,10 +283,9 @@ def evaluate_chips(
     *,
     chips: int,
     start: int = 0,
-    split: str = "test",
     **columns: Any,
 ) -> Result:
-    """Accuracy of chips start, ..., start + chips - 1 on the test images (or `split`). Writes a CSV, a row a chip.
+    """Accuracy of chips start, ..., start + chips - 1. Writes a CSV, a row a chip.
 
     Args:
         settings: `variation.sigma` 0 evaluates the nominal weights, once.
@@ -297,7 +296,7 @@ def evaluate_chips(
     s = settings.of("evaluate")
     model, description = read_network(path, runtime.device)
     data = runtime.load(s)
-    images = getattr(data, split).take(s.evaluate.images)
+    images = getattr(data, s.evaluate.split).take(s.evaluate.images)
     analog = convert(model, variation.make(s.variation), s.seed)
     if s.variation.sigma > 0:
         check_coverage(model, analog, images.images[:8], sample=start)
@@ -321,7 +320,7 @@ def evaluate_chips(
         **columns,
         network=description["network"]["name"],
         dataset=s.data.dataset,
-        split=split,
+        split=s.evaluate.split,
         sigma=s.variation.sigma,
         centre=s.variation.centre,
         overhead=description.get("overhead", 0.0),

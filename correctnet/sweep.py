@@ -60,7 +60,7 @@ def sweep(
     *,
     chips: int = 50,
     start: int = 0,
-    batch: int = 1000,
+    batch: int = 100,
     progress: bool = True,
 ) -> Sweep:
     """Inject variation into layers i..L for i = L, L-1, ..., 1, each over the same chips.

@@ -269,6 +269,20 @@ def test_no_candidates_gives_the_suppressed_network(chain, tmp_path):
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
+def test_info_says_what_computes():
+    text = succeed("info").output
+    assert f"torch {torch.__version__}" in text
+    assert "noise: " in text
+
+
+def test_choices_are_evaluated_on_validation_images(chain):
+    options = ["--quiet", "--threads", "1", "--model", chain / "pretrain", "--sigma", 0, "--chips", 1]
+    succeed("evaluate", *options, "--split", "validation", "--out", chain / "v.csv")
+    table = pd.read_csv(chain / "v.csv")
+    assert set(table["split"]) == {"validation"}
+    assert table["images"][0] == len(data.load("digits").validation)
+
+
 def test_check_and_show(chain):
     assert "no mistakes" in succeed("check", "config.yaml").output
     shown = json.loads(succeed("show", chain / "compensate").output)

@@ -9,7 +9,8 @@ from correctnet.config import READS, VERSIONS, Config, Settings
 from correctnet.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = yaml.safe_load((ROOT / "config.yaml").read_text())
+# Through JSON, so that sections that the file shares between pairs can be changed one at a time.
+SHIPPED = json.loads(json.dumps(yaml.safe_load((ROOT / "config.yaml").read_text())))
 
 
 def changed(path, value, base=SHIPPED):
@@ -112,9 +113,9 @@ def test_rows_share_the_stages_in_which_they_agree():
     assert config.variant(pair, "correctnet-t99", "suppress") == ""
     assert config.variant(pair, "correctnet-t99", "sweep") == "@correctnet-t99"
     assert config.variant(pair, "correctnet-t99", "compensate") == "@correctnet-t99"
-    assert config.variant(pair, "random-search", "sweep") == ""
-    assert config.variant(pair, "random-search", "search") == "@random-search"
-    assert config.variant(pair, "random-search", "compensate") == "@random-search", "its input differs"
+    assert config.variant(pair, "random-t99", "sweep") == "@correctnet-t99"
+    assert config.variant(pair, "random-t99", "search") == "@random-t99"
+    assert config.variant(pair, "random-t99", "compensate") == "@random-t99", "its input differs"
     # Two rows that make the same change share one run of it, under the name of the first.
     twins = changed("rows/b", {"evaluate": "suppress", "label": "b", "set": {"suppress": {"beta": 9.0}}})
     twins = changed("rows/a", {"evaluate": "suppress", "label": "a", "set": {"suppress": {"beta": 9.0}}}, twins)

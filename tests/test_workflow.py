@@ -209,7 +209,7 @@ def test_report_with_captions(folder):
 
 def test_a_full_run_prints_its_estimate(folder):
     output = snakemake(folder, "all")
-    assert re.search(r"paper: about \d+ (s|min) if one job runs after the other", output), output
+    assert re.search(r"paper: about \d+ (s|min) on \d+ cores", output), output
     assert re.search(r"one: about \d+ (s|min) \(pretrain", output)
 
 

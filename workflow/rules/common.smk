@@ -183,8 +183,8 @@ def table_sigma(wildcards):
 
 
 def training_threads(wildcards):
-    """LeNet-5 is too small for more than two threads; VGG16 takes what there is."""
-    return 8 if settings_of(wildcards).network.name == "vgg16" else 2
+    """LeNet-5 is too small for more than one thread; VGG16 takes what there is."""
+    return 8 if settings_of(wildcards).network.name == "vgg16" else 1
 
 
 def print_estimate():
