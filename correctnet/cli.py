@@ -316,8 +316,11 @@ def evaluate(
     from correctnet import stages
 
     columns = _pairs("--note", note)
+    result = stages.evaluate_chips(settings, model, out, runtime, chips=chips, start=start, **columns)
+    first = result.table.iloc[0]
     click.echo(
-        stages.evaluate_chips(settings, model, out, runtime, chips=chips, start=start, **columns),
+        f"{first['variation']} {first['on']}s, sigma {first['sigma']:g}, centre {first['centre']}: w / nominal has "
+        f"mean {first['factor_mean']:.3f} and coefficient of variation {first['factor_cv']:.1%}\n{result}",
         err=True,
     )
 

@@ -26,7 +26,7 @@ from correctnet import compensation, lipschitz, models, recalibration, storage, 
 from correctnet import data as datasets
 from correctnet import search as searching
 from correctnet import sweep as sweeping
-from correctnet.analog import analog_candidates, check_coverage, convert, program
+from correctnet.analog import analog_candidates, analog_layers, check_coverage, convert, program
 from correctnet.config import Settings, Stage
 from correctnet.data import DataSet
 from correctnet.errors import UserError
@@ -321,14 +321,20 @@ def evaluate_chips(
         network=description["network"]["name"],
         dataset=s.data.dataset,
         split=s.evaluate.split,
-        sigma=s.variation.sigma,
-        centre=s.variation.centre,
+        **_variation_columns(analog),
         overhead=description.get("overhead", 0.0),
         layers=len(plan["filters"]),
         epochs=" + ".join(f"{h['epochs']} {h['stage']}" for h in history),
     )
     result.to_csv(out)
     return result
+
+
+def _variation_columns(analog: nn.Module) -> dict[str, Any]:
+    """What the variation was, and the mean and coefficient of variation of w / w_nominal that follow."""
+    described = analog_layers(analog)[0].variation.describe()
+    names = {"model": "variation", "mean": "factor_mean", "cv": "factor_cv"}
+    return {names.get(key, key): value for key, value in described.items()}
 
 
 def set_threads(threads: int) -> None:
