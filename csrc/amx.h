@@ -1,5 +1,5 @@
-// Convolution with AMX. Weights in their natural order (output, position) are the A operand, the activations as they lie
-// are the B operand: 16 slots x 16 images of one group.
+// Convolution with AMX. Weights in their natural order (output, position) are the A operand, the activations as they
+// lie are the B operand: 16 slots x 16 images of one group.
 //
 //   C tiles 0..3: outputs 0-15, 0-15, 16-31, 16-31 of a panel for the two groups 0, 1, 0, 1     A: 4, 5     B: 6, 7
 //
@@ -19,10 +19,11 @@ constexpr int kAmxOutputs = 32, kTilePositions = 32, kTileSlots = 16, kSliceStep
 constexpr int kTileBytes = 1024, kGroupBytes = 2 * kTileBytes;  // of the sums: a tile, and the two tiles of a group
 constexpr int kBandBytes = 256 << 10;
 
-// A `unit` is what lies side by side in both operands: a kernel row, or a tap where a row may be cut short or is dilated.
+// A `unit` is what lies side by side in both operands: a kernel row, or a tap where a row may be cut short or is
+// dilated.
 struct AmxLayout {
   bool joined;
-  int units, unit_steps;        // a step is 32 positions
+  int units, unit_steps;  // a step is 32 positions
   int slices, slice_steps;
   ptrdiff_t row_bytes, slice_bytes;
 
@@ -94,7 +95,8 @@ CN_INLINE void amx_pixel(const ConvJob& job, const Panel& panel, const AmxLayout
   const char* weights = job.packed + (panel.offset - job.panels[0].offset) + slice * layout.slice_bytes;
   for (int step = begin; step < end;) {
     const int unit = step / layout.unit_steps, last = minimum(end, (unit + 1) * layout.unit_steps);
-    const int ky = layout.joined ? unit : unit / shape.kernel_w, kx = layout.joined ? cols.first : unit % shape.kernel_w;
+    const int ky = layout.joined ? unit : unit / shape.kernel_w;
+    const int kx = layout.joined ? cols.first : unit % shape.kernel_w;
     if (ky < rows.first || ky >= rows.last || kx < cols.first || kx >= cols.last) {
       step = last;
       continue;
@@ -147,15 +149,16 @@ void amx_band_sums(const ConvJob& job, const Panel& panel, int first, int last) 
 inline void amx_band_outputs(const ConvJob& job, const Panel& panel, int first, int last) {
   const ConvShape& shape = *job.shape;
   const int size = shape.pool ? 2 : 1, width = shape.out_w / size;
-  const ptrdiff_t pixel = ptrdiff_t(job.groups) * kGroupBytes, out_pixel = ptrdiff_t(job.out_slots) * job.groups * kVectorBytes;
+  const ptrdiff_t pixel = ptrdiff_t(job.groups) * kGroupBytes;
+  const ptrdiff_t out_pixel = ptrdiff_t(job.out_slots) * job.groups * kVectorBytes;
   for (int row = first / size; row < last / size; ++row)
     for (int col = 0; col < width; ++col)
       for (int group = 0; group < job.groups; ++group)
         for (int c = 0; c < panel.outputs; c += 2) {
           Lanes best[2] = {splat(-__builtin_inff()), splat(-__builtin_inff())};
           for (int i = 0; i < size * size; ++i) {
-            const char* sums = job.scratch + ((row * size + i / size - first) * shape.out_w + col * size + i % size) * pixel +
-                               group * kGroupBytes + c * kVectorBytes;
+            const int y = row * size + i / size - first, x = col * size + i % size;
+            const char* sums = job.scratch + (y * shape.out_w + x) * pixel + group * kGroupBytes + c * kVectorBytes;
             for (int j = 0; j < 2; ++j)
               best[j] = max(best[j], apply(job.epilogue, panel.first + c + j, load(sums + j * kVectorBytes)));
           }

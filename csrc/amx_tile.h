@@ -99,8 +99,8 @@ void tile_store(void* p, ptrdiff_t stride) {
   for (int r = 0; r < tiles.config.rows[T]; ++r)
     memcpy(static_cast<char*>(p) + r * stride, tiles.tile[T][r], tiles.config.row_bytes[T]);
 }
-// Even and odd positions are summed apart and in order, then added to C. A product of two bfloat16 is exact in float32, so a
-// multiplication and an addition do what a fused multiply-add does.
+// Even and odd positions are summed apart and in order, then added to C. A product of two bfloat16 is exact in float32,
+// so a multiplication and an addition do what a fused multiply-add does.
 template <int C, int A, int B>
 void tile_dot() {
   static_assert(C != A && C != B && A != B, "#UD");

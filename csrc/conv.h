@@ -37,9 +37,11 @@ struct PanelConv {
 
   ptrdiff_t slot() const { return ptrdiff_t(job.groups) * kVectorBytes; }
   ptrdiff_t pixel() const { return shape.in_slots * slot(); }
-  char* out(int row, int col, int width) const { return job.y + (ptrdiff_t(row) * width + col) * job.out_slots * slot(); }
+  char* out(int row, int col, int width) const {
+    return job.y + (ptrdiff_t(row) * width + col) * job.out_slots * slot();
+  }
 
-  // sum[v][c] = sum over the taps inside the input and over the slots of x * w, for the vectors at job.x + from + at[v]
+  // sum[v][c] = sum of x * w over the taps inside the input and over the slots. Image vector v is at[v] behind job.x.
   template <int NV>
   CN_INLINE void accumulate(Lanes (&sum)[NV][NC], Taps row, Taps col, const ptrdiff_t (&at)[NV]) const {
 #pragma GCC unroll 4
@@ -123,8 +125,8 @@ struct PanelConv {
     store_channels<Math, NC>(job, out(row, col, shape.out_w / 2) + image, panel.first, panel.outputs, a);
   }
 
-  CN_INLINE bool inside(const Taps& a, const Taps& b, int kernel) const {
-    return a.last - a.first == kernel && b.last - b.first == kernel;
+  static CN_INLINE bool whole(const Taps* pair, int kernel) {
+    return pair[0].last - pair[0].first == kernel && pair[1].last - pair[1].first == kernel;
   }
 
   template <int NV>
@@ -140,8 +142,7 @@ struct PanelConv {
     for (int col = 0; col < width; ++col) {
       int group = 0;
       if constexpr (kMaxVectors == 4) {
-        if (shape.pool && inside(shape.rows[2 * row], shape.rows[2 * row + 1], shape.kernel_h) &&
-            inside(shape.cols[2 * col], shape.cols[2 * col + 1], shape.kernel_w)) {
+        if (shape.pool && whole(shape.rows + 2 * row, shape.kernel_h) && whole(shape.cols + 2 * col, shape.kernel_w)) {
           for (; group < job.groups; ++group) quad(row, col, group);
         } else {
           for (; group + 4 <= job.groups; group += 4) vectors<4>(row, col, group);
@@ -208,8 +209,10 @@ void pool(const PoolJob& job) {
         Slot<Math> sum = load_slot<Math>(x + ptrdiff_t(v) * kVectorBytes);
         for (int h = 0; h < row.last - row.first; ++h)
           for (int w = h == 0; w < col.last - col.first; ++w) {
-            const Slot<Math> s = load_slot<Math>(x + (ptrdiff_t(h) * job.in_w + w) * pixel + ptrdiff_t(v) * kVectorBytes);
-            for (int c = 0; c < Math::kChannels; ++c) sum.a[c] = job.average ? add(sum.a[c], s.a[c]) : max(sum.a[c], s.a[c]);
+            const Slot<Math> s =
+                load_slot<Math>(x + (ptrdiff_t(h) * job.in_w + w) * pixel + ptrdiff_t(v) * kVectorBytes);
+            for (int c = 0; c < Math::kChannels; ++c)
+              sum.a[c] = job.average ? add(sum.a[c], s.a[c]) : max(sum.a[c], s.a[c]);
           }
         if (job.average)
           for (int c = 0; c < Math::kChannels; ++c) sum.a[c] = div(sum.a[c], size);

@@ -13,16 +13,17 @@ namespace correctnet {
 
 namespace {
 
-constexpr size_t kBlockBytes = 256 << 10;   // packed weights that are drawn and used at a time, if they are not kept
-constexpr size_t kChipsBytes = 512 << 10;   // kept weights of all chips that a thread has at hand
-constexpr size_t kImagesBytes = 512 << 10;  // activations of a chunk of few images; these three are shares of an L2 cache
-constexpr int kChunkGroups = 4;             // as many as the widest tile has
+// Shares of a second-level cache: packed weights that are drawn and used at a time, unless they are kept; kept weights
+// of all chips that a thread has at hand; activations of a chunk of few images.
+constexpr size_t kBlockBytes = 256 << 10, kChipsBytes = 512 << 10, kImagesBytes = 512 << 10;
+constexpr int kChunkGroups = 4;                    // as many as the widest tile has
 constexpr size_t kSlackBytes = 16 * kVectorBytes;  // AMX multiplies up to 16 slots behind a tensor by zeros
 constexpr size_t kNotKept = SIZE_MAX;
 
 float bfloat16_to_float(uint16_t b) { return noise::from_bits(uint32_t(b) << 16); }
 
-// (images, channels, height, width) in float32 to lanes, beginning at image `first`. Lanes behind the last image are zero.
+// (images, channels, height, width) in float32 to lanes, beginning at image `first`. Lanes behind the last image are
+// zero.
 void to_lanes(Type type, const float* images, Shape shape, int64_t first, int64_t count, int groups, char* y) {
   const size_t area = size_t(shape.height) * shape.width, size = area * shape.channels;
   const size_t slot = size_t(groups) * kVectorBytes, pixel = slots_of(type, shape.channels) * slot;
@@ -77,8 +78,8 @@ const Kernels& kernels(Isa isa) {
 struct Plan::Impl::Images {
   const Run& run;
   int64_t groups, chunks;
-  int chunk_groups;                  // of all chunks but the last
-  std::vector<Buffer> kept;          // by value: a chunk has the size of a worker's buffer
+  int chunk_groups;          // of all chunks but the last
+  std::vector<Buffer> kept;  // by value: a chunk has the size of a worker's buffer
 
   int groups_of(int64_t chunk) const { return int(std::min<int64_t>(chunk_groups, groups - chunk * chunk_groups)); }
 };
@@ -87,7 +88,7 @@ struct Plan::Impl::Images {
 struct Plan::Impl::Chip {
   uint32_t sample = 0;
   Buffer weights;
-  std::vector<char> drawn;           // by operation: whether its weights are there
+  std::vector<char> drawn;  // by operation: whether its weights are there
 };
 
 struct Plan::Impl::Worker {
@@ -113,7 +114,8 @@ Plan::Impl::Worker::Worker(const Impl& plan, const Run& run, int chunk_groups, c
       scratch_bytes = std::max(scratch_bytes, plan.kernels.scratch_bytes(op.shape, chunk_groups));
     if (!op.noise || kept_offset[i] != kNotKept) continue;
     block_bytes = std::max(block_bytes, std::min(kBlockBytes, op.packed_bytes));
-    for (const Panel& panel : op.panels) block_bytes = std::max(block_bytes, plan.kernels.packed_bytes(op.shape, panel));
+    for (const Panel& panel : op.panels)
+      block_bytes = std::max(block_bytes, plan.kernels.packed_bytes(op.shape, panel));
   }
   block = Buffer(block_bytes);
   scratch = Buffer(scratch_bytes);
@@ -130,7 +132,8 @@ int Plan::Impl::chunk_groups() const {
   return kChunkGroups;
 }
 
-// Where the packed weights of each operation lie among those that a worker keeps of a chip, and how many bytes they are.
+// Where the packed weights of each operation lie among those that a worker keeps of a chip, and how many bytes they
+// are.
 std::vector<size_t> Plan::Impl::kept_offsets(size_t budget, size_t& bytes) const {
   std::vector<size_t> offsets;
   bytes = 0;
@@ -152,13 +155,25 @@ char* Plan::Impl::address(int value, Worker& worker, const Images& images, int64
 
 void Plan::Impl::run_conv(Worker& worker, Chip* chip, int index, const char* x, char* y, int groups) const {
   const Operation& op = *operations[index];
-  ConvJob conv{&op.shape, x, y, groups, values[index].slots, values[index].float_out, op.panels.data(),
-               int(op.panels.size()), op.packed.data(), op.pointwise.view(), worker.scratch.data()};
+  ConvJob conv = {};
+  conv.shape = &op.shape;
+  conv.x = x;
+  conv.y = y;
+  conv.groups = groups;
+  conv.out_slots = values[index].slots;
+  conv.float_out = values[index].float_out;
+  conv.panels = op.panels.data();
+  conv.panel_count = int(op.panels.size());
+  conv.packed = op.packed.data();
+  conv.epilogue = op.pointwise.view();
+  conv.scratch = worker.scratch.data();
   if (!op.noise) return kernels.conv(conv);
 
   const Noise noise{worker.run.seed, op.noise->layer, chip->sample, op.noise->sigma, op.noise->shift};
   const bool keep = worker.kept_offset[index] != kNotKept;
-  const auto end = [&](size_t panel) { return panel + 1 < op.panels.size() ? op.panels[panel + 1].offset : op.packed_bytes; };
+  const auto end = [&](size_t panel) {
+    return panel + 1 < op.panels.size() ? op.panels[panel + 1].offset : op.packed_bytes;
+  };
   for (size_t first = 0, last; first < op.panels.size(); first = last) {
     const size_t begin = op.panels[first].offset;
     for (last = first + 1; last < op.panels.size() && end(last) - begin <= kBlockBytes;) ++last;
@@ -192,11 +207,8 @@ void Plan::Impl::run_operations(Worker& worker, const Images& images, int64_t ch
     const char* x = address(op.inputs[0], worker, images, chunk);
     const size_t in_pixel = in.slots * slot;
     switch (op.kind) {
-      case Kind::input:
-        break;
-      case Kind::conv:
-        run_conv(worker, chip, index, x, y, groups);
-        break;
+      case Kind::input: break;
+      case Kind::conv: run_conv(worker, chip, index, x, y, groups); break;
       case Kind::pool:
         kernels.pool({x, y, groups, out.slots, in.shape.width, out.shape.height, out.shape.width, op.rows.data(),
                       op.cols.data(), op.average, op.divisor});
@@ -206,15 +218,13 @@ void Plan::Impl::run_operations(Worker& worker, const Images& images, int64_t ch
         kernels.pointwise({x, b, y, groups, out.slots, int(pixels), op.pointwise.view()});
         break;
       }
-      case Kind::flatten:
-        kernels.flatten({x, y, groups, in.shape.channels, in.shape.height * in.shape.width});
-        break;
+      case Kind::flatten: kernels.flatten({x, y, groups, in.shape.channels, in.shape.height * in.shape.width}); break;
       case Kind::concat:
         for (size_t p = 0; p < pixels; ++p) {
           runs.clear();
           for (int part : op.inputs)
-            runs.push_back({address(part, worker, images, chunk) + p * values[part].slots * slot, 0,
-                            values[part].shape.channels});
+            runs.push_back(
+                {address(part, worker, images, chunk) + p * values[part].slots * slot, 0, values[part].shape.channels});
           kernels.assemble({y + p * out_pixel, runs.data(), int(runs.size()), groups});
         }
         break;
@@ -269,8 +279,8 @@ int64_t Plan::Impl::collect(Worker& worker, const Images& images, int64_t chunk,
 
 namespace {
 
-// Calls work(worker, item) for every item, each on the first worker that is free, a thread each. The first exception ends
-// it and is thrown here.
+// Calls work(worker, item) for every item, each on the first worker that is free, a thread each. The first exception
+// ends it and is thrown here.
 template <class Worker, class Work>
 void share(std::vector<std::unique_ptr<Worker>>& workers, int64_t items, const Work& work) {
   std::atomic<int64_t> next{0};
@@ -309,8 +319,9 @@ void Plan::run(const Run& run) const {
   for (const Value& v : plan.values)
     images.kept.emplace_back(v.kept ? chunks * chunk_groups * (v.group_bytes() + kSlackBytes) : 0);
 
-  // Fewer samples than threads: the images of a sample are split, and each part draws the sample's noise for itself. More:
-  // a worker takes each chunk through several chips, if their weights fit its cache, so that the images stay there.
+  // Fewer samples than threads: the images of a sample are split, and each part draws the sample's noise for itself.
+  // More: a worker takes each chunk through several chips, if their weights fit its cache, so that the images stay
+  // there.
   const int64_t samples = int64_t(run.samples.size()), parts = std::min(chunks, (run.threads + samples - 1) / samples);
   const int64_t threads = std::min<int64_t>(run.threads, std::max(chunks, samples * parts));
   size_t kept_bytes;
@@ -321,7 +332,8 @@ void Plan::run(const Run& run) const {
   for (int64_t i = 0; i < threads; ++i)
     workers.push_back(std::make_unique<Impl::Worker>(plan, run, chunk_groups, kept_offset, kept_bytes, together));
 
-  share(workers, chunks, [&](Impl::Worker& worker, int64_t chunk) { plan.run_operations(worker, images, chunk, nullptr); });
+  share(workers, chunks,
+        [&](Impl::Worker& worker, int64_t chunk) { plan.run_operations(worker, images, chunk, nullptr); });
 
   std::vector<int64_t> correct(samples * parts);
   share(workers, (samples + together - 1) / together * parts, [&](Impl::Worker& worker, int64_t item) {

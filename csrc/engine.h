@@ -6,9 +6,9 @@
 //   plan.run(...);
 //
 // An operation is *sampled* if it carries noise or follows one that does. All others are the same on every chip and run
-// once, before the first chip. Then a thread takes one chip sample after the other, packs the noisy weights of a layer when
-// it first needs them, and takes the images through in chunks. The packed weights of a chip are kept from chunk to chunk as
-// long as there is room for them; others are drawn again for each chunk.
+// once, before the first chip. Then a thread takes one chip sample after the other, packs the noisy weights of a layer
+// when it first needs them, and takes the images through in chunks. The packed weights of a chip are kept from chunk to
+// chunk as long as there is room for them; others are drawn again for each chunk.
 //
 // bfloat16: weights and activations are rounded to it, sums and the output of the last layer are float32.
 #pragma once
@@ -29,8 +29,8 @@ struct Shape {
   int channels, height, width;
 };
 
-// y = after_scale * relu(scale * x + shift) + after_shift for every channel, relu only if set. An empty vector stands for
-// ones (scales) or zeros. Bias, BatchNorm in front of ReLU and BatchNorm behind it are of this form.
+// y = after_scale * relu(scale * x + shift) + after_shift for every channel, relu only if set. An empty vector stands
+// for ones (scales) or zeros. Bias, BatchNorm in front of ReLU and BatchNorm behind it are of this form.
 struct Pointwise {
   std::vector<float> scale, shift;
   bool relu = false;
@@ -47,15 +47,15 @@ struct Conv {
   int outputs = 0;
   int kernel_h = 1, kernel_w = 1, stride_h = 1, stride_w = 1;
   int padding_h = 0, padding_w = 0, dilation_h = 1, dilation_w = 1, groups = 1;
-  std::vector<float> weight;         // (outputs, kernel_h, kernel_w, channels / groups)
+  std::vector<float> weight;  // (outputs, kernel_h, kernel_w, channels / groups)
   std::optional<LayerNoise> noise;
   Pointwise pointwise;
-  bool pool = false;                 // a 2 x 2 max-pool with stride 2 behind it
+  bool pool = false;  // a 2 x 2 max-pool with stride 2 behind it
 };
 
 struct Linear {
   int outputs = 0;
-  std::vector<float> weight;         // (outputs, inputs)
+  std::vector<float> weight;  // (outputs, inputs)
   std::optional<LayerNoise> noise;
   Pointwise pointwise;
 };
@@ -66,16 +66,16 @@ struct Window {
 };
 
 struct Run {
-  const float* images;               // (count, channels, height, width)
+  const float* images;  // (count, channels, height, width)
   int64_t count;
   uint64_t seed = 0;
-  std::vector<uint32_t> samples;     // chip samples, by number
+  std::vector<uint32_t> samples;  // chip samples, by number
   int threads = 1;
-  int chunk_groups = 0;              // images that a thread works on at a time, divided by 16; 0: by their size
-  size_t keep_bytes = 64 << 20;      // packed weights that a thread keeps, at most
-  float* outputs = nullptr;          // (samples, count, channels * height * width) of the output, if wanted
-  const int64_t* labels = nullptr;   // (count), together with
-  int64_t* correct = nullptr;        // (samples): on how many images the first largest output is the label's
+  int chunk_groups = 0;             // images that a thread works on at a time, divided by 16; 0: by their size
+  size_t keep_bytes = 64 << 20;     // packed weights that a thread keeps, at most
+  float* outputs = nullptr;         // (samples, count, channels * height * width) of the output, if wanted
+  const int64_t* labels = nullptr;  // (count), together with
+  int64_t* correct = nullptr;       // (samples): on how many images the first largest output is the label's
 };
 
 // Everything here throws std::invalid_argument where sizes or numbers do not fit together.
@@ -90,14 +90,14 @@ class Plan {
   Shape shape(int value) const;
 
   int conv(int x, const Conv& conv);
-  int linear(int x, const Linear& linear);                // x is flattened
-  int flatten(int x);                                     // to channels, in the order (c, h, w)
+  int linear(int x, const Linear& linear);  // x is flattened
+  int flatten(int x);                       // to channels, in the order (c, h, w)
   int max_pool(int x, const Window& window);
-  int average_pool(int x, const Window& window);          // padding counts as zeros
+  int average_pool(int x, const Window& window);  // padding counts as zeros
   int adaptive_average_pool(int x, int height, int width);
-  int concat(const std::vector<int>& values);             // of channels
+  int concat(const std::vector<int>& values);  // of channels
   int pointwise(int a, const Pointwise& pointwise);
-  int add(int a, int b, const Pointwise& pointwise);      // pointwise(a + b)
+  int add(int a, int b, const Pointwise& pointwise);  // pointwise(a + b)
 
   // `output` is the network's result; to be called once, behind the last operation.
   void finish(int output);

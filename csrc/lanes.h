@@ -6,8 +6,8 @@
 //                        through one slot is, and how the weights of a panel are packed for it
 //
 // With AVX-512 a tile is 4 vectors x 6 outputs: 24 of 32 registers are sums, and 10 loads feed 24 multiply-adds. AVX2
-// holds 1 x 6 (a vector is two registers). Every sum is taken in the order (kernel row, kernel column, channel) and with
-// fused multiply-adds wherever the machine has them, so AVX-512 and AVX2 agree in float32 bit for bit.
+// holds 1 x 6 (a vector is two registers). Every sum is taken in the order (kernel row, kernel column, channel) and
+// with fused multiply-adds wherever the machine has them, so AVX-512 and AVX2 agree in float32 bit for bit.
 //
 // Everything here has internal linkage (see kernels.h).
 #pragma once
@@ -48,7 +48,7 @@ CN_INLINE void store(void* p, Lanes a) { _mm512_store_ps(p, a.v); }
 CN_INLINE Lanes fma(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 CN_INLINE Lanes add(Lanes a, Lanes b) { return {_mm512_add_ps(a.v, b.v)}; }
 CN_INLINE Lanes div(Lanes a, Lanes b) { return {_mm512_div_ps(a.v, b.v)}; }
-CN_INLINE Lanes max(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }  // b where either is NaN
+CN_INLINE Lanes max(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
 CN_INLINE Lanes load_even(const void* p) {  // the even channel of a bfloat16 slot
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_load_si512(p), 16))};
 }
@@ -58,15 +58,15 @@ CN_INLINE Lanes load_odd(const void* p) {
 
 #if defined(__AVX512BF16__)
 CN_INLINE void store_pair(void* p, Lanes even, Lanes odd) {
-  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                              21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                              6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   _mm512_store_si512(p, _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(odd.v, even.v)));
 }
 #else
 CN_INLINE __m512i rounded(Lanes a) {  // to bfloat16, nearest even; the upper half of each lane counts
   const __m512i u = _mm512_castps_si512(a.v);
-  const __m512i bias = _mm512_add_epi32(_mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1)),
-                                        _mm512_set1_epi32(0x7fff));
+  const __m512i bias =
+      _mm512_add_epi32(_mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7fff));
   return _mm512_mask_or_epi32(_mm512_add_epi32(u, bias), _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), u,
                               _mm512_set1_epi32(0x400000));
 }
@@ -94,7 +94,9 @@ CN_INLINE void store(void* p, Lanes x) {
   _mm256_store_ps(f, x.a);
   _mm256_store_ps(f + 8, x.b);
 }
-CN_INLINE Lanes fma(Lanes x, Lanes y, Lanes z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+CN_INLINE Lanes fma(Lanes x, Lanes y, Lanes z) {
+  return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
 CN_INLINE Lanes add(Lanes x, Lanes y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 CN_INLINE Lanes div(Lanes x, Lanes y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
 CN_INLINE Lanes max(Lanes x, Lanes y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
@@ -111,8 +113,8 @@ CN_INLINE Lanes load_odd(const void* p) {
 }
 CN_INLINE __m256i rounded(__m256 a) {  // to bfloat16, nearest even; the upper half of each lane counts
   const __m256i u = _mm256_castps_si256(a);
-  const __m256i bias = _mm256_add_epi32(_mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1)),
-                                        _mm256_set1_epi32(0x7fff));
+  const __m256i bias =
+      _mm256_add_epi32(_mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1)), _mm256_set1_epi32(0x7fff));
   return _mm256_blendv_epi8(_mm256_add_epi32(u, bias), _mm256_or_si256(u, _mm256_set1_epi32(0x400000)),
                             _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)));
 }
@@ -183,16 +185,16 @@ CN_INLINE void store_pair(void* p, Lanes even, Lanes odd) {
 
 #endif
 
-CN_INLINE Lanes relu(Lanes a) { return max(zero(), a); }  // this order lets a NaN through
+CN_INLINE Lanes relu(Lanes a) { return max(zero(), a); }  // in this order a NaN stays one, as it does in torch
 
 // ---- one step through a slot ----------------------------------------------------------------------------------------
 //
-// x + at[v] is the slot of image vector v. Weights are packed in cells of 4 bytes: kCell channels of one output, drawn in
-// the type Drawn; the cells of the NC outputs lie side by side.
+// x + at[v] is the slot of image vector v. Weights are packed in cells of 4 bytes: kCell channels of one output, drawn
+// in the type Drawn; the cells of the NC outputs lie side by side.
 
 struct Float {
-  static constexpr int kChannels = 1;      // in a slot
-  static constexpr int kWeightBytes = 4;   // of one output's weights for a slot
+  static constexpr int kChannels = 1;     // in a slot
+  static constexpr int kWeightBytes = 4;  // of one output's weights for a slot
   static constexpr int kCell = 1;
   using Drawn = float;
 

@@ -1,5 +1,5 @@
-// Noisy weights, packed for the kernels. Weights become noisy while they are packed, a piece of a row at a time: theta of
-// a weight depends on its place in (out, kh, kw, in), never on tile, panel or piece. Internal linkage.
+// Noisy weights, packed for the kernels. Weights become noisy while they are packed, a piece of a row at a time: theta
+// of a weight depends on its place in (out, kh, kw, in), never on tile, panel or piece. Internal linkage.
 #pragma once
 
 #include "lanes.h"
@@ -13,8 +13,8 @@ constexpr int kPiece = 1024;  // positions of a row that are drawn at a time: th
 CN_INLINE int minimum(int a, int b) { return a < b ? a : b; }
 CN_INLINE int maximum(int a, int b) { return a > b ? a : b; }
 
-// The order in which a kernel wants the weights of one output: position = ky * row + kx * tap + offset + c. Positions that
-// no weight has are zero.
+// The order in which a kernel wants the weights of one output: position = ky * row + kx * tap + offset + c. Positions
+// that no weight has are zero.
 struct Order {
   int kernel_w, channels;  // of the output's group
   int row, tap, offset;
@@ -84,7 +84,8 @@ void pack_panel(const PackJob& job, const Panel& panel, char* packed) {
     const int end = minimum(begin + kPiece, positions);
     for (int c = 0; c < NC; ++c) {
       if (c < panel.outputs)
-        draw_row(job, order_of(*job.shape, panel, panel.first + c, Math::kChannels), panel.first + c, begin, end, drawn[c]);
+        draw_row(job, order_of(*job.shape, panel, panel.first + c, Math::kChannels), panel.first + c, begin, end,
+                 drawn[c]);
       else
         memset(drawn[c], 0, sizeof drawn[c]);
     }

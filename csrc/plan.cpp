@@ -96,9 +96,12 @@ PaddedPointwise::PaddedPointwise(const Pointwise& p, int channels) : relu(p.relu
 }
 
 Epilogue PaddedPointwise::view() const {
-  const bool after = !after_scale.empty();
-  return {scale.data(), shift.data(), after ? after_scale.data() : nullptr, after ? after_shift.data() : nullptr, relu,
-          monotone};
+  Epilogue e = {scale.data(), shift.data(), nullptr, nullptr, relu, monotone};
+  if (!after_scale.empty()) {
+    e.after_scale = after_scale.data();
+    e.after_shift = after_shift.data();
+  }
+  return e;
 }
 
 // ---- operations -----------------------------------------------------------------------------------------------------
@@ -148,9 +151,11 @@ int Plan::conv(int x, const Conv& conv) {
   if (conv.noise) check_noise(*conv.noise);
   if (conv.pool && (out_h < 2 || out_w < 2)) fail("conv: its output is smaller than the pool");
 
-  // An odd number of channels wastes half a slot at every tap. The input being the same on all chips, the columns under a
-  // kernel row can become channels once and for all: the weights, and with them the noise, are in the same order then.
-  const int direct = conv.kernel_w * slots_of(type, in.channels), unfolded = slots_of(type, conv.kernel_w * in.channels);
+  // An odd number of channels wastes half a slot at every tap. The input being the same on all chips, the columns under
+  // a kernel row can become channels once and for all: the weights, and with them the noise, are in the same order
+  // then.
+  const int direct = conv.kernel_w * slots_of(type, in.channels);
+  const int unfolded = slots_of(type, conv.kernel_w * in.channels);
   if (!impl_->value(x).sampled && conv.groups == 1 && 10 * unfolded <= 9 * direct) {
     Conv rows = conv;
     rows.kernel_w = rows.stride_w = rows.dilation_w = 1;
@@ -166,11 +171,25 @@ int Plan::conv(int x, const Conv& conv) {
   op->pointwise = PaddedPointwise(conv.pointwise, conv.outputs);
   op->rows = taps(in.height, out_h, conv.kernel_h, conv.stride_h, conv.padding_h, conv.dilation_h);
   op->cols = taps(in.width, out_w, conv.kernel_w, conv.stride_w, conv.padding_w, conv.dilation_w);
-  const bool unpadded = std::all_of(op->cols.begin(), op->cols.end(),
-                                    [&](const Taps& t) { return t.last - t.first == conv.kernel_w; });
-  op->shape = {conv.outputs, conv.kernel_h, conv.kernel_w, conv.stride_h, conv.stride_w, conv.dilation_h,
-               conv.dilation_w, in.channels, conv.groups, in.width, slots_of(type, in.channels), out_h, out_w,
-               op->rows.data(), op->cols.data(), unpadded, conv.pool};
+  ConvShape& shape = op->shape;
+  shape.outputs = conv.outputs;
+  shape.kernel_h = conv.kernel_h;
+  shape.kernel_w = conv.kernel_w;
+  shape.stride_h = conv.stride_h;
+  shape.stride_w = conv.stride_w;
+  shape.dilation_h = conv.dilation_h;
+  shape.dilation_w = conv.dilation_w;
+  shape.channels = in.channels;
+  shape.groups = conv.groups;
+  shape.in_w = in.width;
+  shape.in_slots = slots_of(type, in.channels);
+  shape.out_h = out_h;
+  shape.out_w = out_w;
+  shape.rows = op->rows.data();
+  shape.cols = op->cols.data();
+  shape.unpadded =
+      std::all_of(op->cols.begin(), op->cols.end(), [&](const Taps& t) { return t.last - t.first == conv.kernel_w; });
+  shape.pool = conv.pool;
 
   // A panel reads the channels of all groups that its outputs belong to.
   const int slot_channels = type == Type::float32 ? 1 : 2;
@@ -180,13 +199,13 @@ int Plan::conv(int x, const Conv& conv) {
     const int slot = first / group_outputs * group_channels / slot_channels;
     const int channels_end = ((first + outputs - 1) / group_outputs + 1) * group_channels;
     op->panels.push_back({first, outputs, width, slot, slots_of(type, channels_end) - slot, op->packed_bytes});
-    op->packed_bytes += impl_->kernels.packed_bytes(op->shape, op->panels.back());
+    op->packed_bytes += impl_->kernels.packed_bytes(shape, op->panels.back());
     first += outputs;
   }
   if (!op->noise) {
     op->packed = Buffer(op->packed_bytes);
-    impl_->kernels.pack({&op->shape, op->weight.data(), nullptr, op->panels.data(), int(op->panels.size()),
-                         op->packed.data()});
+    impl_->kernels.pack(
+        {&shape, op->weight.data(), nullptr, op->panels.data(), int(op->panels.size()), op->packed.data()});
   }
   return impl_->append(std::move(op), {conv.outputs, conv.pool ? out_h / 2 : out_h, conv.pool ? out_w / 2 : out_w});
 }

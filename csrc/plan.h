@@ -29,10 +29,10 @@ struct Value {
   Shape shape;
   int slots;
   bool sampled = false;
-  bool float_out = false;            // stored as float32 in a bfloat16 plan: the output of the last layer
-  bool kept = false;                 // not sampled, but read by a sampled operation: stored for all images
-  int last_use = -1;                 // the last operation that reads it
-  int buffer = -1;                   // of a worker, unless kept
+  bool float_out = false;  // stored as float32 in a bfloat16 plan: the output of the last layer
+  bool kept = false;       // not sampled, but read by a sampled operation: stored for all images
+  int last_use = -1;       // the last operation that reads it
+  int buffer = -1;         // of a worker, unless kept
 
   size_t group_bytes() const { return size_t(shape.height) * shape.width * slots * kVectorBytes; }
 };
@@ -51,10 +51,10 @@ enum class Kind { input, conv, pool, pointwise, concat, flatten, unfold };
 
 struct Operation {
   Kind kind;
-  std::vector<int> inputs;           // values
+  std::vector<int> inputs;  // values
 
-  std::vector<Taps> rows, cols;      // conv, pool; unfold has cols
-  PaddedPointwise pointwise;         // conv, pointwise
+  std::vector<Taps> rows, cols;  // conv, pool; unfold has cols
+  PaddedPointwise pointwise;     // conv, pointwise
 
   // conv
   ConvShape shape{};
@@ -62,7 +62,7 @@ struct Operation {
   std::optional<LayerNoise> noise;
   std::vector<Panel> panels;
   size_t packed_bytes = 0;
-  Buffer packed;                     // unless there is noise
+  Buffer packed;  // unless there is noise
 
   // pool
   bool average = false;

@@ -35,8 +35,8 @@ double median_seconds(int repetitions, const Work& work) {
   return seconds[repetitions / 2];
 }
 
-// A 3 x 3 convolution with padding 1 on size x size images, 64 of them: executed GFLOP/s (taps on padding do not count),
-// and ns a weight for drawing and packing.
+// A 3 x 3 convolution with padding 1 on size x size images, 64 of them: executed GFLOP/s (taps on padding do not
+// count), and ns a weight for drawing and packing.
 void bench_conv(const Kernels& kernels, Type type, int size, int channels, int outputs, bool pool) {
   const TypeKernels& k = kernels.type[int(type)];
   const int groups = 4, slots = type == Type::float32 ? channels : channels / 2;
@@ -47,7 +47,15 @@ void bench_conv(const Kernels& kernels, Type type, int size, int channels, int o
     taps.push_back({i == 0, 3 - (i == size - 1), i - (i != 0)});
     inside += taps.back().last - taps.back().first;
   }
-  const ConvShape shape{outputs, 3, 3, 1, 1, 1, 1, channels, 1, size, slots, size, size, taps.data(), taps.data(), false, pool};
+  ConvShape shape = {};
+  shape.outputs = outputs;
+  shape.kernel_h = shape.kernel_w = 3;
+  shape.stride_h = shape.stride_w = shape.dilation_h = shape.dilation_w = shape.groups = 1;
+  shape.channels = channels;
+  shape.in_slots = slots;
+  shape.in_w = shape.out_h = shape.out_w = size;
+  shape.rows = shape.cols = taps.data();
+  shape.pool = pool;
   std::vector<Panel> panels;
   size_t bytes = 0;
   for (int first = 0; first < outputs;) {
@@ -64,8 +72,17 @@ void bench_conv(const Kernels& kernels, Type type, int size, int channels, int o
   const Noise noise{1, 2, 3, 0.5, 0, 0};
   const PackJob pack{&shape, weight.data(), &noise, panels.data(), int(panels.size()), packed.data()};
   const double pack_seconds = median_seconds(3, [&] { k.pack(pack); });
-  const ConvJob job{&shape, x.data(), y.data(), groups, out_slots, false, panels.data(), int(panels.size()),
-                    packed.data(), {ones.data(), ones.data(), nullptr, nullptr, true, true}, scratch.data()};
+  ConvJob job = {};
+  job.shape = &shape;
+  job.x = x.data();
+  job.y = y.data();
+  job.groups = groups;
+  job.out_slots = out_slots;
+  job.panels = panels.data();
+  job.panel_count = int(panels.size());
+  job.packed = packed.data();
+  job.epilogue = {ones.data(), ones.data(), nullptr, nullptr, true, true};
+  job.scratch = scratch.data();
   const double seconds = median_seconds(5, [&] { k.conv(job); });
   const double flop = 2 * inside * inside * channels * outputs * groups * kLanes;
   printf("  %2d x %2d, %3d -> %3d%s: %5.0f GFLOP/s, packing %.2f ns a weight\n", size, size, channels, outputs,

@@ -1,4 +1,5 @@
-// The operations of a Plan as their definitions have them, one image and one number at a time; tensors are (n, c, h, w).
+// The operations of a Plan as their definitions have them, one image and one number at a time; tensors are (n, c, h,
+// w).
 #pragma once
 
 #include <algorithm>
@@ -43,7 +44,8 @@ inline int output_size(int input, int kernel, int stride, int padding, int dilat
 inline Tensor max_pool(const Tensor& x, const correctnet::Window& p) {
   const Shape s = x.shape;
   Tensor y({s.channels, output_size(s.height, p.kernel_h, p.stride_h, p.padding_h, 1),
-            output_size(s.width, p.kernel_w, p.stride_w, p.padding_w, 1)}, x.count);
+            output_size(s.width, p.kernel_w, p.stride_w, p.padding_w, 1)},
+           x.count);
   for (int n = 0; n < x.count; ++n)
     for (int c = 0; c < s.channels; ++c)
       for (int i = 0; i < y.shape.height; ++i)
@@ -103,7 +105,8 @@ Tensor conv(const Tensor& x, const Conv& c) {
   const Shape in = x.shape;
   const int channels = in.channels / c.groups;
   Tensor y({c.outputs, output_size(in.height, c.kernel_h, c.stride_h, c.padding_h, c.dilation_h),
-            output_size(in.width, c.kernel_w, c.stride_w, c.padding_w, c.dilation_w)}, x.count);
+            output_size(in.width, c.kernel_w, c.stride_w, c.padding_w, c.dilation_w)},
+           x.count);
   for (int n = 0; n < x.count; ++n)
     for (int o = 0; o < c.outputs; ++o)
       for (int i = 0; i < y.shape.height; ++i)

@@ -13,7 +13,7 @@ struct RandomLayers {
   std::mt19937 random{5};
   double sigma;
   BatchNorm batchnorm = BatchNorm::none;
-  uint32_t layer = 0;                           // of the next one
+  uint32_t layer = 0;  // of the next one
 
   explicit RandomLayers(double sigma, BatchNorm batchnorm = BatchNorm::none) : sigma(sigma), batchnorm(batchnorm) {}
 

@@ -1,5 +1,5 @@
-// Whole networks: noise is that of the specification whatever the tiles and chunks, networks compute what naive loops do,
-// and neither threads nor chunks nor memory change a bit of it.
+// Whole networks: noise is that of the specification whatever the tiles and chunks, networks compute what naive loops
+// do, and neither threads nor chunks nor memory change a bit of it.
 //
 //   cmake --preset release -S csrc && cmake --build build/release && build/release/tests/test_engine
 #include <cmath>
@@ -22,7 +22,8 @@ const char* name(Type type) { return type == Type::float32 ? "float32" : "bfloat
 float bfloat16(float a) { return noise::from_bits(uint32_t(noise::bfloat16(a)) << 16); }
 
 // The weights of a chip, one at a time, from the scalar code.
-std::vector<float> noisy_weights(const std::vector<float>& weight, const LayerNoise& layer, uint64_t seed, uint32_t sample) {
+std::vector<float> noisy_weights(const std::vector<float>& weight, const LayerNoise& layer, uint64_t seed,
+                                 uint32_t sample) {
   const Noise n{seed, layer.layer, sample, layer.sigma, layer.shift};
   std::vector<float> noisy(weight.size());
   for (size_t i = 0; i < noisy.size(); ++i) {
@@ -89,8 +90,8 @@ void check_identity(const Kernels& kernels, Type type, Shape in, int outputs, in
           wrong += got[(s * places + i) * outputs + o] != expected;
         }
     }
-    CHECK(wrong == 0, "%s %s: %zu wrong weights, %d x %d x %d, %d outputs", kernels.name, name(type), wrong, in.channels,
-          in.height, in.width, outputs);
+    CHECK(wrong == 0, "%s %s: %zu wrong weights, %d x %d x %d, %d outputs", kernels.name, name(type), wrong,
+          in.channels, in.height, in.width, outputs);
   }
 }
 
@@ -158,8 +159,8 @@ Tensor random_images(Shape shape, int count) {
   return x;
 }
 
-// float32: some hundred roundings of 2^-24 a sum, through up to 21 layers. bfloat16: both sides round activations to 8 bits
-// in the same places, but sums that differ in their last bit may round to neighbours, 2^-8 apart.
+// float32: some hundred roundings of 2^-24 a sum, through up to 21 layers. bfloat16: both sides round activations to 8
+// bits in the same places, but sums that differ in their last bit may round to neighbours, 2^-8 apart.
 template <class Build>
 void check_network(const Kernels& kernels, Type type, const char* what, const Tensor& images, const Build& build) {
   const std::vector<uint32_t> samples = {3, 900};
@@ -235,6 +236,20 @@ void test_invariance(const Kernels& kernels, Type type) {
       counted[s] += std::max_element(logits, logits + 10) - logits == labels[n];
     }
   CHECK(correct == counted, "%s %s: correct predictions", kernels.name, name(type));
+}
+
+// AVX2 and both kinds of AVX-512 add in the same order and fuse what they multiply, so their float32 is the same.
+void test_agreement() {
+  const Tensor images = random_images({3, 32, 32}, 40);
+  std::vector<float> first;
+  for (const Isa isa : supported_isas()) {
+    if (isa == Isa::portable) continue;
+    Plan plan(Type::float32, kernels(isa), images.shape);
+    plan.finish(vgg16(plan, 0.3, BatchNorm::behind, 8, 2, 3));
+    const std::vector<float> got = outputs_of(plan, {10, 1, 1}, images, 42, {1});
+    if (first.empty()) first = got;
+    CHECK(got == first, "%s", name(isa));
+  }
 }
 
 // Layers before the first sampled one run once for all chips, with the same result; so does a plan without any noise.
@@ -362,6 +377,7 @@ int main() {
     }
     printf("%s: done\n", kernels->name);
   }
+  test_agreement();
   test_errors();
   return report();
 }

@@ -1,5 +1,5 @@
-// Every operation on every instruction set that this machine has, against naive loops. Small integers make the comparison
-// exact: products and sums are integers that float32 holds, so that their order does not matter.
+// Every operation on every instruction set that this machine has, against naive loops. Small integers make the
+// comparison exact: products and sums are integers that float32 holds, so that their order does not matter.
 //
 //   cmake --preset release -S csrc && cmake --build build/release && build/release/tests/test_lanes
 #include <cmath>
@@ -64,7 +64,8 @@ Conv conv_of(const Case& c, std::mt19937& random) {
   return conv;
 }
 
-Tensor outputs_of(const Plan& plan, int output, const Tensor& images, int chunk_groups = 0, size_t keep_bytes = 64 << 20) {
+Tensor outputs_of(const Plan& plan, int output, const Tensor& images, int chunk_groups = 0,
+                  size_t keep_bytes = 64 << 20) {
   Tensor out(plan.shape(output), images.count);
   Run run;
   run.images = images.data.data();
@@ -82,8 +83,8 @@ void check_equal(const char* kernels, Type type, const char* what, const Tensor&
   CHECK(a.channels == b.channels && a.height == b.height && a.width == b.width, "%s, %s", kernels, what);
   size_t wrong = 0;
   for (size_t i = 0; i < got.data.size(); ++i) wrong += !(got.data[i] == expected.data[i]);
-  CHECK(wrong == 0, "%s %s: %zu of %zu numbers wrong, %s", kernels, type == Type::float32 ? "float32" : "bfloat16", wrong,
-        got.data.size(), what);
+  CHECK(wrong == 0, "%s %s: %zu of %zu numbers wrong, %s", kernels, type == Type::float32 ? "float32" : "bfloat16",
+        wrong, got.data.size(), what);
 }
 
 // ---- convolution ----------------------------------------------------------------------------------------------------
@@ -137,8 +138,8 @@ void test_conv(const Kernels& kernels, Type type) {
   }
 }
 
-// The error of float32 is at most twice that of a plain float32 loop; both are measured against float64. The kernels sum
-// in the same order and round less often, so twice leaves room for chance only.
+// The error of float32 is at most twice that of a plain float32 loop; both are measured against float64. The kernels
+// sum in the same order and round less often, so twice leaves room for chance only.
 void test_float_error(const Kernels& kernels) {
   std::mt19937 random(3);
   std::normal_distribution<float> normal;
@@ -180,8 +181,9 @@ void test_small_operations(const Kernels& kernels, Type type) {
     for (const Window w : {Window{2, 2, 2, 2}, Window{3, 2, 2, 1, 1, 1}})
       check("max_pool", naive::max_pool(x, w), [&](Plan& p) { return p.max_pool(p.input(), w); });
     // Windows of four, two and one: quarters and halves of small integers are exact.
-    check("average_pool",
-          naive::average_pool(x, 4, 4, [](int i, int, int) { return 2 * i - 1; }, [](int i, int, int) { return 2 * i + 1; }),
+    const auto begin = [](int i, int, int) { return 2 * i - 1; };
+    const auto end = [](int i, int, int) { return 2 * i + 1; };
+    check("average_pool", naive::average_pool(x, 4, 4, begin, end),
           [](Plan& p) { return p.average_pool(p.input(), {2, 2, 2, 2, 1, 1}); });
     check("adaptive_average_pool", naive::adaptive_average_pool(x, 6, 6),
           [](Plan& p) { return p.adaptive_average_pool(p.input(), 6, 6); });
