@@ -49,17 +49,19 @@ void amx_pack(const PackJob& job) {
     const Panel& panel = job.panels[i];
     const AmxLayout layout(*job.shape, panel);
     char* packed = job.packed + (panel.offset - job.panels[0].offset);
-    memset(packed, 0, layout.slices * layout.slice_bytes);
-    for (int c = 0; c < panel.outputs; ++c) {
-      Order order = order_of(*job.shape, panel, panel.first + c, 2);
-      const int unit = layout.unit_steps * kTilePositions;
-      if (!layout.joined) order.tap = unit;
-      order.row = layout.joined ? unit : order.kernel_w * unit;
-      const int positions = layout.units * unit, slice = layout.slice_steps * kTilePositions;
-      for (int s = 0; s < layout.slices; ++s)
-        draw_row(job, order, panel.first + c, s * slice, minimum((s + 1) * slice, positions),
-                 reinterpret_cast<uint16_t*>(packed + s * layout.slice_bytes + c * layout.row_bytes));
-    }
+    const int unit = layout.unit_steps * kTilePositions, slice = layout.slice_steps * kTilePositions;
+    for (int c = 0; c < kAmxOutputs; ++c)
+      for (int s = 0; s < layout.slices; ++s) {
+        uint16_t* row = reinterpret_cast<uint16_t*>(packed + s * layout.slice_bytes + c * layout.row_bytes);
+        if (c >= panel.outputs) {
+          memset(row, 0, layout.row_bytes);
+          continue;
+        }
+        Order order = order_of(*job.shape, panel, panel.first + c, 2);
+        if (!layout.joined) order.tap = unit;
+        order.row = layout.joined ? unit : order.kernel_w * unit;
+        draw_row(job, order, panel.first + c, s * slice, minimum((s + 1) * slice, layout.units * unit), row);
+      }
   }
 }
 

@@ -24,10 +24,10 @@ struct Order {
     const int taps = element / channels;
     return taps / kernel_w * row + taps % kernel_w * tap + offset + element % channels;
   }
+  // Of a position anywhere but in the padding of a kernel row.
   CN_INLINE int elements_before(int position) const {
-    const int in_row = position % row, kx = minimum(in_row / tap, kernel_w);
-    const int in_tap = kx < kernel_w ? maximum(0, minimum(in_row % tap - offset, channels)) : 0;
-    return (position / row * kernel_w + kx) * channels + in_tap;
+    const int in_row = position % row, taps = position / row * kernel_w + in_row / tap;
+    return taps * channels + maximum(0, minimum(in_row % tap - offset, channels));
   }
 };
 
