@@ -1,0 +1,102 @@
+// The inside of a Plan (engine.h): plan.cpp makes it, engine.cpp runs it.
+#pragma once
+
+#include <cstring>
+#include <string>
+
+#include "engine.h"
+
+namespace correctnet {
+
+[[noreturn]] void fail(const std::string& message);
+
+// Zeroed memory that begins at a multiple of kVectorBytes.
+class Buffer {
+ public:
+  explicit Buffer(size_t bytes = 0);
+  char* data() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(char* p) const;
+  };
+  std::unique_ptr<char, Free> data_;
+};
+
+int slots_of(Type type, int channels);
+
+struct Value {
+  Shape shape;
+  int slots;
+  bool sampled = false;
+  bool float_out = false;  // stored as float32 in a bfloat16 plan: the output of the last layer
+  bool kept = false;       // not sampled, but read by a sampled operation: stored for all images
+  int last_use = -1;       // the last operation that reads it
+  int buffer = -1;         // of a worker, unless kept
+
+  size_t group_bytes() const { return size_t(shape.height) * shape.width * slots * kVectorBytes; }
+};
+
+// `Pointwise` with all its arrays, padded for the kernels.
+struct PaddedPointwise {
+  std::vector<float> scale, shift, after_scale, after_shift;
+  bool relu = false, monotone = true;
+
+  PaddedPointwise() = default;
+  PaddedPointwise(const Pointwise& p, int channels);
+  Epilogue view() const;
+};
+
+enum class Kind { input, conv, pool, pointwise, concat, flatten, unfold };
+
+struct Operation {
+  Kind kind;
+  std::vector<int> inputs;  // values
+
+  std::vector<Taps> rows, cols;  // conv, pool; unfold has cols
+  PaddedPointwise pointwise;     // conv, pointwise
+
+  // conv
+  ConvShape shape{};
+  std::vector<float> weight;
+  std::optional<LayerNoise> noise;
+  std::vector<Panel> panels;
+  size_t packed_bytes = 0;
+  Buffer packed;  // unless there is noise
+
+  // pool
+  bool average = false;
+  int divisor = 0;
+
+  // unfold
+  int kernel_w = 0, dilation_w = 0;
+};
+
+struct Plan::Impl {
+  Type type;
+  const TypeKernels& kernels;
+  std::vector<std::unique_ptr<Operation>> operations;
+  std::vector<Value> values;         // values[i] is what operations[i] makes
+  std::vector<size_t> buffer_bytes;  // of a worker's buffers, for one group of images
+  int output = -1;                   // known when finished
+
+  Impl(Type type, const TypeKernels& kernels) : type(type), kernels(kernels) {}
+  const Value& value(int number) const;
+  int append(std::unique_ptr<Operation> op, Shape shape);
+  int pool(const char* name, int x, const Window& window, bool average);
+  int pointwise(std::vector<int> inputs, const Pointwise& pointwise);
+  int unfold(int x, const Conv& conv, int out_w);
+  void plan_memory();
+
+  struct Images;
+  struct Chip;
+  struct Worker;
+  int chunk_groups() const;
+  std::vector<size_t> kept_offsets(size_t budget, size_t& bytes) const;
+  char* address(int value, Worker& worker, const Images& images, int64_t chunk) const;
+  void run_operations(Worker& worker, const Images& images, int64_t chunk, Chip* chip) const;
+  void run_conv(Worker& worker, Chip* chip, int index, const char* x, char* y, int groups) const;
+  int64_t collect(Worker& worker, const Images& images, int64_t chunk, int64_t sample) const;
+};
+
+}  // namespace correctnet

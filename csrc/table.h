@@ -1,0 +1,17 @@
+// The table of kernels (kernels.h) for the instruction set that the including file is compiled for.
+#pragma once
+
+#include "conv.h"
+#include "pack.h"
+
+namespace correctnet {
+namespace {
+
+template <class Math>
+constexpr TypeKernels type_kernels() {
+  return {packed_bytes<Math>, nullptr, pack<Math>, conv<Math>, pool<Math>, pointwise<Math>, flatten<Math>,
+          assemble<Math>, kPanelOutputs};
+}
+
+}  // namespace
+}  // namespace correctnet
