@@ -188,16 +188,19 @@ def test_bad_weights_are_refused(isa: str) -> None:
 # ---- the choice of code ---------------------------------------------------------------------------------------------
 
 
+STATUS = "from correctnet import native; print(native.status())"
+
+# An editable installation finds a module that is missing in a copied package in the checkout, and so hides that it is.
+NOT_EDITABLE = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]; "
+
+
 def run(code: str, package: Path = PACKAGE, **environment: str) -> subprocess.CompletedProcess[str]:
     """Python code in a process of its own that imports correctnet from the folder of `package`."""
     keep = {name: value for name, value in os.environ.items() if name != "CORRECTNET_ISA"}
     environment = keep | environment
     return subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=package.parent, capture_output=True, text=True
+        [sys.executable, "-c", NOT_EDITABLE + code], env=environment, cwd=package.parent, capture_output=True, text=True
     )
-
-
-STATUS = "from correctnet import native; print(native.status())"
 
 
 @needs_core

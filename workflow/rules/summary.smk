@@ -32,7 +32,7 @@ rule figure:
         png=f"{RESULTS}/summary/{{run}}/figure{{number}}.png",
         svg=report(
             f"{RESULTS}/summary/{{run}}/figure{{number}}.svg",
-            caption="../report/figure{number}.rst",
+            caption="../report/figure.rst",
             category="Figures",
             labels={"figure": "{number}", "run": "{run}"},
         ),
