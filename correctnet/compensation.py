@@ -65,7 +65,7 @@ class Compensated(nn.Module):
             self.generator = nn.Conv2d(inputs + outputs, filters, 1)
             self.compensator = nn.Conv2d(outputs + filters, outputs, 1)
         self.activation = nn.ReLU() if activation == "relu" else nn.Identity()
-        self.pool = pool
+        self.pool = "none" if isinstance(layer, nn.Linear) else pool
         if init == "identity":
             with torch.no_grad():
                 self.compensator.weight.zero_()
@@ -79,7 +79,7 @@ class Compensated(nn.Module):
         return self.compensator(torch.cat([y, generated], dim=1))
 
     def _pooled(self, x: Tensor, y: Tensor) -> Tensor:
-        if x.dim() == 2:
+        if self.pool == "none":
             return x
         if self.pool == "adaptive":
             return F.adaptive_avg_pool2d(x, y.shape[-2:])

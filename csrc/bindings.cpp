@@ -9,6 +9,8 @@
 namespace py = pybind11;
 using namespace correctnet;
 
+void bind_plan(py::module_& m);  // bindings_plan.cpp
+
 PYBIND11_MODULE(_native, m) {
   m.def("isa", [] { return name(selected_isa()); });
   m.def("select_isa", &select_isa, py::arg("name"));
@@ -46,4 +48,6 @@ PYBIND11_MODULE(_native, m) {
       py::arg("noise"), py::arg("rows"), py::arg("taps"), py::arg("channels"), py::arg("channels_last"),
       py::arg("weight"), py::arg("out"), py::arg("bfloat16"), py::arg("threads"),
       py::call_guard<py::gil_scoped_release>());
+
+  bind_plan(m);
 }

@@ -84,6 +84,18 @@ struct Plan::Impl::Images {
   int groups_of(int64_t chunk) const { return int(std::min<int64_t>(chunk_groups, groups - chunk * chunk_groups)); }
 };
 
+// How a run is shared out.
+struct Plan::Impl::Layout {
+  int chunk_groups;
+  int64_t groups, chunks;
+  int64_t parts;                    // into which the images of a sample are split
+  int64_t threads, together;        // workers, and the samples that each has at hand
+  std::vector<size_t> kept_offset;  // by operation
+  size_t kept_bytes;                // of a sample's packed weights
+
+  size_t value_bytes(const Value& v) const { return chunks * chunk_groups * (v.group_bytes() + kSlackBytes); }
+};
+
 // A chip sample that a worker has at hand, and its packed weights as far as they are kept.
 struct Plan::Impl::Chip {
   uint32_t sample = 0;
@@ -97,29 +109,38 @@ struct Plan::Impl::Worker {
   std::vector<Buffer> buffers;
   Buffer block, scratch;
   std::vector<Chip> chips;
+  int64_t drawn = 0;
 
-  Worker(const Impl& plan, const Run& run, int chunk_groups, const std::vector<size_t>& kept_offset, size_t kept_bytes,
-         int64_t chip_count);
+  // The sizes of what a worker holds beside its chips.
+  struct Sizes {
+    std::vector<size_t> buffers;
+    size_t block = 0, scratch = 0;
+    Sizes(const Impl& plan, const Layout& layout);
+  };
+
+  Worker(const Impl& plan, const Run& run, const Layout& layout);
 };
 
-Plan::Impl::Worker::Worker(const Impl& plan, const Run& run, int chunk_groups, const std::vector<size_t>& kept_offset,
-                           size_t kept_bytes, int64_t chip_count)
-    : run(run), kept_offset(kept_offset), chips(chip_count) {
-  for (size_t bytes : plan.buffer_bytes) buffers.emplace_back((bytes + kSlackBytes) * chunk_groups);
-  size_t block_bytes = 0, scratch_bytes = 0;
+Plan::Impl::Worker::Sizes::Sizes(const Impl& plan, const Layout& layout) {
+  for (size_t bytes : plan.buffer_bytes) buffers.push_back((bytes + kSlackBytes) * layout.chunk_groups);
   for (size_t i = 0; i < plan.operations.size(); ++i) {
     const Operation& op = *plan.operations[i];
     if (op.kind != Kind::conv) continue;
     if (plan.kernels.scratch_bytes)
-      scratch_bytes = std::max(scratch_bytes, plan.kernels.scratch_bytes(op.shape, chunk_groups));
-    if (!op.noise || kept_offset[i] != kNotKept) continue;
-    block_bytes = std::max(block_bytes, std::min(kBlockBytes, op.packed_bytes));
-    for (const Panel& panel : op.panels)
-      block_bytes = std::max(block_bytes, plan.kernels.packed_bytes(op.shape, panel));
+      scratch = std::max(scratch, plan.kernels.scratch_bytes(op.shape, layout.chunk_groups));
+    if (!op.noise || layout.kept_offset[i] != kNotKept) continue;
+    block = std::max(block, std::min(kBlockBytes, op.packed_bytes));
+    for (const Panel& panel : op.panels) block = std::max(block, plan.kernels.packed_bytes(op.shape, panel));
   }
-  block = Buffer(block_bytes);
-  scratch = Buffer(scratch_bytes);
-  for (Chip& chip : chips) chip.weights = Buffer(kept_bytes);
+}
+
+Plan::Impl::Worker::Worker(const Impl& plan, const Run& run, const Layout& layout)
+    : run(run), kept_offset(layout.kept_offset), chips(layout.together) {
+  const Sizes sizes(plan, layout);
+  for (size_t bytes : sizes.buffers) buffers.emplace_back(bytes);
+  block = Buffer(sizes.block);
+  scratch = Buffer(sizes.scratch);
+  for (Chip& chip : chips) chip.weights = Buffer(layout.kept_bytes);
 }
 
 // As many groups of images as the tile is wide; fewer if their activations then stay in the cache.
@@ -178,8 +199,11 @@ void Plan::Impl::run_conv(Worker& worker, Chip* chip, int index, const char* x, 
     const size_t begin = op.panels[first].offset;
     for (last = first + 1; last < op.panels.size() && end(last) - begin <= kBlockBytes;) ++last;
     char* packed = keep ? chip->weights.data() + worker.kept_offset[index] + begin : worker.block.data();
-    if (!chip->drawn[index])
+    if (!chip->drawn[index]) {
       kernels.pack({&op.shape, op.weight.data(), &noise, &op.panels[first], int(last - first), packed});
+      const int64_t row = int64_t(op.weight.size()) / op.shape.outputs;
+      for (size_t i = first; i < last; ++i) worker.drawn += op.panels[i].outputs * row;
+    }
     conv.panels = &op.panels[first];
     conv.panel_count = int(last - first);
     conv.packed = packed;
@@ -303,36 +327,51 @@ void share(std::vector<std::unique_ptr<Worker>>& workers, int64_t items, const W
 
 }  // namespace
 
-void Plan::run(const Run& run) const {
-  const Impl& plan = *impl_;
-  if (plan.output < 0) fail("run: the plan is not finished");
-  const Value& out = plan.values[plan.output];
+// Fewer samples than threads: the images of a sample are split, and each part draws the sample's noise for itself. More:
+// a worker takes each chunk through several chips, if their weights fit its cache, so that the images stay there.
+Plan::Impl::Layout Plan::Impl::layout(const Run& run) const {
+  if (output < 0) fail("run: the plan is not finished");
   if (run.count < 1 || run.samples.empty() || run.threads < 1 || run.chunk_groups < 0)
     fail("run: images, samples and threads are at least 1, chunk_groups at least 0");
+  Layout l = {};
+  l.chunk_groups = run.chunk_groups ? run.chunk_groups : chunk_groups();
+  l.groups = (run.count + kLanes - 1) / kLanes;
+  l.chunks = (l.groups + l.chunk_groups - 1) / l.chunk_groups;
+  const int64_t samples = int64_t(run.samples.size());
+  l.parts = std::min(l.chunks, (run.threads + samples - 1) / samples);
+  l.threads = std::min<int64_t>(run.threads, std::max(l.chunks, samples * l.parts));
+  l.kept_offset = kept_offsets(run.keep_bytes, l.kept_bytes);
+  const int64_t fitting = l.kept_bytes ? std::max<int64_t>(1, int64_t(kChipsBytes / l.kept_bytes)) : 1;
+  l.together = std::min(fitting, (samples + l.threads - 1) / l.threads);
+  return l;
+}
+
+size_t Plan::bytes(const Run& run) const {
+  const Impl::Layout layout = impl_->layout(run);
+  const Impl::Worker::Sizes sizes(*impl_, layout);
+  size_t worker = sizes.block + sizes.scratch + layout.together * layout.kept_bytes;
+  worker = std::accumulate(sizes.buffers.begin(), sizes.buffers.end(), worker);
+  size_t bytes = layout.threads * worker;
+  for (const Value& v : impl_->values)
+    if (v.kept) bytes += layout.value_bytes(v);
+  return bytes;
+}
+
+void Plan::run(const Run& run) const {
+  const Impl& plan = *impl_;
+  const Impl::Layout layout = plan.layout(run);
+  const Value& out = plan.values[plan.output];
   if (!run.images || (run.labels == nullptr) != (run.correct == nullptr))
     fail("run: images are missing, or one of labels and correct is");
   if (run.correct && (out.shape.height != 1 || out.shape.width != 1)) fail("run: the output is no vector of classes");
 
-  const int chunk_groups = run.chunk_groups ? run.chunk_groups : plan.chunk_groups();
-  const int64_t groups = (run.count + kLanes - 1) / kLanes, chunks = (groups + chunk_groups - 1) / chunk_groups;
-  Impl::Images images{run, groups, chunks, chunk_groups, {}};
-  for (const Value& v : plan.values)
-    images.kept.emplace_back(v.kept ? chunks * chunk_groups * (v.group_bytes() + kSlackBytes) : 0);
-
-  // Fewer samples than threads: the images of a sample are split, and each part draws the sample's noise for itself.
-  // More: a worker takes each chunk through several chips, if their weights fit its cache, so that the images stay
-  // there.
-  const int64_t samples = int64_t(run.samples.size()), parts = std::min(chunks, (run.threads + samples - 1) / samples);
-  const int64_t threads = std::min<int64_t>(run.threads, std::max(chunks, samples * parts));
-  size_t kept_bytes;
-  const std::vector<size_t> kept_offset = plan.kept_offsets(run.keep_bytes, kept_bytes);
-  const int64_t fitting = kept_bytes ? std::max<int64_t>(1, int64_t(kChipsBytes / kept_bytes)) : 1;
-  const int64_t together = std::min(fitting, (samples + threads - 1) / threads);
+  Impl::Images images{run, layout.groups, layout.chunks, layout.chunk_groups, {}};
+  for (const Value& v : plan.values) images.kept.emplace_back(v.kept ? layout.value_bytes(v) : 0);
   std::vector<std::unique_ptr<Impl::Worker>> workers;
-  for (int64_t i = 0; i < threads; ++i)
-    workers.push_back(std::make_unique<Impl::Worker>(plan, run, chunk_groups, kept_offset, kept_bytes, together));
+  for (int64_t i = 0; i < layout.threads; ++i) workers.push_back(std::make_unique<Impl::Worker>(plan, run, layout));
 
-  share(workers, chunks,
+  const int64_t samples = int64_t(run.samples.size()), parts = layout.parts, together = layout.together;
+  share(workers, layout.chunks,
         [&](Impl::Worker& worker, int64_t chunk) { plan.run_operations(worker, images, chunk, nullptr); });
 
   std::vector<int64_t> correct(samples * parts);
@@ -342,7 +381,7 @@ void Plan::run(const Run& run) const {
       worker.chips[i].sample = run.samples[first + i];
       worker.chips[i].drawn.assign(plan.operations.size(), false);
     }
-    for (int64_t chunk = part * chunks / parts; chunk < (part + 1) * chunks / parts; ++chunk)
+    for (int64_t chunk = part * layout.chunks / parts; chunk < (part + 1) * layout.chunks / parts; ++chunk)
       for (int64_t i = 0; i < chips; ++i) {
         plan.run_operations(worker, images, chunk, &worker.chips[i]);
         correct[(first + i) * parts + part] += plan.collect(worker, images, chunk, first + i);
@@ -351,6 +390,28 @@ void Plan::run(const Run& run) const {
   if (run.correct)
     for (int64_t s = 0; s < samples; ++s)
       run.correct[s] = std::accumulate(&correct[s * parts], &correct[s * parts] + parts, int64_t(0));
+  if (run.drawn) {
+    *run.drawn = 0;
+    for (const auto& worker : workers) *run.drawn += worker->drawn;
+  }
+}
+
+Cost Plan::cost() const {
+  Cost cost;
+  for (size_t i = 0; i < impl_->operations.size(); ++i) {
+    const Operation& op = *impl_->operations[i];
+    if (op.kind != Kind::conv) continue;
+    const auto taps = [pool = op.shape.pool](const std::vector<Taps>& all) {
+      double sum = 0;
+      for (size_t j = 0; j < (pool ? all.size() / 2 * 2 : all.size()); ++j) sum += all[j].last - all[j].first;
+      return sum;
+    };
+    const double flop =
+        2.0 * taps(op.rows) * taps(op.cols) * op.shape.outputs * (op.shape.channels / op.shape.groups);
+    (impl_->values[i].sampled ? cost.sampled : cost.shared) += flop;
+    if (op.noise) cost.weights += int64_t(op.weight.size());
+  }
+  return cost;
 }
 
 }  // namespace correctnet

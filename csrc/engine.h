@@ -76,6 +76,14 @@ struct Run {
   float* outputs = nullptr;         // (samples, count, channels * height * width) of the output, if wanted
   const int64_t* labels = nullptr;  // (count), together with
   int64_t* correct = nullptr;       // (samples): on how many images the first largest output is the label's
+  int64_t* drawn = nullptr;         // how many weights were made noisy, if wanted
+};
+
+// Floating-point operations for an image, a multiplication and an addition being two (taps on padding are not
+// executed): once, and on every chip sample. And the noisy weights of a chip.
+struct Cost {
+  double shared = 0, sampled = 0;
+  int64_t weights = 0;
 };
 
 // Everything here throws std::invalid_argument where sizes or numbers do not fit together.
@@ -101,6 +109,11 @@ class Plan {
 
   // `output` is the network's result; to be called once, behind the last operation.
   void finish(int output);
+
+  Cost cost() const;
+
+  // Of memory that `run` takes, without its arguments.
+  size_t bytes(const Run& run) const;
 
   // Holds the activations in front of the first sampled operation for all images: give it as many as memory allows.
   void run(const Run& run) const;

@@ -91,6 +91,8 @@ struct Plan::Impl {
   struct Images;
   struct Chip;
   struct Worker;
+  struct Layout;
+  Layout layout(const Run& run) const;
   int chunk_groups() const;
   std::vector<size_t> kept_offsets(size_t budget, size_t& bytes) const;
   char* address(int value, Worker& worker, const Images& images, int64_t chunk) const;
