@@ -155,11 +155,17 @@ def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Options that change where and how a stage runs, not what it computes; gives the argument `runtime`."""
 
     def call(
-        data_dir: str | None, device: str, threads: int | None, work: Path | None, quiet: bool, **arguments: Any
+        data_dir: str | None,
+        device: str,
+        threads: int | None,
+        memory: int,
+        work: Path | None,
+        quiet: bool,
+        **arguments: Any,
     ) -> Any:
         out: Path = arguments["out"]
         work = work or out.parent / ".resume" / out.name
-        return function(runtime=_runtime(data_dir, device, threads, work, quiet), **arguments)
+        return function(runtime=_runtime(data_dir, device, threads, memory, work, quiet), **arguments)
 
     call.__doc__, call.__name__ = function.__doc__, function.__name__
     call.__click_params__ = list(getattr(function, "__click_params__", []))  # type: ignore[attr-defined]
@@ -167,6 +173,14 @@ def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--quiet", is_flag=True, help="No progress bars."),
         click.option("--work", type=PATH, help="What a killed run needs to go on.  [default: .resume beside --out]"),
         click.option("--threads", type=click.IntRange(1), help="At most this many CPU threads.  [default: all]"),
+        click.option(
+            "--memory",
+            type=click.IntRange(1),
+            envvar="CORRECTNET_MEMORY",
+            default=2048,
+            show_default=True,
+            help="MiB that Monte Carlo may take beside the data, about.",
+        ),
         click.option("--device", type=click.Choice(["cpu", "cuda"]), envvar="CORRECTNET_DEVICE", default="cpu"),
         click.option(
             "--data-dir", envvar="CORRECTNET_DATA", help="Where the data sets lie.  [CORRECTNET_DATA, else: data]"
@@ -176,7 +190,7 @@ def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _runtime(data_dir: str | None, device: str, threads: int | None, work: Path, quiet: bool) -> Runtime:
+def _runtime(data_dir: str | None, device: str, threads: int | None, memory: int, work: Path, quiet: bool) -> Runtime:
     import torch
 
     from correctnet.stages import Runtime, available_cpus, set_threads
@@ -184,7 +198,7 @@ def _runtime(data_dir: str | None, device: str, threads: int | None, work: Path,
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
     set_threads(threads or available_cpus())
-    return Runtime(data_dir, device, quiet, work)
+    return Runtime(data_dir, device, quiet, work, memory << 20)
 
 
 class Group(click.Group):

@@ -192,6 +192,13 @@ class Search(Section):
         return value
 
 
+class MonteCarlo(Section):
+    """How chip samples are simulated, wherever they are: in the sweep, the search and the evaluation."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """of weights and activations in the C++ core (sums are float32)"""
+
+
 class Evaluate(Section):
     """Monte Carlo evaluation."""
 
@@ -207,8 +214,6 @@ class Evaluate(Section):
     """chip samples at each of those"""
     chunk: int = Field(125, ge=1)
     """chip samples a job"""
-    batch: int = Field(100, ge=1)
-    """images a forward pass; small enough for a layer's activations to stay in the cache"""
     recalibrate: Literal["none", "simulated", "chip"] = "none"
     """BatchNorm statistics: as trained, estimated once over simulated chips, or anew on each chip"""
     recalibrate_images: int = Field(512, ge=2)
@@ -236,6 +241,7 @@ class Settings(Section):
     sweep: Sweep = Sweep()
     search: Search = Search()
     compensate: Compensate = Compensate()
+    montecarlo: MonteCarlo = MonteCarlo()
     evaluate: Evaluate = Evaluate()
 
     def of(self, stage: Stage) -> SimpleNamespace:
@@ -276,12 +282,13 @@ READS: dict[Stage, tuple[str, ...]] = {
     "pretrain": ("seed", "data", "network", "pretrain"),
     "suppress": ("seed", "data", "variation.sigma", "suppress"),
     "inject": ("seed", "data", "variation", "inject"),
-    "sweep": ("seed", "data.dataset", "data.validation", "variation", "sweep"),
+    "sweep": ("seed", "data.dataset", "data.validation", "variation", "montecarlo", "sweep"),
     "search": (
         "seed",
         "data",
         "variation",
         "compensate",
+        "montecarlo",
         *(f"search.{k}" for k in Search.model_fields if k != "limits"),
     ),
     "compensate": ("seed", "data", "variation", "compensate"),
@@ -290,15 +297,15 @@ READS: dict[Stage, tuple[str, ...]] = {
         "data.dataset",
         "data.validation",
         "variation",
+        "montecarlo",
         "evaluate.split",
         "evaluate.images",
-        "evaluate.batch",
         "evaluate.recalibrate",
         "evaluate.recalibrate_images",
     ),
 }
 # Raised when a stage's code changes what it computes.
-VERSIONS: dict[Stage, int] = dict.fromkeys(get_args(Stage), 1)
+VERSIONS: dict[Stage, int] = dict.fromkeys(get_args(Stage), 1) | {"sweep": 2, "search": 2, "evaluate": 2}
 # What a stage's model is made from, for each stage whose model a row can evaluate.
 UPSTREAM: dict[Stage, tuple[Stage, ...]] = {
     "pretrain": (),

@@ -10,11 +10,14 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from correctnet import models, variation
-from correctnet.analog import analog_candidates, convert, program
+from correctnet.analog import analog_candidates, convert, program, programmed
 from correctnet.config import Config, Settings
+from correctnet.engine import Engine, Precision, Unsupported
 from correctnet.errors import UserError
+from correctnet.variation import LogNormalVariation
 
 # Images of the training and test sets; what a setting leaves open means all of them.
 SIZES = {"digits": (1438, 359), "mnist": (60000, 10000), "cifar10": (50000, 10000), "cifar100": (50000, 10000)}
@@ -32,24 +35,20 @@ def _seconds(work: Callable[[], object], at_least: float = 0.2) -> float:
 
 
 def costs(settings: Settings) -> dict[str, float]:
-    """Seconds of the pair's network, measured on one thread: an image trained, an image tested, a chip sampled."""
+    """Seconds on one thread: an image trained, an image tested with variation, a chip sampled for training."""
     s = settings
     channels = 1 if s.data.dataset in ("digits", "mnist") else 3
     options = {"widths": s.network.widths or models.LENET5_WIDTHS}
     if s.network.name == "vgg16":
         options = {"batchnorm": s.network.batchnorm}
     model = models.build(s.network.name, 100 if s.data.dataset == "cifar100" else 10, channels, **options)
-    images = torch.randn(16 if s.network.name == "vgg16" else 128, channels, 32, 32)
+    images = torch.randn(64 if s.network.name == "vgg16" else 128, channels, 32, 32)
     labels = torch.zeros(len(images), dtype=torch.int64)
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=s.pretrain.precision == "bfloat16"):
             logits = model.train()(images)
         F.cross_entropy(logits.float(), labels).backward()
-
-    def forward() -> None:
-        with torch.no_grad():
-            model.eval()(images)
 
     # One layer stands for all: the cost of sampling is proportional to the number of weights.
     layer = min((m for _, m in analog_candidates(model)), key=lambda m: abs(m.weight.numel() - 50000))
@@ -61,14 +60,28 @@ def costs(settings: Settings) -> dict[str, float]:
         analog._cached = None
         analog.chip_weight()
 
+    network = convert(model.eval(), LogNormalVariation(max(s.variation.sigma, 0.1)))
+    test = _test_seconds(network, images, s.montecarlo.precision)
     with torch.no_grad():
         sampling = _seconds(sample) * weights / layer.weight.numel()
     return {
         "train": _seconds(step) / len(images),
-        "test": _seconds(forward) / len(images),
+        "test": test,
         "sample": sampling,
         "layers": len(list(analog_candidates(model))),
     }
+
+
+def _test_seconds(analog: nn.Module, images: Tensor, precision: Precision) -> float:
+    """An image on one chip, its share of drawing the chip included."""
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    try:
+        engine = Engine(analog, images, precision=precision)
+    except Unsupported:
+        with torch.no_grad(), programmed(analog, 0):
+            return _seconds(lambda: analog(images)) / len(images)
+    chips = [0] if len(images) < 100 else list(range(10))
+    return _seconds(lambda: engine.count_correct(images, labels, chips)) / (len(images) * len(chips))
 
 
 def stage_seconds(config: Config, pair: str) -> dict[str, float]:
@@ -99,18 +112,18 @@ def stage_seconds(config: Config, pair: str) -> dict[str, float]:
         if row.evaluate == "compensate":
             images = s.sweep.images or validation
             chips = s.sweep.chips * cost["layers"]
-            add("sweep", s.canonical("sweep"), chips * (images * cost["test"] + cost["sample"]))
+            add("sweep", s.canonical("sweep"), chips * images * cost["test"])
             per_image = s.compensate.chips_per_batch * (cost["train"] + chip_batches)
             if s.search.strategy != "all":
                 state = s.search.train_epochs * (s.search.train_images or train_images) * per_image
-                state += s.search.chips * ((s.search.images or validation) * cost["test"] + cost["sample"])
+                state += s.search.chips * (s.search.images or validation) * cost["test"]
                 searches = len(s.search.limits) * s.search.evaluations
                 add("search", s.canonical("search") + s.canonical("sweep"), searches * state)
             key = s.canonical("compensate") + s.canonical("search") + s.canonical("sweep")
             add("compensate", key, s.compensate.epochs * train_images * per_image)
         chips = s.evaluate.chips + 1 + row.curve * len(s.evaluate.sigmas) * s.evaluate.curve_chips
         images = s.evaluate.images or test_images
-        add("evaluate", name, chips * (images * cost["test"] + cost["sample"]))
+        add("evaluate", name, chips * images * cost["test"])
     return total
 
 

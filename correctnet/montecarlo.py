@@ -3,21 +3,33 @@
 result = evaluate(analog, images_and_labels, chips=250)
 print(result)                     # mean, standard deviation, 95 % confidence interval
 result.yield_at(0.95).low         # the fraction of chips at or above an accuracy, with its binomial interval
+
+On the CPU the C++ core runs the network (`correctnet.engine`), many times faster than torch does; what it cannot run
+goes through torch, and a warning names it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from correctnet import storage
 from correctnet.analog import chip_of, program, programmed
 from correctnet.data import Split
+from correctnet.engine import BLOCK, MEMORY, Engine, Precision, Unsupported
 from correctnet.errors import UserError
 from correctnet.results import COLUMNS, Result
+
+# A call into the core cannot be interrupted; this is how long it is to last, in seconds.
+CALL_SECONDS = 0.5
 
 Batches = Split | tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 
@@ -36,13 +48,17 @@ def _batches(data: Batches, size: int) -> Callable[[], Iterator[tuple[Tensor, Te
     return lambda: iter(data)
 
 
-@torch.no_grad()
 def count_correct(model: nn.Module, data: Batches, batch: int = 100) -> tuple[int, int]:
     """(correctly classified images, images) of `data`, with the weights that `model` has now."""
+    return _count(model, _batches(data, batch)())
+
+
+@torch.no_grad()
+def _count(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[int, int]:
     model.eval()
     device = next(model.parameters()).device
     correct = total = 0
-    for images, labels in _batches(data, batch)():
+    for images, labels in batches:
         images = images.to(device)
         if images.dim() == 4:  # convolutions on a CPU are about 1.4 times faster in this order
             images = images.contiguous(memory_format=torch.channels_last)
@@ -65,6 +81,10 @@ def clean_accuracy(model: nn.Module, data: Batches, batch: int = 100) -> float:
     return correct / total
 
 
+class EngineWarning(UserWarning):
+    """The network, or a part of it, runs through torch instead of the C++ core."""
+
+
 def evaluate(
     model: nn.Module,
     data: Batches,
@@ -72,7 +92,12 @@ def evaluate(
     *,
     start: int = 0,
     first_layer: int = 0,
+    engine: Literal["auto", "torch"] = "auto",
+    precision: Precision = "float32",
+    memory: int = MEMORY,
     batch: int = 100,
+    chunk: int = 25,
+    save: str | Path | None = None,
     prepare: Callable[[nn.Module], None] | None = None,
     progress: bool = True,
     title: str = "chips",
@@ -85,9 +110,16 @@ def evaluate(
         chips: how many chip samples, >= 1.
         start: number of the first; chip 137 is the same chip whatever `start` and `chips` are.
         first_layer: layers of a smaller index stay nominal.
-        batch: images a forward pass.
-        prepare: called with the model after each chip is programmed (e.g. to recalibrate its BatchNorm).
-        progress: show a progress bar.
+        engine: "auto": the C++ core, and torch for what it cannot run, with an `EngineWarning`; "torch": torch alone.
+        precision: of weights and activations in the core, "float32" or "bfloat16" (sums are float32).
+        memory: bytes that the core may take, about.
+        batch: images a forward pass in torch.
+        chunk: chips that are taken over all images before the next ones are begun.
+        save: a file for the rows of the chips that are done, written after every chunk. Chips that it holds already
+            are not evaluated again; whether they were of the same model and data is the caller's to know.
+        prepare: called with the model after each chip is programmed (e.g. to recalibrate its BatchNorm); then torch
+            runs the network, as its weights are not the same on all chips.
+        progress: show a progress bar, and warn of what runs through torch.
         title: of the bar.
 
     Returns:
@@ -96,15 +128,109 @@ def evaluate(
     Raises:
         UserError: a model without variation, no chips, or no images.
     """
-    if chips < 1:
-        raise UserError(f"evaluate: chips must be at least 1, not {chips}")
+    if chips < 1 or chunk < 1:
+        raise UserError(f"evaluate: chips and chunk must be at least 1, not {chips} and {chunk}")
+    if engine not in ("auto", "torch"):
+        raise UserError(f"evaluate: engine must be 'auto' or 'torch', not {engine!r}")
     chip = chip_of(model)
-    rows = []
-    with programmed(model, None):
-        for sample in tqdm(range(start, start + chips), desc=title, unit="chip", disable=not progress, mininterval=1):
-            program(model, sample, first_layer)
-            if prepare is not None:
-                prepare(model)
-            correct, total = count_correct(model, data, batch)
-            rows.append((sample, correct, total, correct / total, chip.seed))
-    return Result(pd.DataFrame(rows, columns=COLUMNS))
+    rows = pd.read_csv(save).to_dict("records") if save and Path(save).exists() else []
+    have = {row["sample"] for row in rows}
+    todo = [sample for sample in range(start, start + chips) if sample not in have]
+    if todo:
+        count = None
+        if engine == "auto" and not prepare:
+            count = _engine_counter(model, _batches(data, BLOCK), first_layer, precision, memory)
+        if count is None:
+            count = _torch_counter(model, _batches(data, batch), first_layer, prepare)
+        images = sum(len(labels) for _, labels in _batches(data, BLOCK)())
+        total = images * chips
+        with tqdm(desc=title, unit="image", unit_scale=True, total=total, disable=not progress, mininterval=1) as bar:
+            bar.update(images * (chips - len(todo)))
+            for i in range(0, len(todo), chunk):
+                samples = todo[i : i + chunk]
+                correct = count(samples, bar.update)
+                rows += [
+                    dict(zip(COLUMNS, (s, c, images, c / images, chip.seed), strict=True))
+                    for s, c in zip(samples, correct, strict=True)
+                ]
+                if save:
+                    storage.write_csv(Path(save), pd.DataFrame(rows, columns=COLUMNS))
+    table = pd.DataFrame(rows, columns=COLUMNS).sort_values("sample", ignore_index=True)
+    return Result(table[table["sample"].between(start, start + chips - 1)].reset_index(drop=True))
+
+
+# From chip samples, and a function that is told how many images were classified, the correct ones of each chip.
+Counter = Callable[[Sequence[int], Callable[[int], object]], list[int]]
+
+
+def _torch_counter(
+    model: nn.Module,
+    batches: Callable[[], Iterator[tuple[Tensor, Tensor]]],
+    first_layer: int,
+    prepare: Callable[[nn.Module], None] | None,
+) -> Counter:
+    """Chip by chip through torch."""
+
+    def count(samples: Sequence[int], done: Callable[[int], object]) -> list[int]:
+        counts = []
+        with programmed(model, None):
+            for sample in samples:
+                program(model, sample, first_layer)
+                if prepare is not None:
+                    prepare(model)
+                correct, total = _count(model, batches())
+                counts.append(correct)
+                done(total)
+        return counts
+
+    return count
+
+
+def _engine_counter(
+    model: nn.Module,
+    batches: Callable[[], Iterator[tuple[Tensor, Tensor]]],
+    first_layer: int,
+    precision: Precision,
+    memory: int,
+) -> Counter | None:
+    """Through the core; None, with a warning, where it cannot run the network."""
+    first = next(batches(), None)
+    if first is None or len(first[0]) == 0:
+        raise UserError("evaluate: the data holds no images")
+    try:
+        engine = Engine(model, first[0], first_layer, precision, memory)
+    except Unsupported as error:
+        if next(model.parameters()).device.type == "cpu":
+            warnings.warn(f"everything runs through torch: {error}", EngineWarning, stacklevel=3)
+        return None
+    if engine.report.unfused or engine.report.torch:
+        warnings.warn(f"not all of the network runs in the C++ core: {engine.report}", EngineWarning, stacklevel=3)
+
+    def count(samples: Sequence[int], done: Callable[[int], object]) -> list[int]:
+        counts = dict.fromkeys(samples, 0)
+        for images, labels in _blocks(batches(), BLOCK):
+            i, together = 0, torch.get_num_threads()
+            while i < len(samples):
+                part = samples[i : i + together]
+                began = time.monotonic()
+                for sample, correct in zip(part, engine.count_correct(images, labels, part), strict=True):
+                    counts[sample] += correct
+                done(len(part) * len(labels))
+                if time.monotonic() - began < CALL_SECONDS / 2:
+                    together *= 2
+                i += len(part)
+        return list(counts.values())
+
+    return count
+
+
+def _blocks(batches: Iterator[tuple[Tensor, Tensor]], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches put together until they hold at least `size` images."""
+    waiting: list[tuple[Tensor, Tensor]] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(len(labels) for _, labels in waiting) >= size:
+            yield torch.cat([x for x, _ in waiting]), torch.cat([y for _, y in waiting])
+            waiting = []
+    if waiting:
+        yield torch.cat([x for x, _ in waiting]), torch.cat([y for _, y in waiting])

@@ -29,6 +29,7 @@ from correctnet import sweep as sweeping
 from correctnet.analog import analog_candidates, analog_layers, check_coverage, convert, program
 from correctnet.config import Settings, Stage
 from correctnet.data import DataSet
+from correctnet.engine import MEMORY
 from correctnet.errors import UserError
 from correctnet.montecarlo import clean_accuracy, evaluate
 from correctnet.results import Result, record
@@ -44,6 +45,8 @@ class Runtime:
     quiet: bool = False
     work: Path | None = None
     """folder for what a killed stage needs to go on; None: it begins anew"""
+    memory: int = MEMORY
+    """bytes that Monte Carlo may take beside the data, about"""
 
     def load(self, settings: Any) -> DataSet:
         """The data set that a stage's settings name, on the device."""
@@ -171,6 +174,8 @@ def sweep(settings: Settings, pretrained: Path, suppressed: Path, out: Path, run
         s.sweep.threshold,
         chips=s.sweep.chips,
         start=variation.VALIDATION_CHIPS,
+        precision=s.montecarlo.precision,
+        memory=runtime.memory,
         progress=not runtime.quiet,
     )
     storage.write_csv(out / "accuracy.csv", found.table())
@@ -213,8 +218,15 @@ def search(
             hooks.augment = s.data.augment
             title = "compensators " + " ".join(map(str, filters))
             fit(analog, train, section, s.seed, parameters=parameters, hooks=hooks, title=title, quiet=runtime.quiet)
-        chips = {"chips": s.search.chips, "start": variation.VALIDATION_CHIPS}
-        result = evaluate(analog, images, **chips, progress=False)
+        result = evaluate(
+            analog,
+            images,
+            s.search.chips,
+            start=variation.VALIDATION_CHIPS,
+            precision=s.montecarlo.precision,
+            memory=runtime.memory,
+            progress=False,
+        )
         return result.mean, result.std
 
     problem = searching.Problem(
@@ -237,9 +249,7 @@ def search(
     best |= {"overhead": chosen.overhead, "mean": chosen.mean, "std": chosen.std, "evaluations": log.evaluations}
     storage.write_json(out / "best.json", best)
     if log_path:
-        log_path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # the folder holds something else
-            log_path.parent.rmdir()
+        _discard(log_path)
     return best
 
 
@@ -294,6 +304,7 @@ def evaluate_chips(
         columns: constants (pair, row, label) that are put before the others.
     """
     s = settings.of("evaluate")
+    storage.check_writable(out)
     model, description = read_network(path, runtime.device)
     data = runtime.load(s)
     images = getattr(data, s.evaluate.split).take(s.evaluate.images)
@@ -310,8 +321,21 @@ def evaluate_chips(
         def prepare(chip: nn.Module) -> None:
             recalibration.recalibrate(chip, calibration)
 
+    save = None
+    if runtime.work:
+        # The rows of other settings or another model have another name, and are not taken over.
+        identity = f"{settings.canonical('evaluate')} {storage.sha256(storage.model_files(path)[0])}"
+        save = runtime.work / f"chips-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.csv"
     result = evaluate(
-        analog, images, chips, start=start, batch=s.evaluate.batch, prepare=prepare, progress=not runtime.quiet
+        analog,
+        images,
+        chips,
+        start=start,
+        precision=s.montecarlo.precision,
+        memory=runtime.memory,
+        prepare=prepare,
+        save=save,
+        progress=not runtime.quiet,
     )
     history = description.get("history", [])
     plan = description.get("compensation") or {"filters": {}}
@@ -327,7 +351,16 @@ def evaluate_chips(
         epochs=" + ".join(f"{h['epochs']} {h['stage']}" for h in history),
     )
     result.to_csv(out)
+    if save:
+        _discard(save)
     return result
+
+
+def _discard(path: Path) -> None:
+    """Remove what a finished stage no longer needs to go on, and its folder where that is empty then."""
+    path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # the folder holds something else
+        path.parent.rmdir()
 
 
 def _variation_columns(analog: nn.Module) -> dict[str, Any]:

@@ -52,6 +52,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: str | Path) -> None:
+    """Find out before the work that its result can be put at `path`. Raises UserError where it cannot."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {_reason(error)}") from error
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

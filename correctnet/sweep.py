@@ -10,6 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from correctnet.analog import analog_candidates, analog_layers
+from correctnet.engine import MEMORY, Precision
 from correctnet.errors import UserError
 from correctnet.montecarlo import Batches, evaluate
 from correctnet.results import Result
@@ -60,7 +61,8 @@ def sweep(
     *,
     chips: int = 50,
     start: int = 0,
-    batch: int = 100,
+    precision: Precision = "float32",
+    memory: int = MEMORY,
     progress: bool = True,
 ) -> Sweep:
     """Inject variation into layers i..L for i = L, L-1, ..., 1, each over the same chips.
@@ -71,7 +73,7 @@ def sweep(
         original: clean accuracy of the pre-trained network on them, in (0, 1].
         threshold: candidates are the first i layers for the first i (from the last layer backwards) whose mean
             accuracy is below threshold * original; 0.95 in the paper.
-        chips, start, batch, progress: as in `correctnet.montecarlo.evaluate`.
+        chips, start, precision, memory, progress: as in `correctnet.montecarlo.evaluate`.
     """
     if not 0 < original <= 1:
         raise UserError(f"sweep: the original accuracy must lie in (0, 1], not {original}")
@@ -81,6 +83,15 @@ def sweep(
     results = {}
     for i in tqdm(range(len(names), 0, -1), desc="sweep", unit="layer", disable=not progress):
         results[i] = evaluate(
-            model, data, chips, start=start, first_layer=i - 1, batch=batch, progress=progress, title=names[i - 1]
+            model,
+            data,
+            chips,
+            start=start,
+            first_layer=i - 1,
+            precision=precision,
+            memory=memory,
+            chunk=chips,
+            progress=progress,
+            title=names[i - 1],
         )
     return Sweep(results, names, original, threshold)

@@ -1,0 +1,256 @@
+"""From a traced network to plans, the pieces that the C++ core runs (csrc/engine.h).
+
+A plan computes one value from one other. Inside, each convolution or linear layer takes what follows it along in one
+pass: bias, BatchNorm and ReLU in either order, a 2 x 2 max-pool. Values that no plan can compute are torch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from correctnet.analog import AnalogLayer
+from correctnet.graph import Op, Traced, op_of, shape_of
+from correctnet.variation import LogNormalVariation
+
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class TorchStep:
+    """One value that is computed, by torch."""
+
+    node: fx.Node
+    sampled: bool
+
+
+@dataclass(frozen=True)
+class PlanStep(TorchStep):
+    """One value that the core computes from one other."""
+
+    source: fx.Node
+    plan: Any
+    shape: tuple[int, ...]
+    layers: tuple[str, ...] = ()
+
+    def run(self, x: Tensor, seed: int, samples: Sequence[int]) -> Tensor:
+        out, _ = self.plan.outputs(_images(x), seed=seed, samples=list(samples), threads=torch.get_num_threads())
+        return torch.from_numpy(out).view(len(samples), len(x), *self.shape)
+
+    def count_correct(self, x: Tensor, labels: Tensor, seed: int, samples: Sequence[int]) -> list[int]:
+        labels = labels.to(torch.int64).contiguous().numpy()
+        threads = torch.get_num_threads()
+        correct, _ = self.plan.count_correct(_images(x), labels, seed=seed, samples=list(samples), threads=threads)
+        return correct.tolist()
+
+
+def _images(x: Tensor) -> np.ndarray:
+    x = x.detach()
+    return (x if x.dim() == 4 else x[:, :, None, None]).contiguous().numpy()
+
+
+@dataclass
+class _Function:
+    """relu and affine maps behind an operation, as far as a plan takes them in one: see Pointwise in engine.h."""
+
+    channels: int
+    scale: np.ndarray | float = 1.0
+    shift: np.ndarray | float = 0.0
+    relu: bool = False
+    after_scale: np.ndarray | None = None
+    after_shift: np.ndarray | None = None
+
+    def absorb(self, op: Op) -> bool:
+        """Put `op` behind, if that can be done."""
+        if op.kind == "same":
+            return True
+        if op.kind == "relu":
+            if self.after_scale is not None:
+                return False
+            self.relu = True
+            return True
+        if op.kind != "affine":
+            return False
+        scale, shift = op.detail
+        if not self.relu:
+            self.scale, self.shift = self.scale * scale, self.shift * scale + shift
+        elif self.after_scale is None:
+            self.after_scale, self.after_shift = scale, shift
+        else:
+            self.after_scale, self.after_shift = self.after_scale * scale, self.after_shift * scale + shift
+        return True
+
+    def identity(self, op: Op) -> bool:
+        """Whether `op` with what was put behind it does nothing at all."""
+        return op.kind == "same" and not self.relu and isinstance(self.scale, float)
+
+    def pointwise(self) -> Any:
+        from correctnet import _native
+
+        def array(values: np.ndarray | float | None) -> np.ndarray | None:
+            return None if values is None else np.broadcast_to(values, self.channels).astype(np.float32)
+
+        after = array(self.after_scale), array(self.after_shift)
+        return _native.Pointwise(
+            scale=array(self.scale), shift=array(self.shift), relu=self.relu, after_scale=after[0], after_shift=after[1]
+        )
+
+
+class Lowering:
+    """Which values of a traced network plans compute, and those plans."""
+
+    def __init__(self, traced: Traced):
+        self.root, self.input, self.output = traced.root, traced.input, traced.output
+        self.ops: dict[fx.Node, Op] = {}
+        self.sources: dict[fx.Node, fx.Node] = {}  # of a plan's value, the one value that the plan begins with
+        for node in self.root.graph.nodes:
+            op = op_of(self.root, node)
+            # A plan has one input. Where two values meet that torch made, torch goes on.
+            sources = {self.sources.get(n, n) for n in op.inputs} if op else set()
+            if len(sources) == 1 and _rank_fits(source := sources.pop()):
+                self.ops[node], self.sources[node] = op, source
+
+    def steps(self, first_layer: int, precision: Precision) -> list[TorchStep]:
+        """What computes the output, in order."""
+        needed: set[fx.Node] = set()
+        waiting = [self.output]
+        while waiting:
+            node = waiting.pop()
+            if node in needed or node is self.input:
+                continue
+            needed.add(node)
+            waiting += [self.sources[node]] if self._planned(node) else node.all_input_nodes
+        sampled = self._sampled(first_layer)
+        return [
+            self._plan(node, first_layer, precision, node in sampled)
+            if self._planned(node)
+            else TorchStep(node, node in sampled)
+            for node in self.root.graph.nodes
+            if node in needed
+        ]
+
+    def _planned(self, node: fx.Node) -> bool:
+        """Whether a plan is to compute the value: where no layer is in it, torch is as fast."""
+        return node in self.ops and any(self.ops[n].kind in ("conv", "linear") for n in self._region(node))
+
+    def _sampled(self, first_layer: int) -> set[fx.Node]:
+        """The nodes whose values differ from chip to chip."""
+        sampled: set[fx.Node] = set()
+        for node in self.root.graph.nodes:
+            own = node.op == "call_module" and any(
+                _noise(m, first_layer) for m in self.root.get_submodule(node.target).modules()
+            )
+            if own or any(n in sampled for n in node.all_input_nodes):
+                sampled.add(node)
+        return sampled
+
+    def _plan(self, target: fx.Node, first_layer: int, precision: Precision, sampled: bool) -> PlanStep:
+        from correctnet import _native
+
+        source = self.sources[target]
+        region = self._region(target)
+        readers = {n: [r for r in region if n in self.ops[r].inputs] for n in (source, *region)}
+        channels, height, width = (*shape_of(source), 1, 1)[:3]
+        plan = _native.Plan(precision, channels, height, width)
+        values, done, layers = {source: 0}, set(), []
+        for node in region:
+            if node in done:
+                continue
+            op = self.ops[node]
+            chain = _Function(shape_of(node)[0])
+            pool, last = False, node
+            if op.kind in ("affine", "relu", "same"):
+                chain.absorb(op)
+            # What follows and can be done in the same pass, up to a value that something else reads, too.
+            while op.kind in ("conv", "linear", "affine", "relu", "same", "add"):
+                after = readers[last]
+                if last is target or len(after) != 1:
+                    break
+                following = self.ops[after[0]]
+                if op.kind == "conv" and not pool and _halves(following, shape_of(last)):
+                    pool = True
+                elif (pool and following.kind != "same") or not chain.absorb(following):
+                    break
+                last = after[0]
+                done.add(last)
+            x = [values[n] for n in op.inputs]
+            values[last] = x[0] if chain.identity(op) else self._emit(plan, op, x, chain, pool, first_layer)
+            if op.kind in ("conv", "linear"):
+                layers.append(node.target)
+        plan.finish(values[target])
+        return PlanStep(target, sampled, source, plan, shape_of(target), tuple(layers))
+
+    def _region(self, target: fx.Node) -> list[fx.Node]:
+        """The nodes between a plan's source and its target, in order."""
+        found, waiting = set(), [target]
+        while waiting:
+            node = waiting.pop()
+            if node in self.ops and node not in found:
+                found.add(node)
+                waiting += self.ops[node].inputs
+        return [n for n in self.root.graph.nodes if n in found]
+
+    def _emit(self, plan: Any, op: Op, x: list[int], chain: _Function, pool: bool, first_layer: int) -> int:
+        """Append an operation to a plan; the number of its value."""
+        if op.kind == "conv":
+            layer, padding = op.detail
+            chain.shift = chain.shift + chain.scale * _bias(layer)
+            return plan.conv(
+                x[0],
+                layer.weight.detach().permute(0, 2, 3, 1).contiguous().numpy(),
+                stride=layer.stride,
+                padding=padding,
+                dilation=layer.dilation,
+                groups=layer.groups,
+                noise=_noise(layer, first_layer),
+                pointwise=chain.pointwise(),
+                pool=pool,
+            )
+        if op.kind == "linear":
+            layer = op.detail
+            chain.shift = chain.shift + chain.scale * _bias(layer)
+            weight = layer.weight.detach().contiguous().numpy()
+            return plan.linear(x[0], weight, noise=_noise(layer, first_layer), pointwise=chain.pointwise())
+        if op.kind in ("max_pool", "average_pool"):
+            return getattr(plan, op.kind)(x[0], *op.detail)
+        if op.kind == "adaptive":
+            return plan.adaptive_average_pool(x[0], *op.detail)
+        if op.kind == "flatten":
+            return plan.flatten(x[0])
+        if op.kind == "concat":
+            return plan.concat(x)
+        if op.kind == "add":
+            return plan.add(x[0], x[1], chain.pointwise())
+        return plan.pointwise(x[0], chain.pointwise())
+
+
+def _rank_fits(source: fx.Node) -> bool:
+    shape = shape_of(source)
+    return shape is not None and len(shape) in (1, 3)
+
+
+def _halves(op: Op, shape: tuple[int, ...]) -> bool:
+    """Whether `op` is the 2 x 2 max-pool that a convolution does in passing."""
+    return op.kind == "max_pool" and op.detail == ((2, 2), (2, 2), (0, 0)) and min(shape[1:]) >= 2
+
+
+def _bias(layer: nn.Module) -> np.ndarray | float:
+    return 0.0 if layer.bias is None else layer.bias.detach().double().numpy()
+
+
+def _noise(layer: nn.Module, first_layer: int) -> Any:
+    """What varies a layer's weights, or None."""
+    if not isinstance(layer, AnalogLayer) or layer.layer_index < first_layer:
+        return None
+    if type(layer.variation) is not LogNormalVariation:
+        return layer.variation
+    if layer.variation.sigma == 0:
+        return None
+    from correctnet import _native
+
+    return _native.LayerNoise(layer.layer_index, layer.variation.sigma, layer.variation.shift)
