@@ -24,6 +24,16 @@ class Unsupported(Exception):
     """The core cannot run this network at all; the message says why."""
 
 
+class _ShapesAndSizes(ShapeProp):
+    """Notes the whole numbers, too: a pool's window may be the width of what it reads."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, int) and not isinstance(result, bool):
+            n.meta["size"] = result
+        return result
+
+
 class _Tracer(fx.Tracer):
     """Analog layers, and modules with hooks (which may do anything), are single steps."""
 
@@ -72,7 +82,7 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
     module = fx.GraphModule(root, graph)
     with torch.no_grad(), programmed(model, None):
         # Two images, whatever comes: a size of 1 would make a batch look like a feature.
-        ShapeProp(module).propagate(example[:1].expand(2, *example.shape[1:]).contiguous())
+        _ShapesAndSizes(module).propagate(example[:1].expand(2, *example.shape[1:]).contiguous())
     return Traced(module, inputs[0], last.args[0])
 
 
@@ -97,6 +107,12 @@ def in_place(root: nn.Module, node: fx.Node) -> bool:
         return any(getattr(m, "inplace", False) for m in root.get_submodule(node.target).modules())
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return name.endswith("_") or (node.target in vars(operator).values() and name.startswith("i") and name != "inv")
+
+
+def changed_by(root: nn.Module, node: fx.Node) -> fx.Node | None:
+    """The value that a step changes in place for others to see, or None."""
+    inputs = node.all_input_nodes
+    return inputs[0] if inputs and len(inputs[0].users) > 1 and in_place(root, node) else None
 
 
 def call(root: nn.Module, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
@@ -137,7 +153,7 @@ def op_of(root: nn.Module, node: fx.Node) -> Op | None:
         op = _function_op(node, _FUNCTIONS[node.target])
     elif node.op == "call_method" and node.target in _METHODS:
         op = _function_op(node, node.target)
-    if op and in_place(root, node) and len(op.inputs[0].users) > 1:
+    if changed_by(root, node):
         return None  # what else reads the input may want to see it changed
     return op if op and all(shape_of(n) for n in op.inputs) else None
 
@@ -151,7 +167,8 @@ def _bind(node: fx.Node, names: Sequence[str], **defaults: Any) -> dict[str, Any
     found = {**defaults, **dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
     if len(node.args) - 1 > len(names) or not set(found) <= set(names):
         return None
-    return None if any(isinstance(v, fx.Node) for v in found.values()) else found
+    found = {k: v.meta.get("size") if isinstance(v, fx.Node) else v for k, v in found.items()}
+    return None if any(found[k] is None and k not in defaults for k in found) else found
 
 
 def _module_op(node: fx.Node, module: nn.Module) -> Op | None:

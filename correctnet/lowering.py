@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from correctnet.analog import AnalogLayer
-from correctnet.graph import Op, Traced, op_of, shape_of
+from correctnet.graph import Op, Traced, changed_by, op_of, shape_of
 from correctnet.variation import LogNormalVariation
 
 Precision = Literal["float32", "bfloat16"]
@@ -108,17 +108,19 @@ class Lowering:
         self.root, self.input, self.output = traced.root, traced.input, traced.output
         self.ops: dict[fx.Node, Op] = {}
         self.sources: dict[fx.Node, fx.Node] = {}  # of a plan's value, the one value that the plan begins with
+        # By the step that does it, the value that it changes in place.
+        self.changed = {n: value for n in self.root.graph.nodes if (value := changed_by(self.root, n))}
         for node in self.root.graph.nodes:
             op = op_of(self.root, node)
-            # A plan has one input. Where two values meet that torch made, torch goes on.
-            sources = {self.sources.get(n, n) for n in op.inputs} if op else set()
+            # A plan has one input. Where two values meet that torch made, or that it changes in place, torch goes on.
+            sources = {n if n in self.changed.values() else self.sources.get(n, n) for n in op.inputs} if op else set()
             if len(sources) == 1 and _rank_fits(source := sources.pop()):
                 self.ops[node], self.sources[node] = op, source
 
     def steps(self, first_layer: int, precision: Precision) -> list[TorchStep]:
         """What computes the output, in order."""
         needed: set[fx.Node] = set()
-        waiting = [self.output]
+        waiting = [self.output, *self.changed]
         while waiting:
             node = waiting.pop()
             if node in needed or node is self.input:
@@ -146,7 +148,7 @@ class Lowering:
                 _noise(m, first_layer) for m in self.root.get_submodule(node.target).modules()
             )
             if own or any(n in sampled for n in node.all_input_nodes):
-                sampled.add(node)
+                sampled |= {node, self.changed.get(node, node)}
         return sampled
 
     def _plan(self, target: fx.Node, first_layer: int, precision: Precision, sampled: bool) -> PlanStep:
@@ -187,10 +189,10 @@ class Lowering:
 
     def _region(self, target: fx.Node) -> list[fx.Node]:
         """The nodes between a plan's source and its target, in order."""
-        found, waiting = set(), [target]
+        source, found, waiting = self.sources[target], set(), [target]
         while waiting:
             node = waiting.pop()
-            if node in self.ops and node not in found:
+            if node is not source and node in self.ops and node not in found:
                 found.add(node)
                 waiting += self.ops[node].inputs
         return [n for n in self.root.graph.nodes if n in found]

@@ -1,0 +1,429 @@
+"""The engine against float64 networks whose weights the specification made, and its choice of what runs where."""
+
+import contextlib
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from correctnet import LogNormalVariation, convert, evaluate, models, native, reference
+from correctnet.analog import analog_layers, programmed
+from correctnet.compensation import compensate
+from correctnet.engine import Engine, describe
+from correctnet.errors import UserError
+from correctnet.graph import Unsupported
+from correctnet.montecarlo import EngineWarning
+from correctnet.variation import Variation
+
+pytestmark = pytest.mark.skipif(not native.status().built, reason="the C++ core was not built")
+
+SEED = 11
+VARIATION = LogNormalVariation(0.5)
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """The model with BatchNorms that do something, negative scales included."""
+    generator = torch.Generator().manual_seed(7)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_(generator=generator)
+            module.running_var.uniform_(0.5, 2.0, generator=generator)
+            nn.init.normal_(module.weight, generator=generator)
+            nn.init.normal_(module.bias, generator=generator)
+    return model.eval()
+
+
+def inputs(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(3))
+
+
+def exact(model: nn.Module, analog: nn.Module, x: torch.Tensor, sample: int, first_layer: int = 0) -> torch.Tensor:
+    """The digital `model` in float64, each layer's weights multiplied by the factors of the specification."""
+    twin = copy.deepcopy(model)
+    names = {id(m): n for n, m in analog.named_modules()}
+    for layer in analog_layers(analog):
+        if layer.layer_index < first_layer:
+            continue
+        weight = twin.get_submodule(names[id(layer)]).weight
+        factor = reference.lognormal(SEED, layer.layer_index, sample, weight.numel(), 0.5, 0.0)
+        out, channels, *kernel = weight.shape
+        factor = torch.from_numpy(factor).view(out, *kernel, channels).movedim(-1, 1)
+        weight.data = weight.data * factor
+    with torch.no_grad():
+        return twin.double()(x.double())
+
+
+def check(model: nn.Module, x: torch.Tensor, first_layer: int = 0, samples: tuple[int, ...] = (0, 137)) -> Engine:
+    """The engine's error is at most twice torch's, both against float64."""
+    model = randomised(model)
+    analog = convert(model, VARIATION, SEED)
+    engine = Engine(analog, x, first_layer)
+    found = engine.outputs(x, samples)
+    for i, sample in enumerate(samples):
+        wanted = exact(model, analog, x, sample, first_layer)
+        with torch.no_grad(), programmed(analog, sample, first_layer):
+            plain = (analog(x).double() - wanted).abs().max().item()
+        error = (found[i].double() - wanted).abs().max().item()
+        assert error <= 2 * plain + 1e-6 * wanted.abs().max().item()
+        assert wanted.abs().max() > 0
+    return engine
+
+
+PAPER = {
+    "lenet5": (lambda: models.lenet5(), (40, 1, 32, 32)),
+    "lenet5, compensated": (
+        lambda: compensate(models.lenet5(), {"conv1.layer": 6, "conv2.layer": 8}, init="random"),
+        (33, 1, 32, 32),
+    ),
+    "lenet5, behind ReLU": (
+        lambda: compensate(models.lenet5(), {"conv1.layer": 5}, place="block", pool="kernel", activation="none"),
+        (17, 1, 32, 32),
+    ),
+    "lenet5, linear compensated": (
+        lambda: compensate(models.lenet5(), {"linear1.layer": 3}, init="random"),
+        (9, 1, 32, 32),
+    ),
+    "vgg16": (lambda: models.vgg16(), (3, 3, 32, 32)),
+    "vgg16, BatchNorm behind ReLU": (lambda: models.vgg16(100, batchnorm="after"), (3, 3, 32, 32)),
+    "vgg16 without BatchNorm": (lambda: models.vgg16(batchnorm="none"), (3, 3, 32, 32)),
+    "vgg16, compensated": (
+        lambda: compensate(models.vgg16(), {"conv1.layer": 16, "conv3.layer": 9}, init="random"),
+        (3, 3, 32, 32),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_networks_of_the_paper_are_fused_whole(name: str) -> None:
+    build, shape = PAPER[name]
+    torch.manual_seed(0)
+    engine = check(build(), inputs(*shape))
+    report = engine.report
+    assert report.unfused == report.torch == ()
+    assert report.plans == 1
+    assert len(report.fused) == (5 if "lenet5" in name else 15)
+
+
+@pytest.mark.parametrize("first_layer", [1, 3, 4, 5])
+def test_layers_in_front_of_the_first_varied_one(first_layer: int) -> None:
+    engine = check(models.lenet5(), inputs(70, 1, 32, 32), first_layer)
+    shared, sampled, weights = engine.cost
+    assert shared > 0
+    counts = [150, 2400, 48000, 10080, 840]
+    assert weights == sum(counts[first_layer:])
+    assert (sampled > 0) == (first_layer < 5)
+
+
+class Residual(nn.Module):
+    """Functions, methods, an in-place addition and a shortcut, as users write them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 7, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(7)
+        self.a = nn.Conv2d(7, 14, (3, 5), padding=(1, 2), groups=7)
+        self.b = nn.Conv2d(14, 7, 3, padding="same", dilation=2)
+        self.relu = nn.ReLU(inplace=True)
+        self.head = nn.Linear(7 + 14, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.relu(self.norm(self.stem(x)))
+        wide = F.relu(self.a(x))
+        out = self.b(wide)
+        out += x
+        out = self.relu(out)
+        both = torch.cat([F.adaptive_avg_pool2d(out, 1), F.avg_pool2d(wide, wide.shape[-1])], dim=1)
+        return self.head(both.view(both.size(0), -1))
+
+
+def test_a_network_of_functions_and_shortcuts_is_fused_whole() -> None:
+    engine = check(Residual(), inputs(19, 3, 13, 13))
+    assert str(engine.report) == "4 of 4 analog layers fused, in 1 piece"
+
+
+class Mixed(nn.Module):
+    """What no plan can express (GELU, circular padding, softmax) between what it can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.GELU(), nn.MaxPool2d(2))
+        self.two = nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular")
+        self.three = nn.Sequential(nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
+        self.head = nn.Linear(4, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.two(self.one(x))
+        y = self.three(x)
+        y = y * torch.softmax(y, dim=1)
+        return self.head(y.mean((2, 3)))
+
+
+@pytest.mark.parametrize("first_layer", [0, 1, 2, 4])
+def test_what_no_plan_can_express_runs_through_torch(first_layer: int) -> None:
+    engine = check(Mixed(), inputs(21, 3, 14, 14), first_layer)
+    report = engine.report
+    assert report.fused == ("one.0", "three.0", "three.2", "head")
+    assert report.unfused == ("two",)
+    assert report.plans == 3
+    assert {"one_2 (GELU)", "two (AnalogConv2d)", "softmax (softmax)", "mul (mul)"} <= set(report.torch)
+    assert "unfused: two" in str(report)
+
+
+def test_in_place_functions_do_not_leak_into_the_next_chip() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.sin(self.one(x))
+            y.mul_(self.two(x))
+            z = self.one(y)
+            return z + z.relu_()
+
+    check(InPlace(), inputs(9, 6), samples=(0, 1, 2))
+    check(InPlace(), inputs(9, 6), first_layer=1, samples=(0, 1, 2))
+
+
+def test_hooks_are_run() -> None:
+    model = models.lenet5().eval()
+    analog = convert(model, VARIATION, SEED)
+    analog.conv2.layer.register_forward_hook(lambda module, args, output: output * 2)
+    x = inputs(5, 1, 32, 32)
+    engine = Engine(analog, x)
+    assert engine.report.unfused == ("conv2.layer",)
+    with torch.no_grad(), programmed(analog, 4):
+        torch.testing.assert_close(engine.outputs(x, [4])[0], analog(x), rtol=1e-4, atol=1e-5)
+
+
+def test_other_device_models_run_through_torch() -> None:
+    class Doubling(Variation):
+        def sample(self, weight, seed, layer, sample):
+            return weight * (2 if sample else 1)
+
+        def describe(self):
+            return {}
+
+    analog = convert(models.lenet5().eval(), Doubling(), SEED)
+    x = inputs(5, 1, 32, 32)
+    engine = Engine(analog, x)
+    assert len(engine.report.unfused) == 5
+    with torch.no_grad(), programmed(analog, 3):
+        torch.testing.assert_close(engine.outputs(x, [3])[0], analog(x))
+
+
+def test_a_network_that_is_one_layer() -> None:
+    for layer, x in ((nn.Linear(9, 4), inputs(7, 9)), (nn.Conv2d(3, 5, 3), inputs(7, 3, 8, 8))):
+        analog = convert(layer, VARIATION, SEED)
+        out = Engine(analog, x).outputs(x, [2])[0]
+        with torch.no_grad(), programmed(analog, 2):
+            torch.testing.assert_close(out, analog(x))
+
+
+@pytest.mark.parametrize("isa", native.status().available)
+def test_every_instruction_set(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from correctnet import _native
+
+    before = _native.isa()
+    _native.select_isa(isa)
+    try:
+        check(models.lenet5(), inputs(35, 1, 32, 32))
+        check(Residual(), inputs(18, 3, 9, 9))
+        x = inputs(20, 1, 32, 32)
+        analog = convert(models.lenet5().eval(), VARIATION, SEED)
+        low = Engine(analog, x, precision="bfloat16").outputs(x, [5])[0]
+        full = Engine(analog, x).outputs(x, [5])[0]
+        assert (low - full).abs().max() <= 0.02 * full.abs().max()
+        assert not torch.equal(low, full)
+    finally:
+        _native.select_isa(before)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_chip_is_the_same_in_any_company(precision: str, threads) -> None:
+    analog = convert(randomised(Residual()), VARIATION, SEED)
+    x = inputs(150, 3, 11, 11)
+    engine = Engine(analog, x, precision=precision)
+    many = engine.outputs(x, range(130, 145))
+    assert torch.equal(engine.outputs(x, [137])[0], many[7])
+    assert not torch.equal(many[6], many[7])
+    for number in (1, 2, 3):
+        threads(number)
+        assert torch.equal(engine.outputs(x, range(130, 145)), many)
+        assert torch.equal(engine.outputs(x, [144, 137]), many[[14, 7]])
+    small = Engine(analog, x, precision=precision, memory=engine._whole.plan.bytes(32, 15, threads=3))
+    assert small.block(150, 15) < 150
+    assert torch.equal(small.outputs(x, range(130, 145)), many)
+
+
+def test_as_many_weights_are_drawn_as_there_are() -> None:
+    x = inputs(64, 1, 32, 32)
+    plan = Engine(convert(models.lenet5(), VARIATION, SEED), x)._whole.plan
+    labels = np.zeros(64, np.int64)
+    for samples in ([3], list(range(7))):
+        _, drawn = plan.count_correct(x.numpy(), labels, seed=1, samples=samples, threads=1)
+        assert drawn == len(samples) * 61470
+    _, drawn = plan.count_correct(x.numpy(), labels, seed=1, samples=list(range(8)), threads=2)
+    assert drawn == 8 * 61470
+    vgg = Engine(convert(models.vgg16(), VARIATION, SEED), inputs(2, 3, 32, 32))._whole.plan
+    _, drawn = vgg.count_correct(
+        inputs(40, 3, 32, 32).numpy(), labels[:40], seed=1, samples=[0, 1], keep_bytes=64 << 20
+    )
+    assert drawn == 2 * 14_977_728
+
+
+def test_memory_is_bounded() -> None:
+    x = inputs(2, 3, 32, 32)
+    engine = Engine(convert(models.vgg16(), VARIATION, SEED), x)
+    plan = engine._whole.plan
+    size = engine.block(10_000, 250)
+    assert 16 <= size <= 1024
+    assert plan.bytes(size, 250, threads=torch.get_num_threads()) <= 2 << 30
+    with pytest.raises(UserError, match="more than the 1 MiB allowed"):
+        Engine(convert(models.vgg16(), VARIATION, SEED), x, memory=1 << 20)
+
+
+class Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) if x.sum() > 0 else self.layer(-x)
+
+
+def test_what_cannot_run_at_all_says_why() -> None:
+    x = inputs(6, 4)
+    analog = convert(Untraceable(), VARIATION, SEED)
+    with pytest.raises(Unsupported, match=r"torch\.fx cannot trace it"):
+        Engine(analog, x)
+    report = describe(analog, x)
+    assert report.unfused == ("layer",)
+    assert "everything runs through torch" in str(report)
+    assert "float32" in describe(convert(nn.Linear(4, 3).double(), VARIATION), x.double()).reason
+    with pytest.warns(EngineWarning, match=r"torch\.fx cannot trace it"):
+        result = evaluate(analog, (x, torch.zeros(6, dtype=torch.long)), chips=2, progress=False)
+    assert len(result.accuracies) == 2
+
+
+def test_a_misread_network_gives_no_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
+    from correctnet import lowering
+
+    monkeypatch.setattr(lowering, "_bias", lambda layer: 1.0)
+    with pytest.raises(UserError, match="outputs differ from torch's"):
+        Engine(convert(models.lenet5(), VARIATION), inputs(4, 1, 32, 32))
+
+
+# ---- through evaluate -----------------------------------------------------------------------------------------------
+
+
+def labelled(images: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return inputs(images, 1, 32, 32), torch.arange(images) % 10
+
+
+def test_evaluate_counts_what_torch_counts() -> None:
+    analog = convert(randomised(models.lenet5()), VARIATION, SEED)
+    data = labelled(300)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fast = evaluate(analog, data, chips=12, start=5, progress=False, chunk=5)
+    slow = evaluate(analog, data, chips=12, start=5, progress=False, engine="torch")
+    # Two classes whose logits agree to the last bits may change places.
+    assert (fast.table["correct"] - slow.table["correct"]).abs().max() <= 1
+    assert (fast.table["sample"] == slow.table["sample"]).all()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), batch_size=37)
+    again = evaluate(analog, loader, chips=12, start=5, progress=False)
+    assert (again.table["correct"] == fast.table["correct"]).all()
+
+
+def test_an_interrupted_evaluation_loses_at_most_a_chunk(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    analog = convert(randomised(models.lenet5()), VARIATION, SEED)
+    data, save = labelled(50), tmp_path / "chips.csv"
+    whole = evaluate(analog, data, chips=20, progress=False)
+    evaluated, original = [], Engine.count_correct
+
+    def count(self, images, labels, samples):
+        if len(evaluated) + len(samples) > 12:
+            raise KeyboardInterrupt
+        evaluated.extend(samples)
+        return original(self, images, labels, samples)
+
+    monkeypatch.setattr(Engine, "count_correct", count)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(analog, data, chips=20, chunk=4, save=save, progress=False)
+    monkeypatch.undo()
+    assert evaluated == list(range(12))
+
+    def rest(self, images, labels, samples):
+        assert min(samples) >= 12, "a chip that was done is done again"
+        return original(self, images, labels, samples)
+
+    monkeypatch.setattr(Engine, "count_correct", rest)
+    resumed = evaluate(analog, data, chips=20, chunk=4, save=save, progress=False)
+    assert resumed.table.equals(whole.table)
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda e, x: e.outputs(x, []), "no chip samples"),
+        (lambda e, x: e.outputs(x, [2**32]), r"\[0, 2\^32\)"),
+        (lambda e, x: e.outputs(x, [-1]), r"\[0, 2\^32\)"),
+        (lambda e, x: e.outputs(x[:0], [0]), "no images"),
+        (lambda e, x: e.count_correct(x, torch.zeros(3), [0]), "4 images and 3 labels"),
+        (lambda e, x: e.outputs(x[:, :, :30], [0]), "images"),
+        (lambda e, x: Engine(e._model, x, precision="float16"), "precision"),
+    ],
+)
+def test_bad_arguments_are_named(call, words: str) -> None:
+    x = inputs(4, 1, 32, 32)
+    engine = Engine(convert(models.lenet5(), VARIATION), x)
+    with pytest.raises((UserError, ValueError), match=words):
+        call(engine, x)
+
+
+numbers = st.integers(-2, 5) | st.sampled_from([0, 2**31 - 1, -(2**31)])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    shape=st.tuples(numbers, numbers, numbers),
+    weight=st.lists(st.integers(0, 4), min_size=1, max_size=5),
+    stride=st.tuples(numbers, numbers),
+    padding=st.tuples(numbers, numbers),
+    dilation=st.tuples(numbers, numbers),
+    groups=numbers,
+    sigma=st.floats(allow_nan=True),
+    images=st.lists(st.integers(0, 4), max_size=5),
+    samples=st.lists(st.integers(-1, 3), max_size=3),
+    threads=st.integers(-1, 2),
+)
+def test_a_plan_refuses_what_it_cannot_run(
+    shape, weight, stride, padding, dilation, groups, sigma, images, samples, threads
+) -> None:
+    from correctnet import _native
+
+    with contextlib.suppress(ValueError, TypeError):
+        plan = _native.Plan("float32", *shape)
+        noise = _native.LayerNoise(0, sigma, 0.0)
+        array = np.ones(weight, np.float32)
+        plan.finish(plan.conv(0, array, stride=stride, padding=padding, dilation=dilation, groups=groups, noise=noise))
+        out, drawn = plan.outputs(np.ones(images, np.float32), seed=0, samples=samples, threads=threads)
+        assert out.shape[:2] == (len(samples), images[0])
+        assert drawn >= len(samples) * array.size
