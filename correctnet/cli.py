@@ -425,16 +425,28 @@ def check(config: Path, run: str | None) -> None:
 
 
 @main.command()
-def info() -> None:
-    """Say what this machine computes with: versions, CPUs, and the C++ core's instructions."""
+@click.argument("model", type=PATH, required=False)
+def info(model: Path | None) -> None:
+    """Say what this machine computes with, and what of MODEL (of any stage) the C++ core runs."""
+    import platform
+
     import torch
 
     from correctnet import __version__, native
-    from correctnet.stages import available_cpus
+    from correctnet.stages import available_cpus, describe_engine
 
     status = native.status()
-    click.echo(f"correctnet {__version__}, torch {torch.__version__}, {available_cpus()} CPUs")
-    click.echo(f"noise: {status.isa} ({status.reason}; available: {', '.join(status.available) or 'none'})")
+    click.echo(f"correctnet {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    click.echo(f"CPU: {native.cpu_name()}, {available_cpus()} usable")
+    if status.built:
+        missing = [isa for isa in status.compiled if isa not in status.available]
+        click.echo(f"C++ core: compiled for {', '.join(status.compiled)}")
+        click.echo(f"  this CPU has {', '.join(status.available)}; it lacks {', '.join(missing) or 'none of them'}")
+        click.echo(f"  in use: {status.isa}, {status.reason}")
+    else:
+        click.echo(f"C++ core: {status.reason}; numpy draws the noise and torch runs the networks")
+    if model is not None:
+        click.echo(describe_engine(model))
 
 
 @main.command()

@@ -9,9 +9,12 @@ The environment variable CORRECTNET_ISA (portable, avx2, avx512, avx512bf16, amx
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
@@ -34,6 +37,7 @@ class Status:
         built: whether the C++ core is there.
         isa: the instructions it takes; "numpy" if it is not there.
         available: all that this machine has and the core knows, the best last.
+        compiled: all that the core was compiled for.
         reason: one line that says why.
     """
 
@@ -41,6 +45,7 @@ class Status:
     isa: str
     available: tuple[str, ...]
     reason: str
+    compiled: tuple[str, ...] = ()
 
 
 def status() -> Status:
@@ -56,10 +61,17 @@ def status() -> Status:
         )
         return Status(False, "numpy", (), reason)
     available = tuple(core.supported_isas())
-    forced = os.environ.get("CORRECTNET_ISA")
-    return Status(
-        True, core.isa(), available, "CORRECTNET_ISA asks for it" if forced else "the best that this machine has"
-    )
+    reason = "CORRECTNET_ISA asks for it" if os.environ.get("CORRECTNET_ISA") else "the best that this machine has"
+    return Status(True, core.isa(), available, reason, tuple(core.built_isas()))
+
+
+def cpu_name() -> str:
+    """The processor as it names itself."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def lognormal(

@@ -29,7 +29,7 @@ from correctnet import sweep as sweeping
 from correctnet.analog import analog_candidates, analog_layers, check_coverage, convert, program
 from correctnet.config import Settings, Stage
 from correctnet.data import DataSet
-from correctnet.engine import MEMORY
+from correctnet.engine import MEMORY, describe
 from correctnet.errors import UserError
 from correctnet.montecarlo import clean_accuracy, evaluate
 from correctnet.results import Result, record
@@ -361,6 +361,21 @@ def _discard(path: Path) -> None:
     path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # the folder holds something else
         path.parent.rmdir()
+
+
+def describe_engine(path: Path) -> str:
+    """What of the model at `path` the C++ core runs, layer by layer, as text."""
+    model, description = read_network(path)
+    analog = convert(model, variation.LogNormalVariation(0.5))
+    example = torch.zeros(2, description["network"]["channels"], 32, 32)
+    report = describe(analog, example)
+    names = {id(m): n for n, m in analog.named_modules()}
+    lines = [f"{path}: {description['network']['name']}, {report}"]
+    for layer in analog_layers(analog):
+        name = names[id(layer)]
+        state = "fused" if name in report.fused else "unfused"
+        lines.append(f"  {layer.layer_index:2d} {name:24s} {state:8s} {' x '.join(map(str, layer.weight.shape))}")
+    return "\n".join(lines)
 
 
 def _variation_columns(analog: nn.Module) -> dict[str, Any]:

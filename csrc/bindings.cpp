@@ -14,11 +14,13 @@ void bind_plan(py::module_& m);  // bindings_plan.cpp
 PYBIND11_MODULE(_native, m) {
   m.def("isa", [] { return name(selected_isa()); });
   m.def("select_isa", &select_isa, py::arg("name"));
-  m.def("supported_isas", [] {
-    std::vector<std::string> names;
-    for (const Isa isa : supported_isas()) names.push_back(name(isa));
-    return names;
-  });
+  const auto names = [](const std::vector<Isa>& isas) {
+    std::vector<std::string> list;
+    for (const Isa isa : isas) list.push_back(name(isa));
+    return list;
+  };
+  m.def("built_isas", [names] { return names(built_isas()); });
+  m.def("supported_isas", [names] { return names(supported_isas()); });
 
   py::class_<Noise>(m, "Noise")
       .def(py::init([](uint64_t seed, uint32_t layer, uint32_t sample, double sigma, double shift, uint32_t purpose) {

@@ -1,5 +1,6 @@
 #include "isa.h"
 
+#include <iterator>
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -87,6 +88,14 @@ const char* name(Isa isa) {
     case Isa::amx: return "amx";
   }
   return "";
+}
+
+std::vector<Isa> built_isas() {
+#if defined(CORRECTNET_X86)
+  return {std::begin(kAll), std::end(kAll)};
+#else
+  return {Isa::portable};
+#endif
 }
 
 std::vector<Isa> supported_isas() {

@@ -11,6 +11,9 @@ enum class Isa { portable, avx2, avx512, avx512bf16, amx };
 
 const char* name(Isa isa);
 
+// What the kernels were compiled for; ascending.
+std::vector<Isa> built_isas();
+
 // By processor and operating system; ascending, the first is `portable`.
 std::vector<Isa> supported_isas();
 

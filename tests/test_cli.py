@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from correctnet import compensation, data, models, stages, storage, training
+from correctnet import compensation, data, models, native, stages, storage, training
 from correctnet.cli import main
 from correctnet.config import READS
 
@@ -273,10 +273,15 @@ def test_no_candidates_gives_the_suppressed_network(chain, tmp_path):
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
-def test_info_says_what_computes():
+def test_info_says_what_computes(chain):
     text = succeed("info").output
     assert f"torch {torch.__version__}" in text
-    assert "noise: " in text
+    assert "C++ core: " in text
+    if native.status().built:
+        assert f"in use: {native.status().isa}" in text
+        text = succeed("info", chain / "compensate").output
+        assert "lenet5, 5 of 5 analog layers fused" in text
+        assert "conv1.layer.original" in text
 
 
 def test_choices_are_evaluated_on_validation_images(chain):
