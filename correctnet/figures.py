@@ -146,7 +146,7 @@ def figure10(files: Sequence[Path]) -> plt.Figure:
             ring = {"s": 110, "facecolor": "none", "edgecolor": colour, "linewidth": 1.5, "zorder": 3}
             ax.scatter([x[best]], [table["mean"][best]], **ring)
         ax.set(xlabel="overhead, % of the network's parameters", ylabel="validation accuracy")
-        ax.legend(loc="best", frameon=True)
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
     return figure
 
 

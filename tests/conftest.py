@@ -1,11 +1,31 @@
 """What several test files use."""
 
+import shutil
+
 import pytest
 import torch
 from torch import nn
 
-from correctnet import models
+from correctnet import models, native
 from correctnet.data import Split
+
+
+def pytest_report_header() -> list[str]:
+    """How far each of the C++ core's code paths is tested on this machine."""
+    status = native.status()
+    if not status.built:
+        return [f"code paths: numpy only, {status.reason}"]
+    lines = [f"code paths ({native.cpu_name()}):"]
+    for isa in status.compiled:
+        if isa in status.available:
+            how = "run natively"
+        elif isa == "amx":
+            how = "its body run with modelled tiles (C++ tests); native run skipped: this CPU has no AMX"
+        else:
+            how = f"skipped: this CPU has no {isa}"
+        lines.append(f"  {isa:11s} built, {how}")
+    emulated = "run" if shutil.which("qemu-x86_64") else "skipped: no qemu-x86_64"
+    return [*lines, f"  portable on an emulated Nehalem (C++ tests): {emulated}"]
 
 
 @pytest.fixture(autouse=True, scope="session")
