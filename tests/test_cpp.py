@@ -32,7 +32,8 @@ def test_cpp(preset: str) -> None:
     run(["cmake", "--preset", preset], cwd=ROOT / "csrc")
     build = ROOT / "build" / preset
     run(["cmake", "--build", build])
-    print(run(["ctest", "--test-dir", build, "--output-on-failure", "--no-tests=error"]))
+    parallel = str(len(os.sched_getaffinity(0)))
+    print(run(["ctest", "--test-dir", build, "--output-on-failure", "--no-tests=error", "--parallel", parallel]))
 
 
 def wheel(tmp_path: Path, **environment: str) -> tuple[Path, str]:
