@@ -36,6 +36,15 @@ def test_cpp(preset: str) -> None:
     print(run(["ctest", "--test-dir", build, "--output-on-failure", "--no-tests=error", "--parallel", parallel]))
 
 
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="no clang++")
+def test_clang() -> None:
+    """The other compiler; what only depends on the source (symbols, all 2^32 words) is left to the first."""
+    run(["cmake", "--preset", "clang"], cwd=ROOT / "csrc")
+    build = ROOT / "build" / "clang"
+    run(["cmake", "--build", build, "--target", "test_lanes", "test_engine"])
+    print(run(["ctest", "--test-dir", build, "--output-on-failure", "--tests-regex", "^(lanes|engine)$"]))
+
+
 def wheel(tmp_path: Path, **environment: str) -> tuple[Path, str]:
     """The wheel of a copy of the sources, and what its build said."""
     source = tmp_path / "source"
