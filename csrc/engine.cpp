@@ -5,6 +5,7 @@
 #include <exception>
 #include <numeric>
 #include <stdexcept>
+#include <system_error>
 #include <thread>
 
 #include "plan.h"
@@ -318,7 +319,11 @@ void share(std::vector<std::unique_ptr<Worker>>& workers, int64_t items, const W
     }
   };
   std::vector<std::thread> threads;
-  for (size_t i = 1; i < workers.size() && int64_t(i) < items; ++i) threads.emplace_back(loop, i);
+  try {
+    for (size_t i = 1; i < workers.size() && int64_t(i) < items; ++i) threads.emplace_back(loop, i);
+  } catch (const std::system_error&) {
+    // The system has no more threads; those that there are do all the work.
+  }
   loop(0);
   for (std::thread& thread : threads) thread.join();
   for (const std::exception_ptr& error : errors)

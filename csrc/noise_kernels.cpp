@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -25,8 +26,13 @@ void share(int64_t count, int64_t grain, int threads, const Work& work) {
     }
   };
   std::vector<std::thread> others;
-  for (int64_t part = 1; part < parts; ++part) others.emplace_back(run, part);
+  try {
+    for (int64_t part = 1; part < parts; ++part) others.emplace_back(run, part);
+  } catch (const std::system_error&) {
+    // The system has no more threads; this one does what is left.
+  }
   run(0);
+  for (int64_t part = int64_t(others.size()) + 1; part < parts; ++part) run(part);
   for (std::thread& thread : others) thread.join();
   for (const std::exception_ptr& error : errors)
     if (error) std::rethrow_exception(error);

@@ -14,12 +14,16 @@ namespace {
 
 size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+constexpr int64_t kMaxExtent = 1 << 30;  // positions are counted in 32 bits
+
 int output_size(const char* name, int input, int kernel, int stride, int padding, int dilation) {
   if (kernel < 1 || stride < 1 || padding < 0 || dilation < 1)
     fail(std::string(name) + ": kernel, stride and dilation are at least 1, padding at least 0");
-  const int span = input + 2 * padding - dilation * (kernel - 1) - 1;
-  if (span < 0) fail(std::string(name) + ": the kernel is larger than its padded input");
-  return span / stride + 1;
+  const int64_t padded = input + 2 * int64_t(padding), window = int64_t(dilation) * (kernel - 1) + 1;
+  if (window > padded) fail(std::string(name) + ": the kernel is larger than its padded input");
+  if (padded + stride > kMaxExtent || int64_t(kernel) * dilation > kMaxExtent)
+    fail(std::string(name) + ": padding, stride or dilation is too large");
+  return int((padded - window) / stride + 1);
 }
 
 // The taps that fall on the input, for every output position.

@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -398,7 +400,42 @@ def test_bad_arguments_are_named(call, words: str) -> None:
         call(engine, x)
 
 
-numbers = st.integers(-2, 5) | st.sampled_from([0, 2**31 - 1, -(2**31)])
+def test_where_the_system_has_no_more_threads_fewer_do_the_work() -> None:
+    code = """
+import resource
+import numpy as np
+from correctnet import _native
+plan = _native.Plan("float32", 4, 1, 1)
+plan.finish(plan.conv(0, np.ones((3, 1, 1, 4), np.float32), noise=_native.LayerNoise(0, 0.5, 0.0)))
+x = np.ones((4, 4, 1, 1), np.float32)
+few, _ = plan.outputs(x, seed=0, samples=list(range(1000)), threads=1)
+resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))  # the stacks of 1,000 threads take 8 GiB
+many, _ = plan.outputs(x, seed=0, samples=list(range(1000)), threads=1000)
+noise = _native.Noise(1, 2, 3, 0.5, 0.0, 0)
+factors = np.zeros(1 << 26, np.float32)
+_native.lognormal(noise, 0, 1 << 26, factors.ctypes.data, 1000)
+print(np.array_equal(few, many), (factors > 0).all())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "True"], done.stderr
+
+
+numbers = st.integers(-2, 5) | st.sampled_from([2**30, 2**31 - 1, -(2**31)])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dilation": (2**31 - 1, 1)},
+        {"dilation": (2**30, 1), "padding": (2**30, 0)},
+        {"padding": (2**31 - 1, 0), "stride": (2**31 - 1, 1)},
+    ],
+)
+def test_no_size_overflows(options: dict[str, tuple[int, int]]) -> None:
+    from correctnet import _native
+
+    with pytest.raises(ValueError, match=r"too large|larger than its padded input"):
+        _native.Plan("float32", 3, 5, 5).conv(0, np.ones((2, 3, 3, 3), np.float32), **options)
 
 
 @settings(max_examples=200, deadline=None)
