@@ -458,5 +458,59 @@ def show(model: Path) -> None:
     click.echo(json.dumps(read_network(model)[1], indent=2))
 
 
+@main.command()
+@click.option(
+    "--work",
+    "works",
+    type=click.Choice(["lenet5-250x10000", "vgg16-8x2000", "vgg16-64x64", "noise"]),
+    multiple=True,
+    help="What to measure; may be repeated.  [default: all]",
+)
+@click.option("--scaling", is_flag=True, help="Also measure cost against samples, images and threads.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns that each side takes.")
+@click.option("--threads", type=click.IntRange(1), help="At most this many CPU threads.  [default: all]")
+@click.option("--full", is_flag=True, help="Plain loops over all chips, not over as many as take ten seconds.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of images, weights and chips.")
+@click.option("--json", "json_file", type=PATH, help="JSON that is written, with all that was measured.")
+@click.option("--plot", type=PATH, help="Plot that is written (.png, .svg, ...); with --scaling a second beside it.")
+def bench(
+    works: tuple[str, ...],
+    scaling: bool,
+    rounds: int,
+    threads: int | None,
+    full: bool,
+    seed: int,
+    json_file: Path | None,
+    plot: Path | None,
+) -> None:
+    """Measure the Monte Carlo engine against the best loops in plain PyTorch on this machine."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no window, no display
+    from correctnet import bench as benchmark
+    from correctnet import storage
+    from correctnet.stages import available_cpus, set_threads
+
+    if json_file is not None:
+        storage.check_writable(json_file)
+    if plot is not None:
+        benchmark.check_plot(plot)
+    set_threads(threads or available_cpus())
+    measured = benchmark.measure(
+        [work for name, work in benchmark.WORKS.items() if not works or name in works],
+        noise=not works or "noise" in works,
+        scaling=scaling,
+        rounds=rounds,
+        full=full,
+        seed=seed,
+        say=lambda text: click.echo(text, err=True),
+    )
+    click.echo(benchmark.table(measured))
+    if json_file is not None:
+        benchmark.write_json(measured, json_file)
+    if plot is not None:
+        benchmark.plot(measured, plot)
+
+
 if __name__ == "__main__":
     sys.exit(main())

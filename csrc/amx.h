@@ -169,8 +169,7 @@ inline void amx_band_outputs(const ConvJob& job, const Panel& panel, int first, 
         }
 }
 
-void amx_conv(const ConvJob& job) {
-  const ConvShape& shape = *job.shape;
+inline void amx_configure() {
   TileConfig config = {};
   config.palette = 1;
   for (int t = 0; t < 8; ++t) {
@@ -178,6 +177,11 @@ void amx_conv(const ConvJob& job) {
     config.row_bytes[t] = 64;
   }
   tile_configure(config);
+}
+
+void amx_conv(const ConvJob& job) {
+  const ConvShape& shape = *job.shape;
+  amx_configure();
   const int band = (shape.pool ? 2 : 1) * maximum(1, kBandBytes / amx_row_bytes(shape, job.groups));
   for (int first = 0; first < shape.out_h; first += band)
     for (int i = 0; i < job.panel_count; ++i) {
@@ -190,6 +194,29 @@ void amx_conv(const ConvJob& job) {
       amx_band_outputs(job, panel, first, last);
     }
   tile_release();
+}
+
+// See peak.h: the four products of a step through a slice, their operands already in tiles.
+double amx_peak(int64_t repetitions) {
+  alignas(kVectorBytes) uint16_t ones[kTileBytes / 2];
+  for (uint16_t& one : ones) one = noise::bfloat16(1);
+  amx_configure();
+  tile_zero<0>();
+  tile_zero<1>();
+  tile_zero<2>();
+  tile_zero<3>();
+  tile_load<4>(ones, kVectorBytes);
+  tile_load<5>(ones, kVectorBytes);
+  tile_load<6>(ones, kVectorBytes);
+  tile_load<7>(ones, kVectorBytes);
+  for (int64_t r = 0; r < repetitions; ++r) {
+    tile_dot<0, 4, 6>();
+    tile_dot<1, 4, 7>();
+    tile_dot<2, 5, 6>();
+    tile_dot<3, 5, 7>();
+  }
+  tile_release();
+  return 2.0 * 4 * 16 * kLanes * kTilePositions * double(repetitions);
 }
 
 }  // namespace

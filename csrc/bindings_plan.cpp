@@ -202,4 +202,13 @@ void bind_plan(py::module_& m) {
           },
           py::arg("images"), py::kw_only(), py::arg("seed"), py::arg("samples"), py::arg("threads") = 1,
           py::arg("keep_bytes") = kKeepBytes, py::arg("chunk_groups") = 0);
+
+  // The floating-point operations of `repetitions` rounds of multiply-adds in registers, on this thread (peak.h).
+  m.def(
+      "peak",
+      [](const std::string& precision, int64_t repetitions) {
+        if (repetitions < 1) fail("peak: repetitions must be at least 1");
+        return kernels(selected_isa()).type[int(type_named(precision))].peak(repetitions);
+      },
+      py::arg("precision"), py::arg("repetitions"), py::call_guard<py::gil_scoped_release>());
 }

@@ -130,6 +130,8 @@ struct TypeKernels {
   void (*flatten)(const FlattenJob&);
   void (*assemble)(const AssembleJob&);
   int panel_width;  // the widest panel: kPanelOutputs, or 32 for AMX
+  // Multiply-adds in registers, without memory: how many floating-point operations were executed. See peak.h.
+  double (*peak)(int64_t repetitions);
 };
 
 struct Kernels {

@@ -3,6 +3,7 @@
 
 #include "conv.h"
 #include "pack.h"
+#include "peak.h"
 
 namespace correctnet {
 namespace {
@@ -10,7 +11,7 @@ namespace {
 template <class Math>
 constexpr TypeKernels type_kernels() {
   return {packed_bytes<Math>, nullptr, pack<Math>, conv<Math>, pool<Math>, pointwise<Math>, flatten<Math>,
-          assemble<Math>, kPanelOutputs};
+          assemble<Math>, kPanelOutputs, peak<Math>};
 }
 
 }  // namespace

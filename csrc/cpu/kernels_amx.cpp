@@ -19,7 +19,7 @@ const Kernels CN_TABLE = {
     CN_NAME,
     {type_kernels<Float>(),
      {amx_packed_bytes, amx_scratch_bytes, amx_pack, amx_conv, pool<Bfloat16>, pointwise<Bfloat16>, flatten<Bfloat16>,
-      assemble<Bfloat16>, kAmxOutputs}}};
+      assemble<Bfloat16>, kAmxOutputs, amx_peak}}};
 // clang-format on
 
 }  // namespace correctnet

@@ -1,0 +1,273 @@
+"""The benchmark's parts: the plain loop computes what it should, the search finds the fastest, rows are complete."""
+
+import copy
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from correctnet import bench, models, native
+from correctnet.cli import main
+from correctnet.errors import UserError
+
+needs_core = pytest.mark.skipif(not native.status().built, reason="the C++ core was not built")
+
+KINDS = ("float32", "autocast", "bf16")
+TINY = bench.Work("tiny", "a tiny network", models.lenet5, (1, 32, 32), 3, 70)
+
+
+@pytest.fixture
+def data():
+    return TINY.data(0)
+
+
+def weights(network: nn.Module) -> list[torch.Tensor]:
+    return [m.weight for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+
+
+# ---- the plain loop -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_counts_are_those_of_the_weights_drawn(lenet, data, kind, channels_last):
+    images, labels = data
+    chips = bench.Chips(lenet, images, labels, bench.Variant(kind, channels_last, 32), seed=5)
+    for _ in range(2):
+        (found,) = chips.run(1)
+        twin = copy.deepcopy(lenet).double()
+        for weight, drawn in zip(weights(twin), weights(chips.network), strict=True):
+            assert not torch.equal(weight.float(), drawn.float())
+            weight.data = drawn.detach().double()
+        with torch.no_grad():
+            logits = twin(images.double())
+        # Rounding decides where the two largest outputs nearly agree; there is one such image in hundreds.
+        top = logits.topk(2).values
+        near = (top[:, 0] - top[:, 1] < (1e-5 if kind == "float32" else 2e-2) * top[:, 0].abs()).sum().item()
+        assert abs(found - (logits.argmax(1) == labels).sum().item()) <= near
+        assert kind != "float32" or near == 0
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_chips_are_drawn_from_the_nominal_weights(lenet, data, kind, channels_last):
+    chips = bench.Chips(lenet, *data, bench.Variant(kind, channels_last, 64), seed=5)
+    for _ in range(3):  # a second chip does not add to the first
+        chips.draw()
+    theta = [
+        (drawn.double() / nominal.double()).log().flatten()
+        for drawn, nominal in zip(weights(chips.network), weights(lenet), strict=True)
+    ]
+    theta = torch.cat(theta)
+    assert abs(theta.mean()) < 5 * bench.SIGMA / math.sqrt(len(theta))
+    assert abs(theta.std() / bench.SIGMA - 1) < 5 / math.sqrt(2 * len(theta))
+
+
+def test_what_is_left_out_is_not_done(lenet, data):
+    chips = bench.Chips(lenet, *data, bench.Variant("float32", True, 64), seed=5)
+    chips.draw()
+    before = [w.clone() for w in weights(chips.network)]
+    assert len(set(chips.run(3, draw=False))) == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(chips.network), strict=True))
+    assert chips.run(2, classify=False) == []
+    assert not any(torch.equal(a, b) for a, b in zip(before, weights(chips.network), strict=True))
+
+
+def test_chips_at_once_are_different_chips(lenet, data):
+    plain = bench.Plain(lenet, *data, bench.Variant("float32", False, 64, at_once=3), threads=3, seed=0)
+    assert len(plain.run(7)) == 7
+    drawn = [weights(worker.network)[0] for worker in plain._workers]
+    assert not torch.equal(drawn[0], drawn[1])
+    assert torch.get_num_threads() == 1
+
+
+# ---- the choice -----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_select_finds_the_fastest(data):
+    """Rates that are products of what each choice gives, with one best batch size."""
+    batches = data.draw(st.lists(st.integers(1, 5000), min_size=1, max_size=4, unique=True).map(sorted))
+    best_batch = data.draw(st.sampled_from(range(len(batches))))
+    factor = st.sampled_from([0.5, 0.9, 1.1, 3.0])
+    at_once = data.draw(st.sampled_from([1, 2, 16]))
+    compiles = data.draw(st.booleans())
+    of_kind = {(k, order): data.draw(factor) for k in KINDS for order in (False, True)}
+    compiled, chips = data.draw(factor), data.draw(factor)
+
+    def rate(v: bench.Variant) -> float:
+        distance = abs(batches.index(v.batch) - best_batch)
+        return of_kind[v.kind, v.channels_last] * compiled**v.compiled * chips ** (v.at_once > 1) * 0.8**distance
+
+    every = [
+        bench.Variant(kind, order, batch, comp, at)
+        for kind, order, batch, comp, at in itertools.product(
+            KINDS, (False, True), batches, {False, compiles}, {1, at_once}
+        )
+    ]
+    found = bench.select(rate, batches, compiles, at_once)
+    assert set(found) == {"bf16", "float32"}
+    for precision, (variant, speed) in found.items():
+        assert variant in every
+        assert variant.precision == precision
+        assert speed == pytest.approx(rate(variant))
+        assert speed == pytest.approx(max(rate(v) for v in every if v.precision == precision))
+
+
+def test_select_measures_the_fastest_again():
+    """A variant that was lucky once is not taken."""
+    lucky = bench.Variant("float32", False, 64)
+    seen = []
+
+    def rate(v: bench.Variant) -> float:
+        seen.append(v)
+        if v == lucky:
+            return 10.0 if seen.count(v) == 1 else 1.0
+        return 6.0
+
+    assert bench.select(rate, [64], False, 1)["float32"][0] == bench.Variant("float32", True, 64)
+
+
+# ---- the rows -------------------------------------------------------------------------------------------------------
+
+KEYS = {"work", "precision", "against", "ratio", "fraction_of_limit", "cpu", "threads"}
+
+
+@pytest.fixture(scope="module")
+def measured():
+    if not native.status().built:
+        pytest.skip("the C++ core was not built")
+    said = []
+    result = bench.measure([TINY], rounds=2, batches=(32, 64), compiles=False, seconds=0.01, say=said.append)
+    assert any("round 2 of 2" in line for line in said)
+    result["rows"] += [{**row, "cpu": result["cpu"]} for row in bench.scaling_rows(1, 1, 0, print, chips=4, images=64)]
+    return result
+
+
+def test_rows_of_a_work(measured, tmp_path):
+    bench.write_json(measured, tmp_path / "b.json")
+    read = json.loads((tmp_path / "b.json").read_text())
+    assert {"cpu", "isa", "threads", "torch", "peak_flop_per_s"} <= set(read)
+    for work in ("tiny", "noise"):
+        rows = [row for row in read["rows"] if row["work"] == work]
+        assert len(rows) == 6
+        assert all(set(row) >= KEYS for row in rows)
+        pairs = {(row["precision"], row["against"]) for row in rows}
+        assert pairs == set(itertools.product(("bf16", "float32"), ("best", "bf16", "float32")))
+        unit = "weights_per_s" if work == "noise" else "images_per_s"
+        by_pair = {(row["precision"], row["against"]): row for row in rows}
+        for (precision, _), row in by_pair.items():
+            assert row["ratio"] == pytest.approx(row[unit] / row[f"plain_{unit}"])
+            # The best loop is that against which the engine wins by least.
+            least = min(by_pair[precision, against]["ratio"] for against in ("bf16", "float32"))
+            assert by_pair[precision, "best"]["ratio"] == least
+    for row in read["rows"]:
+        if row["work"] == "tiny":
+            assert row["chips"] == 3
+            assert row["images"] == 70
+            assert row["fraction_of_limit"] == pytest.approx(row["images_per_s"] / row["limit_images_per_s"])
+            assert row["ratio_low"] <= row["ratio_high"]
+
+
+@needs_core
+def test_limit_counts_operations_and_weights(lenet):
+    """LeNet-5 without padding: 2 * 416,520 FLOP an image; 61,470 weights a chip, drawn once for each 1,024 images."""
+    machine = bench.Machine.__new__(bench.Machine)
+    machine.threads, machine.peak, machine.weights = 4, {"float32": 1e9}, {"float32": 1e6}
+    work = bench.Work("w", "", models.lenet5, (1, 32, 32), 10, 3000)
+    analog = bench.convert(lenet, bench.LogNormalVariation(0.5))
+    multiplications = 28 * 28 * 6 * 25 + 10 * 10 * 16 * 150 + 400 * 120 + 120 * 84 + 84 * 10
+    wanted = 10 * 3000 * 2 * multiplications / 1e9 + 10 * 3 * 61470 / (4 * 1e6)
+    assert bench._limit(work, analog, torch.zeros(2, 1, 32, 32), machine, "float32") == pytest.approx(wanted)
+
+
+def test_scaling_rows(measured):
+    rows = [row for row in measured["rows"] if row["work"] == "scaling"]
+    points = {axis: [(r["chips"], r["images"]) for r in rows if r["axis"] == axis] for axis in ("samples", "images")}
+    assert points["samples"] == [(1, 64), (2, 64), (4, 64), (8, 64), (16, 64)]
+    assert points["images"] == [(4, 16), (4, 32), (4, 64), (4, 128), (4, 256)]
+    assert [r["threads"] for r in rows if r["axis"] == "threads"] == [1]
+    assert all(r["images_per_s"] == pytest.approx(r["chips"] * r["images"] / r["seconds"]) for r in rows)
+
+
+def test_table_and_plots(measured, tmp_path):
+    text = bench.table(measured)
+    assert "tiny: 3 chips × 70 images" in text
+    assert "noise" in text
+    assert max(map(len, text.splitlines())) <= 130
+    bench.check_plot(tmp_path / "p.svg")
+    assert bench.plot(measured, tmp_path / "p.svg") == [tmp_path / "p.svg", tmp_path / "p-scaling.svg"]
+    assert "<svg" in (tmp_path / "p-scaling.svg").read_text()
+    with pytest.raises(UserError, match=r"--plot .*p\.txt: the name must end"):
+        bench.check_plot(tmp_path / "p.txt")
+
+
+@needs_core
+def test_no_rounds_is_an_error():
+    with pytest.raises(UserError, match="at least one round"):
+        bench.measure([], rounds=0)
+
+
+def test_without_the_core(monkeypatch):
+    monkeypatch.setattr(native, "_core", None)
+    with pytest.raises(UserError, match="nothing to measure"):
+        bench.measure([])
+
+
+# ---- the peak -------------------------------------------------------------------------------------------------------
+
+# Multiply-adds of a round: sums in registers, floats of a register, and products in each of them.
+ROUNDS = {
+    ("portable", "float32"): 12 * 4,
+    ("portable", "bfloat16"): 12 * 4,
+    ("avx2", "float32"): 12 * 8,
+    ("avx2", "bfloat16"): 12 * 8,
+    ("avx512", "float32"): 24 * 16,
+    ("avx512", "bfloat16"): 24 * 16,
+    ("avx512bf16", "float32"): 24 * 16,
+    ("avx512bf16", "bfloat16"): 24 * 16 * 2,
+    ("amx", "float32"): 24 * 16,
+    ("amx", "bfloat16"): 4 * 16 * 16 * 32,
+}
+
+
+@needs_core
+@pytest.mark.parametrize(("isa", "precision"), ROUNDS)
+def test_peak_counts_its_operations(isa, precision):
+    if isa not in native.status().available:
+        pytest.skip(f"this machine has no {isa}")
+    before = native.status().isa
+    native._core.select_isa(isa)
+    try:
+        for repetitions in (1, 1000):
+            assert native._core.peak(precision, repetitions) == 2 * ROUNDS[isa, precision] * repetitions
+    finally:
+        native._core.select_isa(before)
+
+
+@needs_core
+def test_peak_rejects_what_it_does_not_know():
+    with pytest.raises(ValueError, match="repetitions must be at least 1"):
+        native._core.peak("float32", 0)
+    with pytest.raises(ValueError, match="'float16'"):
+        native._core.peak("float16", 1)
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_command_line():
+    result = CliRunner().invoke(main, ["bench", "--help"])
+    assert result.exit_code == 0
+    for name in [*bench.WORKS, "noise", "--rounds", "--threads", "--full", "--json", "--plot", "--seed", "--scaling"]:
+        assert name in result.output
+    result = CliRunner().invoke(main, ["bench", "--work", "noise", "--plot", "p.txt"])
+    assert result.exit_code == 2
+    assert result.output.startswith("error: --plot p.txt")
