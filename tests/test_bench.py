@@ -19,7 +19,7 @@ from correctnet.errors import UserError
 needs_core = pytest.mark.skipif(not native.status().built, reason="the C++ core was not built")
 
 KINDS = ("float32", "autocast", "bf16")
-TINY = bench.Work("tiny", "a tiny network", models.lenet5, (1, 32, 32), 3, 70)
+TINY = bench.Work("tiny", models.lenet5, (1, 32, 32), 3, 70)
 
 
 @pytest.fixture
@@ -181,7 +181,7 @@ def test_limit_counts_operations_and_weights(lenet):
     """LeNet-5 without padding: 2 * 416,520 FLOP an image; 61,470 weights a chip, drawn once for each 1,024 images."""
     machine = bench.Machine.__new__(bench.Machine)
     machine.threads, machine.peak, machine.weights = 4, {"float32": 1e9}, {"float32": 1e6}
-    work = bench.Work("w", "", models.lenet5, (1, 32, 32), 10, 3000)
+    work = bench.Work("w", models.lenet5, (1, 32, 32), 10, 3000)
     analog = bench.convert(lenet, bench.LogNormalVariation(0.5))
     multiplications = 28 * 28 * 6 * 25 + 10 * 10 * 16 * 150 + 400 * 120 + 120 * 84 + 84 * 10
     wanted = 10 * 3000 * 2 * multiplications / 1e9 + 10 * 3 * 61470 / (4 * 1e6)
