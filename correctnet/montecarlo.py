@@ -10,7 +10,6 @@ goes through torch, and a warning names it.
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -28,8 +27,9 @@ from correctnet.engine import BLOCK, MEMORY, Engine, Precision, Unsupported
 from correctnet.errors import UserError
 from correctnet.results import COLUMNS, Result
 
-# A call into the core cannot be interrupted; this is how long it is to last, in seconds.
-CALL_SECONDS = 0.5
+# A call into the core cannot be interrupted, and a chunk of chips is what an interruption loses. How much each may be,
+# in floating-point operations a thread, of which a core does some 5e10 a second.
+CALL_FLOP, CHUNK_FLOP = 2e10, 1e12
 
 Batches = Split | tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 
@@ -96,7 +96,7 @@ def evaluate(
     precision: Precision = "float32",
     memory: int = MEMORY,
     batch: int = 100,
-    chunk: int = 25,
+    chunk: int | None = None,
     save: str | Path | None = None,
     prepare: Callable[[nn.Module], None] | None = None,
     progress: bool = True,
@@ -114,7 +114,8 @@ def evaluate(
         precision: of weights and activations in the core, "float32" or "bfloat16" (sums are float32).
         memory: bytes that the core may take, about.
         batch: images a forward pass in torch.
-        chunk: chips that are taken over all images before the next ones are begun.
+        chunk: chips that are taken over all images before the next ones are begun; None: as many as take some twenty
+            seconds in the core, and one in torch.
         save: a file for the rows of the chips that are done, written after every chunk. Chips that it holds already
             are not evaluated again; whether they were of the same model and data is the caller's to know.
         prepare: called with the model after each chip is programmed (e.g. to recalibrate its BatchNorm); then torch
@@ -128,7 +129,7 @@ def evaluate(
     Raises:
         UserError: a model without variation, no chips, or no images.
     """
-    if chips < 1 or chunk < 1:
+    if chips < 1 or (chunk is not None and chunk < 1):
         raise UserError(f"evaluate: chips and chunk must be at least 1, not {chips} and {chunk}")
     if engine not in ("auto", "torch"):
         raise UserError(f"evaluate: engine must be 'auto' or 'torch', not {engine!r}")
@@ -137,17 +138,17 @@ def evaluate(
     have = {row["sample"] for row in rows}
     todo = [sample for sample in range(start, start + chips) if sample not in have]
     if todo:
-        count = None
+        images = sum(len(labels) for _, labels in _batches(data, BLOCK)())
+        count, size = None, 1
         if engine == "auto" and not prepare:
-            count = _engine_counter(model, _batches(data, BLOCK), first_layer, precision, memory)
+            count, size = _engine_counter(model, _batches(data, BLOCK), images, first_layer, precision, memory)
         if count is None:
             count = _torch_counter(model, _batches(data, batch), first_layer, prepare)
-        images = sum(len(labels) for _, labels in _batches(data, BLOCK)())
-        total = images * chips
+        total, size = images * chips, chunk or size
         with tqdm(desc=title, unit="image", unit_scale=True, total=total, disable=not progress, mininterval=1) as bar:
             bar.update(images * (chips - len(todo)))
-            for i in range(0, len(todo), chunk):
-                samples = todo[i : i + chunk]
+            for i in range(0, len(todo), size):
+                samples = todo[i : i + size]
                 correct = count(samples, bar.update)
                 rows += [
                     dict(zip(COLUMNS, (s, c, images, c / images, chip.seed), strict=True))
@@ -189,11 +190,12 @@ def _torch_counter(
 def _engine_counter(
     model: nn.Module,
     batches: Callable[[], Iterator[tuple[Tensor, Tensor]]],
+    images: int,
     first_layer: int,
     precision: Precision,
     memory: int,
-) -> Counter | None:
-    """Through the core; None, with a warning, where it cannot run the network."""
+) -> tuple[Counter | None, int]:
+    """Through the core, and the chips of a chunk; None, with a warning, where it cannot run the network."""
     first = next(batches(), None)
     if first is None or len(first[0]) == 0:
         raise UserError("evaluate: the data holds no images")
@@ -202,26 +204,26 @@ def _engine_counter(
     except Unsupported as error:
         if next(model.parameters()).device.type == "cpu":
             warnings.warn(f"everything runs through torch: {error}", EngineWarning, stacklevel=3)
-        return None
+        return None, 1
     if engine.report.unfused or engine.report.torch:
         warnings.warn(f"not all of the network runs in the C++ core: {engine.report}", EngineWarning, stacklevel=3)
 
+    def chips(flop: float, images: int) -> int:
+        """How many chips each thread may take, times the threads, so that all have as much to do."""
+        return torch.get_num_threads() * max(1, int(flop / max(1.0, engine.cost[1] * images)))
+
     def count(samples: Sequence[int], done: Callable[[int], object]) -> list[int]:
         counts = dict.fromkeys(samples, 0)
-        for images, labels in _blocks(batches(), BLOCK):
-            i, together = 0, torch.get_num_threads()
-            while i < len(samples):
+        for x, y in _blocks(batches(), BLOCK):
+            together = chips(CALL_FLOP, len(y))
+            for i in range(0, len(samples), together):
                 part = samples[i : i + together]
-                began = time.monotonic()
-                for sample, correct in zip(part, engine.count_correct(images, labels, part), strict=True):
+                for sample, correct in zip(part, engine.count_correct(x, y, part), strict=True):
                     counts[sample] += correct
-                done(len(part) * len(labels))
-                if time.monotonic() - began < CALL_SECONDS / 2:
-                    together *= 2
-                i += len(part)
+                done(len(part) * len(y))
         return list(counts.values())
 
-    return count
+    return count, chips(CHUNK_FLOP, images)
 
 
 def _blocks(batches: Iterator[tuple[Tensor, Tensor]], size: int) -> Iterator[tuple[Tensor, Tensor]]:
