@@ -15,7 +15,6 @@ counted on every chip. A plain loop is made and compiled before its time is take
 from __future__ import annotations
 
 import copy
-import json
 import os
 import platform
 import time
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 from correctnet import __version__, models, native, storage
 from correctnet.analog import convert
 from correctnet.engine import Engine, Precision
-from correctnet.errors import UserError
+from correctnet.errors import UserError, one_line
 from correctnet.montecarlo import evaluate
 from correctnet.variation import LogNormalVariation
 
@@ -403,7 +402,7 @@ def _why_not_compiled() -> str | None:
         with torch.inference_mode():
             torch.compile(nn.Linear(2, 2), dynamic=False)(torch.ones(1, 2))
     except Exception as error:  # whatever it is (no compiler, no headers, an unknown Python), the loops do without
-        return " ".join(str(error).split()).partition(" Set TORCH")[0][:200] or type(error).__name__
+        return one_line(error).partition(" Set TORCH")[0][:200] or type(error).__name__
     return None
 
 
@@ -641,11 +640,6 @@ def _scaling_table(rows: list[Row]) -> list[str]:
             for row in rows
         ),
     ]
-
-
-def write_json(measured: dict[str, Any], path: Path) -> None:
-    """What `measure` gave, as JSON."""
-    storage.write_text(path, json.dumps(measured, indent=1) + "\n")
 
 
 def check_plot(path: Path) -> None:

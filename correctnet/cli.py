@@ -507,7 +507,7 @@ def bench(
     )
     click.echo(benchmark.table(measured))
     if json_file is not None:
-        benchmark.write_json(measured, json_file)
+        storage.write_json(json_file, measured)
     if plot is not None:
         benchmark.plot(measured, plot)
 

@@ -23,7 +23,7 @@ from correctnet import storage
 from correctnet.analog import analog_candidates, convert, program
 from correctnet.config import Compensate, validate
 from correctnet.data import Split
-from correctnet.errors import UserError
+from correctnet.errors import UserError, one_line
 from correctnet.models import Block, parameter_count
 from correctnet.training import Hooks, fit
 from correctnet.variation import TRAINING_CHIPS, Variation
@@ -271,6 +271,6 @@ def restore(original: nn.Module, tensors: dict[str, Tensor], description: dict[s
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        first = " ".join(str(error).split())[:200]
+        first = one_line(error, 200)
         raise UserError(f"{source}: made for another network ({first})") from error
     return model

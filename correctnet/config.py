@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from correctnet.errors import UserError
+from correctnet.errors import UserError, one_line
 
 Stage = Literal["pretrain", "suppress", "inject", "sweep", "search", "compensate", "evaluate"]
 # The stages whose model a row of Table I can evaluate.
@@ -362,7 +362,7 @@ class Config(Section):
         try:
             values = yaml.safe_load(Path(path).read_text())
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+            raise UserError(f"{path}: {one_line(error)}") from error
         return cls.check(values, str(path))
 
     @classmethod

@@ -76,7 +76,7 @@ class Engine:
         report: what runs in the core.
 
     Raises:
-        Unsupported: `report` of such a network has a `reason`; `describe` gives it without the exception.
+        Unsupported: the core can run nothing of the network; `describe` gives a `Report` with the `reason` instead.
     """
 
     def __init__(

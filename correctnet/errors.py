@@ -1,4 +1,4 @@
-"""The one exception a user is meant to see."""
+"""The one exception a user is meant to see, and how those of others are put into it."""
 
 
 class UserError(Exception):
@@ -6,3 +6,8 @@ class UserError(Exception):
 
     The command line prints the message alone and exits with status 2; from Python it is an ordinary exception.
     """
+
+
+def one_line(error: Exception, most: int | None = None) -> str:
+    """The message of another's exception without its line breaks, cut to `most` characters."""
+    return " ".join(str(error).split())[:most]

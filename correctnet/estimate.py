@@ -17,7 +17,6 @@ from correctnet.analog import analog_candidates, convert, program, programmed
 from correctnet.config import Config, Settings
 from correctnet.engine import Engine, Precision, Unsupported
 from correctnet.errors import UserError
-from correctnet.variation import LogNormalVariation
 
 # Images of the training and test sets; what a setting leaves open means all of them.
 SIZES = {"digits": (1438, 359), "mnist": (60000, 10000), "cifar10": (50000, 10000), "cifar100": (50000, 10000)}
@@ -60,7 +59,7 @@ def costs(settings: Settings) -> dict[str, float]:
         analog._cached = None
         analog.chip_weight()
 
-    network = convert(model.eval(), LogNormalVariation(max(s.variation.sigma, 0.1)))
+    network = convert(model.eval(), variation.LogNormalVariation(max(s.variation.sigma, 0.1)))
     test = _test_seconds(network, images, s.montecarlo.precision)
     with torch.no_grad():
         sampling = _seconds(sample) * weights / layer.weight.numel()

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
 from correctnet import storage, tables
-from correctnet.errors import UserError
+from correctnet.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from correctnet.results import Result
@@ -154,7 +154,7 @@ def _read(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     try:
         table = pd.read_csv(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
+        raise UserError(f"{path}: cannot be read ({one_line(error)})") from error
     missing = [c for c in columns if c not in table.columns]
     if missing:
         raise UserError(f"{path}: no column {missing[0]!r}")

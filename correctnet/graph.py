@@ -16,7 +16,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from correctnet import native
 from correctnet.analog import AnalogConv2d, AnalogLayer, AnalogLinear, programmed
-from correctnet.errors import UserError
+from correctnet.errors import UserError, one_line
 from correctnet.variation import LogNormalVariation
 
 
@@ -73,7 +73,7 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
     try:
         graph = _Tracer().trace(root)
     except Exception as error:  # whatever the network's own code raises when it is traced
-        raise Unsupported(f"torch.fx cannot trace it ({_one_line(error)})") from error
+        raise Unsupported(f"torch.fx cannot trace it ({one_line(error, 160)})") from error
     nodes = list(graph.nodes)
     inputs = [n for n in nodes if n.op == "placeholder"]
     (last,) = (n for n in nodes if n.op == "output")
@@ -84,11 +84,6 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
         # Two images, whatever comes: a size of 1 would make a batch look like a feature.
         _ShapesAndSizes(module).propagate(example[:1].expand(2, *example.shape[1:]).contiguous())
     return Traced(module, inputs[0], last.args[0])
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 160 else text[:157] + "..."
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
@@ -285,12 +280,12 @@ def _concat(node: fx.Node) -> Op | None:
 
 
 def _function_op(node: fx.Node, name: str) -> Op | None:
-    if name in ("cat", "concat", "concatenate"):
+    if name == "cat":
         return _concat(node)
     if not node.args or not isinstance(node.args[0], fx.Node):
         return None
     x = node.args[0]
-    if name in ("relu", "relu_"):
+    if name == "relu":
         return Op("relu", (x,)) if not {k: v for k, v in node.kwargs.items() if k != "inplace"} else None
     if name == "dropout":
         bound = _bind(node, ("p", "training", "inplace"), p=0.5, training=True, inplace=False)

@@ -39,10 +39,12 @@ class PlanStep(TorchStep):
     layers: tuple[str, ...] = ()
 
     def run(self, x: Tensor, seed: int, samples: Sequence[int]) -> Tensor:
+        """The value for inputs x (N, ...) on each chip, (samples, N, *shape), float32."""
         out, _ = self.plan.outputs(_images(x), seed=seed, samples=list(samples), threads=torch.get_num_threads())
         return torch.from_numpy(out).view(len(samples), len(x), *self.shape)
 
     def count_correct(self, x: Tensor, labels: Tensor, seed: int, samples: Sequence[int]) -> list[int]:
+        """For each chip, on how many of x (N, ...) the largest of the value is at the label's place, labels (N,)."""
         labels = labels.to(torch.int64).contiguous().numpy()
         threads = torch.get_num_threads()
         correct, _ = self.plan.count_correct(_images(x), labels, seed=seed, samples=list(samples), threads=threads)
@@ -90,6 +92,7 @@ class _Function:
         return op.kind == "same" and not self.relu and isinstance(self.scale, float)
 
     def pointwise(self) -> Any:
+        """As the core takes it."""
         from correctnet import _native
 
         def array(values: np.ndarray | float | None) -> np.ndarray | None:

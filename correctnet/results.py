@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from correctnet import storage
-from correctnet.errors import UserError
+from correctnet.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,7 +98,7 @@ class Result:
         try:
             table = pd.read_csv(path)
         except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
+            raise UserError(f"{path}: cannot be read ({one_line(error)})") from error
         if not set(COLUMNS) <= set(table.columns) or table.empty:
             raise UserError(f"{path}: not a Monte Carlo result (columns {', '.join(COLUMNS)} are expected)")
         return cls(table)

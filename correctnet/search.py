@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from correctnet import storage
-from correctnet.errors import UserError
+from correctnet.errors import UserError, one_line
 
 Filters = tuple[int, ...]
 COLUMNS = ["evaluation", "episode", "filters", "ratios", "layers", "overhead", "mean", "std", "reward", "seconds"]
@@ -161,9 +161,7 @@ def read_log(path: Path) -> list[Explored]:
             states.append(Explored(*numbers, filters, row["overhead"], mean, std, row["reward"], row["seconds"]))
         return states
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"{path}: not a search log ({' '.join(str(error).split())}); delete it to begin anew"
-        ) from error
+        raise UserError(f"{path}: not a search log ({one_line(error)}); delete it to begin anew") from error
 
 
 class Policy(nn.Module):

@@ -241,7 +241,7 @@ def search(
         # A log of other settings or inputs has another name, and is not resumed from.
         weights, _ = storage.model_files(suppressed)
         identity = f"{settings.canonical('search')} {limit} {storage.sha256(weights)} {storage.sha256(candidates)}"
-        log_path = runtime.work / f"search-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.csv"
+        log_path = _resumable(runtime.work, "search", identity)
     log = searching.search(problem, s.search, s.seed, log_path, progress=not runtime.quiet)
     log.write(out / "log.csv")
     chosen = log.best()
@@ -325,7 +325,7 @@ def evaluate_chips(
     if runtime.work:
         # The rows of other settings or another model have another name, and are not taken over.
         identity = f"{settings.canonical('evaluate')} {storage.sha256(storage.model_files(path)[0])}"
-        save = runtime.work / f"chips-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.csv"
+        save = _resumable(runtime.work, "chips", identity)
     result = evaluate(
         analog,
         images,
@@ -354,6 +354,11 @@ def evaluate_chips(
     if save:
         _discard(save)
     return result
+
+
+def _resumable(folder: Path, name: str, identity: str) -> Path:
+    """The CSV in which a stage notes what is done: one of its own for each `identity` of settings and inputs."""
+    return folder / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.csv"
 
 
 def _discard(path: Path) -> None:

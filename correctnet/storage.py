@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors
 
-from correctnet.errors import UserError
+from correctnet.errors import UserError, one_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,7 +70,7 @@ def _umask() -> int:
 
 
 def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or " ".join(str(error).split())
+    return getattr(error, "strerror", None) or one_line(error)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from correctnet import bench, models, native
+from correctnet import bench, models, native, storage
 from correctnet.cli import main
 from correctnet.errors import UserError
 
@@ -152,7 +152,7 @@ def measured():
 
 
 def test_rows_of_a_work(measured, tmp_path):
-    bench.write_json(measured, tmp_path / "b.json")
+    storage.write_json(tmp_path / "b.json", measured)
     read = json.loads((tmp_path / "b.json").read_text())
     assert {"cpu", "isa", "threads", "torch", "peak_flop_per_s"} <= set(read)
     for work in ("tiny", "noise"):

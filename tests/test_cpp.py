@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from isolated import NOT_EDITABLE
 
 ROOT = Path(__file__).parent.parent
 COMPILER = any(map(shutil.which, [os.environ.get("CXX", "c++"), "g++", "clang++"]))
@@ -60,9 +61,7 @@ def wheel(tmp_path: Path, **environment: str) -> tuple[Path, str]:
 
 def status_of(wheel: Path, tmp_path: Path) -> str:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    # An editable installation would find the core of the checkout where the wheel has none.
-    code = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]\n"
-    code += "from correctnet import native; print(native.status()); native.lognormal(1, 2, 3, 100, 0.5)"
+    code = NOT_EDITABLE + "from correctnet import native; print(native.status()); native.lognormal(1, 2, 3, 100, 0.5)"
     return run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path / "site")})
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from isolated import NOT_EDITABLE
 from scipy import stats
 from scipy.special import ndtri
 
@@ -189,11 +190,6 @@ def test_bad_weights_are_refused(isa: str) -> None:
 
 
 STATUS = "from correctnet import native; print(native.status())"
-
-# An editable installation finds a module that is missing in a copied package in the checkout, and so hides that it is.
-NOT_EDITABLE = """import sys
-sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]
-"""
 
 
 def run(code: str, package: Path = PACKAGE, **environment: str) -> subprocess.CompletedProcess[str]:
