@@ -10,6 +10,7 @@ goes through torch, and a warning names it.
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,9 +28,10 @@ from correctnet.engine import BLOCK, MEMORY, Engine, Precision, Unsupported
 from correctnet.errors import UserError
 from correctnet.results import COLUMNS, Result
 
-# A call into the core cannot be interrupted, and a chunk of chips is what an interruption loses. How much each may be,
-# in floating-point operations a thread, of which a core does some 5e10 a second.
-CALL_FLOP, CHUNK_FLOP = 2e10, 1e12
+# A chunk of chips is what an interruption loses: floating-point operations a thread, of which a core does some 5e10 a
+# second. A call into the core cannot be interrupted and prepares its images anew: the first may take so many
+# operations, and those behind it as many as take about so many seconds.
+CHUNK_FLOP, CALL_FLOP, CALL_SECONDS = 1e12, 1e10, 1.0
 
 Batches = Split | tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 
@@ -208,18 +210,26 @@ def _engine_counter(
     if engine.report.unfused or engine.report.torch:
         warnings.warn(f"not all of the network runs in the C++ core: {engine.report}", EngineWarning, stacklevel=3)
 
+    threads, cost = torch.get_num_threads(), max(1.0, engine.cost[1])
+
     def chips(flop: float, images: int) -> int:
         """How many chips each thread may take, times the threads, so that all have as much to do."""
-        return torch.get_num_threads() * max(1, int(flop / max(1.0, engine.cost[1] * images)))
+        return threads * max(1, int(flop / (cost * images)))
+
+    rate = CALL_FLOP / CALL_SECONDS  # operations a second and thread, by the last call
 
     def count(samples: Sequence[int], done: Callable[[int], object]) -> list[int]:
+        nonlocal rate
         counts = dict.fromkeys(samples, 0)
         for x, y in _blocks(batches(), BLOCK):
-            together = chips(CALL_FLOP, len(y))
-            for i in range(0, len(samples), together):
-                part = samples[i : i + together]
+            i = 0
+            while i < len(samples):
+                part = samples[i : i + chips(rate * CALL_SECONDS, len(y))]
+                began = time.perf_counter()
                 for sample, correct in zip(part, engine.count_correct(x, y, part), strict=True):
                     counts[sample] += correct
+                rate = cost * len(part) * len(y) / threads / max(1e-6, time.perf_counter() - began)
+                i += len(part)
                 done(len(part) * len(y))
         return list(counts.values())
 

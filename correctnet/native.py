@@ -145,7 +145,10 @@ def noisy_weight(
     if core is None or weight.device.type != "cpu":
         flat = lognormal(seed, layer, sample, weight.numel(), sigma, shift).to(weight.device)
         factor = flat.view(out, *kernel, channels).movedim(-1, 1)
-        return (weight * factor).to(dtype).contiguous(memory_format=layout)
+        noisy = weight * factor
+        if dtype == torch.bfloat16:  # as the core rounds: subnormal numbers are zeros
+            noisy = torch.where(noisy.abs() < torch.finfo(torch.float32).tiny, 0 * noisy, noisy)
+        return noisy.to(dtype).contiguous(memory_format=layout)
     noise = _noise(core, seed, layer, sample, weight.numel(), sigma, shift, 0, 0)
     bfloat16 = dtype == torch.bfloat16
     result = torch.empty_like(weight, dtype=torch.bfloat16 if bfloat16 else torch.float32)

@@ -64,19 +64,20 @@ struct PanelConv {
     }
   }
 
-  // NV groups of 16 images from `group` on, one pixel.
+  // NV image vectors, `in` apart in x and `out` apart in y: groups of images at one pixel, or one group at neighbouring
+  // pixels that see the same taps.
   template <int NV>
-  CN_INLINE void plain(int row, int col, int group) const {
+  CN_INLINE void plain(int row, int col, int group, ptrdiff_t in, ptrdiff_t out_step) const {
     Lanes sum[NV][NC];
     ptrdiff_t at[NV];
-    for (int v = 0; v < NV; ++v) at[v] = (group + v) * kVectorBytes;
+    for (int v = 0; v < NV; ++v) at[v] = group * kVectorBytes + v * in;
     accumulate<NV>(sum, shape.rows[row], shape.cols[col], at);
-    char* y = out(row, col, shape.out_w);
+    char* y = out(row, col, shape.out_w) + group * kVectorBytes;
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
 #pragma GCC unroll 6
       for (int c = 0; c < NC; ++c) sum[v][c] = apply(job.epilogue, panel.first + c, sum[v][c]);
-      store_channels<Math, NC>(job, y + at[v], panel.first, panel.outputs, sum[v]);
+      store_channels<Math, NC>(job, y + v * out_step, panel.first, panel.outputs, sum[v]);
     }
   }
 
@@ -129,28 +130,75 @@ struct PanelConv {
     return pair[0].last - pair[0].first == kernel && pair[1].last - pair[1].first == kernel;
   }
 
+  // Two neighbouring pool windows of one group, the four pixels of each of their rows being a tile.
+  CN_INLINE void two_windows(int row, int col, int group) const {
+    ptrdiff_t at[4];
+    for (int v = 0; v < 4; ++v) at[v] = group * kVectorBytes + v * shape.stride_w * pixel();
+    alignas(kVectorBytes) float best[2][NC][kLanes];
+    for (int i = 0; i < 2; ++i) {
+      Lanes sum[4][NC];
+      accumulate<4>(sum, shape.rows[2 * row + i], shape.cols[2 * col], at);
+#pragma GCC unroll 2
+      for (int w = 0; w < 2; ++w)
+#pragma GCC unroll 6
+        for (int c = 0; c < NC; ++c) {
+          const Lanes a = max(apply(job.epilogue, panel.first + c, sum[2 * w][c]),
+                              apply(job.epilogue, panel.first + c, sum[2 * w + 1][c]));
+          store(best[w][c], i ? max(load(best[w][c]), a) : a);
+        }
+    }
+    for (int w = 0; w < 2; ++w) {
+      Lanes a[NC];
+#pragma GCC unroll 6
+      for (int c = 0; c < NC; ++c) a[c] = load(best[w][c]);
+      store_channels<Math, NC>(job, out(row, col + w, shape.out_w / 2) + group * kVectorBytes, panel.first,
+                               panel.outputs, a);
+    }
+  }
+
+  // Whether `count` columns from `col` on see the same taps.
+  CN_INLINE bool alike(int col, int count) const {
+    if (col + count > shape.out_w) return false;
+    for (int i = 1; i < count; ++i)
+      if (shape.cols[col + i].first != shape.cols[col].first || shape.cols[col + i].last != shape.cols[col].last)
+        return false;
+    return true;
+  }
+
   template <int NV>
   CN_INLINE void vectors(int row, int col, int group) const {
     if (shape.pool)
       pooled<NV>(row, col, group);
     else
-      plain<NV>(row, col, group);
+      plain<NV>(row, col, group, kVectorBytes, kVectorBytes);
+  }
+
+  // As many columns from `col` on as one tile takes; how many those are.
+  CN_INLINE int output_columns(int row, int col) const {
+    int group = 0, columns = 1;
+    if constexpr (kMaxVectors == 4) {
+      const ptrdiff_t right = shape.stride_w * pixel(), out_right = job.out_slots * slot();
+      if (shape.pool) {
+        if (whole(shape.rows + 2 * row, shape.kernel_h) && whole(shape.cols + 2 * col, shape.kernel_w)) {
+          for (; group < job.groups; ++group) quad(row, col, group);
+        } else if (job.groups < 4 && 2 * col + 4 <= shape.out_w && alike(2 * col, 4)) {
+          for (columns = 2; group < job.groups; ++group) two_windows(row, col, group);
+        }
+      } else if (job.groups < 4 && alike(col, 4)) {
+        for (columns = 4; group < job.groups; ++group) plain<4>(row, col, group, right, out_right);
+      } else if (job.groups < 2 && alike(col, 2)) {
+        for (columns = 2; group < job.groups; ++group) plain<2>(row, col, group, right, out_right);
+      }
+      for (; group + 4 <= job.groups; group += 4) vectors<4>(row, col, group);
+      for (; group + 2 <= job.groups; group += 2) vectors<2>(row, col, group);
+    }
+    for (; group < job.groups; ++group) vectors<1>(row, col, group);
+    return columns;
   }
 
   __attribute__((noinline)) void output_row(int row) const {
     const int width = shape.pool ? shape.out_w / 2 : shape.out_w;
-    for (int col = 0; col < width; ++col) {
-      int group = 0;
-      if constexpr (kMaxVectors == 4) {
-        if (shape.pool && whole(shape.rows + 2 * row, shape.kernel_h) && whole(shape.cols + 2 * col, shape.kernel_w)) {
-          for (; group < job.groups; ++group) quad(row, col, group);
-        } else {
-          for (; group + 4 <= job.groups; group += 4) vectors<4>(row, col, group);
-          for (; group + 2 <= job.groups; group += 2) vectors<2>(row, col, group);
-        }
-      }
-      for (; group < job.groups; ++group) vectors<1>(row, col, group);
-    }
+    for (int col = 0; col < width;) col += output_columns(row, col);
   }
 };
 

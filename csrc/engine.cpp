@@ -15,35 +15,54 @@ namespace correctnet {
 namespace {
 
 // Shares of a second-level cache: packed weights that are drawn and used at a time, unless they are kept; kept weights
-// of all chips that a thread has at hand; activations of a chunk of few images.
-constexpr size_t kBlockBytes = 256 << 10, kChipsBytes = 512 << 10, kImagesBytes = 512 << 10;
+// of all chips that a thread has at hand.
+constexpr size_t kBlockBytes = 256 << 10, kChipsBytes = 512 << 10;
 constexpr int kChunkGroups = 4;                    // as many as the widest tile has
 constexpr size_t kSlackBytes = 16 * kVectorBytes;  // AMX multiplies up to 16 slots behind a tensor by zeros
 constexpr size_t kNotKept = SIZE_MAX;
 
 float bfloat16_to_float(uint16_t b) { return noise::from_bits(uint32_t(b) << 16); }
 
+// The lanes of one image for `count` pixels: a channel in float32, or two in bfloat16. A null channel is zero.
+void to_cells(Type type, const float* even, const float* odd, size_t count, uint32_t* cells) {
+  if (!even) {
+    memset(cells, 0, count * sizeof(uint32_t));
+  } else if (type == Type::float32) {
+    memcpy(cells, even, count * sizeof(uint32_t));
+  } else {
+    for (size_t p = 0; p < count; ++p) cells[p] = noise::bfloat16(even[p]);
+    for (size_t p = 0; odd && p < count; ++p) cells[p] |= uint32_t(noise::bfloat16(odd[p])) << 16;
+  }
+}
+
 // (images, channels, height, width) in float32 to lanes, beginning at image `first`. Lanes behind the last image are
-// zero.
+// zero. Taken in pieces of a map that stay in the cache.
 void to_lanes(Type type, const float* images, Shape shape, int64_t first, int64_t count, int groups, char* y) {
+  constexpr size_t kPiece = 128;
   const size_t area = size_t(shape.height) * shape.width, size = area * shape.channels;
-  const size_t slot = size_t(groups) * kVectorBytes, pixel = slots_of(type, shape.channels) * slot;
-  memset(y, 0, area * pixel);
-  for (int64_t i = 0; i < std::min<int64_t>(count - first, groups * kLanes); ++i)
-    for (int c = 0; c < shape.channels; ++c) {
-      const float* x = images + (first + i) * size + c * area;
-      char* lane = y + i / kLanes * kVectorBytes + i % kLanes * 4;
-      if (type == Type::float32) {
-        lane += c * slot;
-        for (size_t p = 0; p < area; ++p) memcpy(lane + p * pixel, &x[p], 4);
-      } else {
-        lane += c / 2 * slot + c % 2 * 2;
-        for (size_t p = 0; p < area; ++p) {
-          const uint16_t b = noise::bfloat16(x[p]);
-          memcpy(lane + p * pixel, &b, 2);
+  const int slots = slots_of(type, shape.channels), slot_channels = type == Type::float32 ? 1 : 2;
+  uint32_t cells[kLanes][kPiece];
+  for (int slot = 0; slot < slots; ++slot)
+    for (int group = 0; group < groups; ++group)
+      for (size_t begin = 0; begin < area; begin += kPiece) {
+        const size_t pixels = std::min(kPiece, area - begin);
+        for (int i = 0; i < kLanes; ++i) {
+          const int64_t image = first + group * kLanes + i;
+          const int channel = slot * slot_channels;
+          const float* even = image < count ? images + image * size + channel * area + begin : nullptr;
+          to_cells(type, even, even && channel + 1 < shape.channels ? even + area : nullptr, pixels, cells[i]);
+        }
+        for (size_t p = 0; p < pixels; ++p) {
+          uint32_t vector[kLanes];
+          for (int i = 0; i < kLanes; ++i) vector[i] = cells[i][p];
+          memcpy(y + (((begin + p) * slots + slot) * groups + group) * kVectorBytes, vector, kVectorBytes);
         }
       }
-    }
+}
+
+// The one group of `x` to its place among the groups of `y`.
+void widen(const char* x, size_t vectors, int group, int groups, char* y) {
+  for (size_t i = 0; i < vectors; ++i) memcpy(y + (i * groups + group) * kVectorBytes, x + i * kVectorBytes, kVectorBytes);
 }
 
 // One channel of one image. `pixel`: the first slot of the first group.
@@ -79,10 +98,17 @@ const Kernels& kernels(Isa isa) {
 struct Plan::Impl::Images {
   const Run& run;
   int64_t groups, chunks;
-  int chunk_groups;          // of all chunks but the last
-  std::vector<Buffer> kept;  // by value: a chunk has the size of a worker's buffer
+  int chunk_groups;                 // of all chunks but the last
+  std::vector<Buffer> narrow, wide;  // kept values
 
   int groups_of(int64_t chunk) const { return int(std::min<int64_t>(chunk_groups, groups - chunk * chunk_groups)); }
+};
+
+// The images that an operation takes at a time: one group of a chunk, or all of them.
+struct Plan::Impl::Part {
+  int64_t chunk;
+  bool narrow;
+  int group, groups;  // `groups` from `group` on
 };
 
 // How a run is shared out.
@@ -123,7 +149,8 @@ struct Plan::Impl::Worker {
 };
 
 Plan::Impl::Worker::Sizes::Sizes(const Impl& plan, const Layout& layout) {
-  for (size_t bytes : plan.buffer_bytes) buffers.push_back((bytes + kSlackBytes) * layout.chunk_groups);
+  for (const BufferSize& size : plan.buffers)
+    buffers.push_back((size.group_bytes + kSlackBytes) * (size.narrow ? 1 : layout.chunk_groups));
   for (size_t i = 0; i < plan.operations.size(); ++i) {
     const Operation& op = *plan.operations[i];
     if (op.kind != Kind::conv) continue;
@@ -144,16 +171,6 @@ Plan::Impl::Worker::Worker(const Impl& plan, const Run& run, const Layout& layou
   for (Chip& chip : chips) chip.weights = Buffer(layout.kept_bytes);
 }
 
-// As many groups of images as the tile is wide; fewer if their activations then stay in the cache.
-int Plan::Impl::chunk_groups() const {
-  size_t bytes = std::accumulate(buffer_bytes.begin(), buffer_bytes.end(), size_t(0));
-  for (const Value& v : values)
-    if (v.kept) bytes += v.group_bytes();
-  for (int groups = kChunkGroups; groups > 0; groups /= 2)
-    if (groups * bytes <= kImagesBytes) return groups;
-  return kChunkGroups;
-}
-
 // Where the packed weights of each operation lie among those that a worker keeps of a chip, and how many bytes they
 // are.
 std::vector<size_t> Plan::Impl::kept_offsets(size_t budget, size_t& bytes) const {
@@ -167,10 +184,12 @@ std::vector<size_t> Plan::Impl::kept_offsets(size_t budget, size_t& bytes) const
   return offsets;
 }
 
-char* Plan::Impl::address(int value, Worker& worker, const Images& images, int64_t chunk) const {
+char* Plan::Impl::address(int value, Worker& worker, const Images& images, const Part& part) const {
   const Value& v = values[value];
-  return v.kept ? images.kept[value].data() + chunk * images.chunk_groups * (v.group_bytes() + kSlackBytes)
-                : worker.buffers[v.buffer].data();
+  const Storage& storage = part.narrow ? v.narrow : v.wide;
+  if (!storage.kept) return worker.buffers[storage.buffer].data();
+  const int64_t group = part.chunk * images.chunk_groups + part.group;
+  return (part.narrow ? images.narrow : images.wide)[value].data() + group * (v.group_bytes() + kSlackBytes);
 }
 
 // ---- operations -----------------------------------------------------------------------------------------------------
@@ -216,57 +235,72 @@ void Plan::Impl::run_conv(Worker& worker, Chip* chip, int index, const char* x, 
 // Takes a chunk of images through the operations of a chip, or through those that are the same on all chips.
 void Plan::Impl::run_operations(Worker& worker, const Images& images, int64_t chunk, Chip* chip) const {
   const int groups = images.groups_of(chunk);
+  const Part whole{chunk, false, 0, groups};
+  for (int group = 0; group < groups; ++group) {
+    const Part part{chunk, true, group, 1};
+    for (int i = 0; i < narrow; ++i) {
+      const Value& v = values[i];
+      if (v.sampled != (chip != nullptr)) continue;
+      run_operation(worker, images, part, chip, i);
+      if (v.wide.used)
+        widen(address(i, worker, images, part), v.group_bytes() / kVectorBytes, group, groups,
+              address(i, worker, images, whole));
+    }
+  }
+  for (int i = narrow; i < int(operations.size()); ++i)
+    if (values[i].sampled == (chip != nullptr)) run_operation(worker, images, whole, chip, i);
+}
+
+void Plan::Impl::run_operation(Worker& worker, const Images& images, const Part& part, Chip* chip, int index) const {
+  const Operation& op = *operations[index];
+  const Value& out = values[index];
+  const int groups = part.groups;
   const size_t slot = size_t(groups) * kVectorBytes;
+  const size_t pixels = size_t(out.shape.height) * out.shape.width, out_pixel = out.slots * slot;
+  char* y = address(index, worker, images, part);
+  if (op.kind == Kind::input) {
+    const int64_t first = (part.chunk * images.chunk_groups + part.group) * kLanes;
+    return to_lanes(type, images.run.images, out.shape, first, images.run.count, groups, y);
+  }
+  const Value& in = values[op.inputs[0]];
+  const char* x = address(op.inputs[0], worker, images, part);
+  const size_t in_pixel = in.slots * slot;
   std::vector<ChannelRun> runs;
-  for (int index = 0; index < int(operations.size()); ++index) {
-    const Operation& op = *operations[index];
-    const Value& out = values[index];
-    if (out.sampled != (chip != nullptr)) continue;
-    char* y = address(index, worker, images, chunk);
-    const size_t pixels = size_t(out.shape.height) * out.shape.width, out_pixel = out.slots * slot;
-    if (op.kind == Kind::input) {
-      to_lanes(type, images.run.images, out.shape, chunk * images.chunk_groups * kLanes, images.run.count, groups, y);
-      continue;
+  switch (op.kind) {
+    case Kind::input: break;
+    case Kind::conv: run_conv(worker, chip, index, x, y, groups); break;
+    case Kind::pool:
+      kernels.pool({x, y, groups, out.slots, in.shape.width, out.shape.height, out.shape.width, op.rows.data(),
+                    op.cols.data(), op.average, op.divisor});
+      break;
+    case Kind::pointwise: {
+      const char* b = op.inputs.size() > 1 ? address(op.inputs[1], worker, images, part) : nullptr;
+      kernels.pointwise({x, b, y, groups, out.slots, int(pixels), op.pointwise.view()});
+      break;
     }
-    const Value& in = values[op.inputs[0]];
-    const char* x = address(op.inputs[0], worker, images, chunk);
-    const size_t in_pixel = in.slots * slot;
-    switch (op.kind) {
-      case Kind::input: break;
-      case Kind::conv: run_conv(worker, chip, index, x, y, groups); break;
-      case Kind::pool:
-        kernels.pool({x, y, groups, out.slots, in.shape.width, out.shape.height, out.shape.width, op.rows.data(),
-                      op.cols.data(), op.average, op.divisor});
-        break;
-      case Kind::pointwise: {
-        const char* b = op.inputs.size() > 1 ? address(op.inputs[1], worker, images, chunk) : nullptr;
-        kernels.pointwise({x, b, y, groups, out.slots, int(pixels), op.pointwise.view()});
-        break;
+    case Kind::flatten: kernels.flatten({x, y, groups, in.shape.channels, in.shape.height * in.shape.width}); break;
+    case Kind::concat:
+      for (size_t p = 0; p < pixels; ++p) {
+        runs.clear();
+        for (int input : op.inputs)
+          runs.push_back(
+              {address(input, worker, images, part) + p * values[input].slots * slot, 0, values[input].shape.channels});
+        kernels.assemble({y + p * out_pixel, runs.data(), int(runs.size()), groups});
       }
-      case Kind::flatten: kernels.flatten({x, y, groups, in.shape.channels, in.shape.height * in.shape.width}); break;
-      case Kind::concat:
-        for (size_t p = 0; p < pixels; ++p) {
-          runs.clear();
-          for (int part : op.inputs)
-            runs.push_back(
-                {address(part, worker, images, chunk) + p * values[part].slots * slot, 0, values[part].shape.channels});
-          kernels.assemble({y + p * out_pixel, runs.data(), int(runs.size()), groups});
+      break;
+    case Kind::unfold:
+      for (size_t p = 0; p < pixels; ++p) {
+        const Taps& taps = op.cols[p % out.shape.width];
+        const char* row = x + p / out.shape.width * in.shape.width * in_pixel;
+        runs.clear();
+        for (int kx = 0; kx < op.kernel_w; ++kx) {
+          const bool inside = taps.first <= kx && kx < taps.last;
+          const int col = taps.start + (kx - taps.first) * op.dilation_w;
+          runs.push_back({inside ? row + col * in_pixel : nullptr, 0, in.shape.channels});
         }
-        break;
-      case Kind::unfold:
-        for (size_t p = 0; p < pixels; ++p) {
-          const Taps& taps = op.cols[p % out.shape.width];
-          const char* row = x + p / out.shape.width * in.shape.width * in_pixel;
-          runs.clear();
-          for (int kx = 0; kx < op.kernel_w; ++kx) {
-            const bool inside = taps.first <= kx && kx < taps.last;
-            const int col = taps.start + (kx - taps.first) * op.dilation_w;
-            runs.push_back({inside ? row + col * in_pixel : nullptr, 0, in.shape.channels});
-          }
-          kernels.assemble({y + p * out_pixel, runs.data(), int(runs.size()), groups});
-        }
-        break;
-    }
+        kernels.assemble({y + p * out_pixel, runs.data(), int(runs.size()), groups});
+      }
+      break;
   }
 }
 
@@ -277,7 +311,7 @@ int64_t Plan::Impl::collect(Worker& worker, const Images& images, int64_t chunk,
   const Type stored = v.float_out ? Type::float32 : type;
   const int groups = images.groups_of(chunk);
   const int64_t first = chunk * images.chunk_groups * kLanes, pixels = int64_t(v.shape.height) * v.shape.width;
-  const char* y = address(output, worker, images, chunk);
+  const char* y = address(output, worker, images, {chunk, false, 0, groups});
   int64_t correct = 0;
   for (int64_t i = 0; i < std::min<int64_t>(run.count - first, groups * kLanes); ++i) {
     if (run.outputs) {
@@ -339,7 +373,7 @@ Plan::Impl::Layout Plan::Impl::layout(const Run& run) const {
   if (run.count < 1 || run.samples.empty() || run.threads < 1 || run.chunk_groups < 0)
     fail("run: images, samples and threads are at least 1, chunk_groups at least 0");
   Layout l = {};
-  l.chunk_groups = run.chunk_groups ? run.chunk_groups : chunk_groups();
+  l.chunk_groups = run.chunk_groups ? run.chunk_groups : kChunkGroups;
   l.groups = (run.count + kLanes - 1) / kLanes;
   l.chunks = (l.groups + l.chunk_groups - 1) / l.chunk_groups;
   const int64_t samples = int64_t(run.samples.size());
@@ -347,7 +381,9 @@ Plan::Impl::Layout Plan::Impl::layout(const Run& run) const {
   l.threads = std::min<int64_t>(run.threads, std::max(l.chunks, samples * l.parts));
   l.kept_offset = kept_offsets(run.keep_bytes, l.kept_bytes);
   const int64_t fitting = l.kept_bytes ? std::max<int64_t>(1, int64_t(kChipsBytes / l.kept_bytes)) : 1;
-  l.together = std::min(fitting, (samples + l.threads - 1) / l.threads);
+  // Every worker takes as many turns as the others.
+  const int64_t turns = (samples + l.threads * fitting - 1) / (l.threads * fitting);
+  l.together = (samples + l.threads * turns - 1) / (l.threads * turns);
   return l;
 }
 
@@ -357,8 +393,7 @@ size_t Plan::bytes(const Run& run) const {
   size_t worker = sizes.block + sizes.scratch + layout.together * layout.kept_bytes;
   worker = std::accumulate(sizes.buffers.begin(), sizes.buffers.end(), worker);
   size_t bytes = layout.threads * worker;
-  for (const Value& v : impl_->values)
-    if (v.kept) bytes += layout.value_bytes(v);
+  for (const Value& v : impl_->values) bytes += (v.narrow.kept + v.wide.kept) * layout.value_bytes(v);
   return bytes;
 }
 
@@ -370,8 +405,11 @@ void Plan::run(const Run& run) const {
     fail("run: images are missing, or one of labels and correct is");
   if (run.correct && (out.shape.height != 1 || out.shape.width != 1)) fail("run: the output is no vector of classes");
 
-  Impl::Images images{run, layout.groups, layout.chunks, layout.chunk_groups, {}};
-  for (const Value& v : plan.values) images.kept.emplace_back(v.kept ? layout.value_bytes(v) : 0);
+  Impl::Images images{run, layout.groups, layout.chunks, layout.chunk_groups, {}, {}};
+  for (const Value& v : plan.values) {
+    images.narrow.emplace_back(v.narrow.kept ? layout.value_bytes(v) : 0);
+    images.wide.emplace_back(v.wide.kept ? layout.value_bytes(v) : 0);
+  }
   std::vector<std::unique_ptr<Impl::Worker>> workers;
   for (int64_t i = 0; i < layout.threads; ++i) workers.push_back(std::make_unique<Impl::Worker>(plan, run, layout));
 

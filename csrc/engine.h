@@ -7,8 +7,9 @@
 //
 // An operation is *sampled* if it carries noise or follows one that does. All others are the same on every chip and run
 // once, before the first chip. Then a thread takes one chip sample after the other, packs the noisy weights of a layer
-// when it first needs them, and takes the images through in chunks. The packed weights of a chip are kept from chunk to
-// chunk as long as there is room for them; others are drawn again for each chunk.
+// when it first needs them, and takes the images through in chunks; while maps are wide, one group of 16 images of a
+// chunk after the other. The packed weights of a chip are kept from chunk to chunk as long as there is room for them;
+// others are drawn again for each chunk.
 //
 // bfloat16: weights and activations are rounded to it, sums and the output of the last layer are float32.
 #pragma once

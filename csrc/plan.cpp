@@ -122,7 +122,7 @@ int Plan::Impl::append(std::unique_ptr<Operation> op, Shape shape) {
   result.sampled = op->noise.has_value();
   for (int input : op->inputs) {
     result.sampled |= values[input].sampled;
-    values[input].last_use = int(operations.size());
+    values[input].read = true;
   }
   values.push_back(result);
   operations.push_back(std::move(op));
@@ -317,41 +317,79 @@ void Plan::finish(int output) {
   impl_->plan_memory();
 }
 
-// Values share a worker's buffers: a buffer is free again behind the last operation that reads its value.
+// Four neighbouring pixels of one group of images fill a register tile as well as one pixel of four groups does. Where
+// maps are wide, a group at a time is better, since its activations stay in the cache; where they are small, most pixels
+// lie at a border and see taps of their own. So the operations in front of the first convolution on a small map are
+// narrow. (AMX has no tiles of several pixels.)
+int Plan::Impl::narrow_operations() const {
+  if (kernels.panel_width > kPanelOutputs) return 0;
+  for (size_t i = 0; i < operations.size(); ++i) {
+    const Operation& op = *operations[i];
+    if (op.kind != Kind::conv) continue;
+    const auto whole = [&](const Taps& taps) { return taps.last - taps.first == op.shape.kernel_w; };
+    const auto inside = std::count_if(op.cols.begin(), op.cols.end(), whole);
+    if (inside < 4 || 5 * inside < 4 * op.shape.out_w) return int(i);
+  }
+  return int(operations.size());
+}
+
+// Values share a worker's buffers: a buffer is free again behind the last operation that reads its value. A narrow
+// operation's result that others read has a second storage, to which it is copied group by group.
 void Plan::Impl::plan_memory() {
   Value& result = values[output];
-  if (operations[output]->kind == Kind::conv && result.last_use < 0) {
+  if (operations[output]->kind == Kind::conv && !result.read) {
     result.float_out = true;
     result.slots = result.shape.channels;
   }
-  result.last_use = int(operations.size());
-  result.kept = !result.sampled;
-  for (size_t i = 0; i < operations.size(); ++i)
-    for (int input : operations[i]->inputs)
-      if (values[i].sampled && !values[input].sampled) values[input].kept = true;
-
-  std::vector<int> free;
-  for (int i = 0; i < int(operations.size()); ++i) {
-    Value& made = values[i];
-    if (!made.kept) {
-      const size_t bytes = made.group_bytes();
-      // The free buffer that has to grow least, and of those the smallest.
-      const auto best = std::min_element(free.begin(), free.end(), [&](int a, int b) {
-        const size_t x = buffer_bytes[a], y = buffer_bytes[b];
-        return std::make_pair(std::max(x, bytes) - x, x) < std::make_pair(std::max(y, bytes) - y, y);
-      });
-      if (best == free.end()) {
-        made.buffer = int(buffer_bytes.size());
-        buffer_bytes.push_back(bytes);
-      } else {
-        made.buffer = *best;
-        buffer_bytes[*best] = std::max(buffer_bytes[*best], bytes);
-        free.erase(best);
-      }
+  const int count = int(operations.size());
+  narrow = narrow_operations();
+  std::vector<int> narrow_end(count), wide_end(count);  // behind which operation the storage is free
+  for (int i = 0; i < count; ++i) {
+    const bool is_narrow = i < narrow;
+    narrow_end[i] = wide_end[i] = i;
+    (is_narrow ? values[i].narrow : values[i].wide).used = true;
+    for (int input : operations[i]->inputs) {
+      Storage& storage = is_narrow ? values[input].narrow : values[input].wide;
+      storage.used = true;
+      storage.kept |= values[i].sampled && !values[input].sampled;
+      (is_narrow ? narrow_end : wide_end)[input] = i;
     }
+  }
+  result.wide.used = true;
+  result.wide.kept = !result.sampled;
+  wide_end[output] = count;
+
+  std::vector<int> free[2];
+  const auto take = [&](Value& value, bool is_narrow) {
+    Storage& storage = is_narrow ? value.narrow : value.wide;
+    if (!storage.used || storage.kept) return;
+    const size_t bytes = value.group_bytes();
+    // The free buffer that has to grow least, and of those the smallest.
+    auto& unused = free[is_narrow];
+    const auto best = std::min_element(unused.begin(), unused.end(), [&](int a, int b) {
+      const size_t x = buffers[a].group_bytes, y = buffers[b].group_bytes;
+      return std::make_pair(std::max(x, bytes) - x, x) < std::make_pair(std::max(y, bytes) - y, y);
+    });
+    if (best == unused.end()) {
+      storage.buffer = int(buffers.size());
+      buffers.push_back({bytes, is_narrow});
+    } else {
+      storage.buffer = *best;
+      buffers[*best].group_bytes = std::max(buffers[*best].group_bytes, bytes);
+      unused.erase(best);
+    }
+  };
+  for (int i = 0; i < narrow; ++i) {
+    take(values[i], true);
     for (int v = 0; v <= i; ++v)
-      if (values[v].buffer >= 0 && (values[v].last_use == i || (v == i && values[v].last_use < 0)))
-        free.push_back(values[v].buffer);
+      if (values[v].narrow.buffer >= 0 && narrow_end[v] == i) free[true].push_back(values[v].narrow.buffer);
+  }
+  // The copies are made before the first wide operation runs.
+  for (int i = 0; i < narrow; ++i) take(values[i], false);
+  for (int i = narrow; i < count; ++i) {
+    take(values[i], false);
+    for (int v = 0; v <= i; ++v)
+      if (values[v].wide.buffer >= 0 && wide_end[v] == i) free[false].push_back(values[v].wide.buffer);
   }
 }
 

@@ -25,14 +25,19 @@ class Buffer {
 
 int slots_of(Type type, int channels);
 
+struct Storage {
+  bool used = false;
+  bool kept = false;  // not sampled, but read by a sampled operation: for all images
+  int buffer = -1;    // of a worker, unless kept
+};
+
 struct Value {
   Shape shape;
   int slots;
   bool sampled = false;
   bool float_out = false;  // stored as float32 in a bfloat16 plan: the output of the last layer
-  bool kept = false;       // not sampled, but read by a sampled operation: stored for all images
-  int last_use = -1;       // the last operation that reads it
-  int buffer = -1;         // of a worker, unless kept
+  bool read = false;
+  Storage narrow, wide;  // for one group of images; for all groups of a chunk
 
   size_t group_bytes() const { return size_t(shape.height) * shape.width * slots * kVectorBytes; }
 };
@@ -76,9 +81,15 @@ struct Plan::Impl {
   Type type;
   const TypeKernels& kernels;
   std::vector<std::unique_ptr<Operation>> operations;
-  std::vector<Value> values;         // values[i] is what operations[i] makes
-  std::vector<size_t> buffer_bytes;  // of a worker's buffers, for one group of images
-  int output = -1;                   // known when finished
+  std::vector<Value> values;  // values[i] is what operations[i] makes
+  int output = -1;            // known when finished
+  int narrow = 0;             // operations in front of it take one group of images at a time, all others a chunk
+
+  struct BufferSize {
+    size_t group_bytes;
+    bool narrow;
+  };
+  std::vector<BufferSize> buffers;  // of a worker
 
   Impl(Type type, const TypeKernels& kernels) : type(type), kernels(kernels) {}
   const Value& value(int number) const;
@@ -86,17 +97,19 @@ struct Plan::Impl {
   int pool(const char* name, int x, const Window& window, bool average);
   int pointwise(std::vector<int> inputs, const Pointwise& pointwise);
   int unfold(int x, const Conv& conv, int out_w);
+  int narrow_operations() const;
   void plan_memory();
 
   struct Images;
+  struct Part;
   struct Chip;
   struct Worker;
   struct Layout;
   Layout layout(const Run& run) const;
-  int chunk_groups() const;
   std::vector<size_t> kept_offsets(size_t budget, size_t& bytes) const;
-  char* address(int value, Worker& worker, const Images& images, int64_t chunk) const;
+  char* address(int value, Worker& worker, const Images& images, const Part& part) const;
   void run_operations(Worker& worker, const Images& images, int64_t chunk, Chip* chip) const;
+  void run_operation(Worker& worker, const Images& images, const Part& part, Chip* chip, int index) const;
   void run_conv(Worker& worker, Chip* chip, int index, const char* x, char* y, int groups) const;
   int64_t collect(Worker& worker, const Images& images, int64_t chunk, int64_t sample) const;
 };

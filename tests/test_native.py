@@ -124,6 +124,13 @@ def test_noisy_weight_of_other_layers(isa: str, shape: tuple[int, ...]) -> None:
     assert torch.equal(native.noisy_weight(weight, 5, 6, 7, 0.5, dtype=torch.bfloat16), expected.bfloat16())
 
 
+def test_bfloat16_results_below_the_normal_numbers_are_zero(isa: str) -> None:
+    weight = torch.tensor([[1e-39, -1.1e-38, 0.0, 1.2e-38, -1.2e-38, 1e-42, -1.0]])
+    expected = torch.tensor([[0.0, -0.0, 0.0, 1.2e-38, -1.2e-38, 0.0, -1.0]]).bfloat16()
+    got = native.noisy_weight(weight, 1, 2, 3, 0.0, dtype=torch.bfloat16)
+    assert torch.equal(got.view(torch.int16), expected.view(torch.int16))
+
+
 def test_strided_weights_are_taken_as_they_look(isa: str) -> None:
     whole = torch.randn(12, 10, 3, 3, generator=torch.Generator().manual_seed(0))
     for weight in (whole[::2, 1::3], whole[:, :, 0, 0].t(), whole.transpose(2, 3), whole[:1].expand(4, -1, -1, -1)):
