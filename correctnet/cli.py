@@ -288,12 +288,30 @@ def sweep(settings: Settings, runtime: Runtime, pretrained: Path, suppressed: Pa
 @suppressed_option
 @click.option("--candidates", type=PATH, required=True, help="candidates.json of `sweep`.")
 @click.option("--limit", type=float, default=0.03, show_default=True, help="Overhead allowed, a fraction.")
+@click.option("--known", type=PATH, multiple=True, help="A state that --state has scored; may be repeated.")
+@click.option(
+    "--state",
+    type=click.IntRange(0),
+    help="Score only this one (from 0) of the states that the search needs next; --out is a JSON file for it.",
+)
 @out_option
-def search(settings: Settings, runtime: Runtime, suppressed: Path, candidates: Path, limit: float, out: Path) -> None:
+def search(
+    settings: Settings,
+    runtime: Runtime,
+    suppressed: Path,
+    candidates: Path,
+    limit: float,
+    known: tuple[Path, ...],
+    state: int | None,
+    out: Path,
+) -> None:
     """Search where to compensate and with how many filters, within one overhead limit."""
     from correctnet import stages
 
-    stages.search(settings, suppressed, candidates, limit, out, runtime)
+    if state is None:
+        stages.search(settings, suppressed, candidates, limit, out, runtime, known)
+    else:
+        stages.search_state(settings, suppressed, candidates, limit, known, state, out, runtime)
 
 
 @main.command()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -160,6 +161,9 @@ class Search(Section):
     """updates of the policy, at most"""
     rollouts: int = Field(4, ge=1)
     """states drawn an episode"""
+    population: int | None = Field(None, ge=1)
+    """new states an episode: it goes on drawing until it has so many. The workflow then trains each in a job of its
+    own, so that a cluster works on a population at a time. Empty: as many as the rollouts hold, all in one job"""
     learning_rate: float = Field(0.02, gt=0)
     """of the policy (Adam)"""
     entropy: float = Field(0.01, ge=0)
@@ -190,6 +194,11 @@ class Search(Section):
         if 0.0 not in value or max(value) <= 0:
             raise ValueError("ratios need 0 (no compensation) and a positive value")
         return value
+
+
+def search_rounds(search: Any) -> int:
+    """How many populations a search trains, at most, behind the state without compensation; 0 without populations."""
+    return math.ceil((search.evaluations - 1) / search.population) if search.population else 0
 
 
 class MonteCarlo(Section):

@@ -10,13 +10,14 @@ sequences whose reward is above a moving average of the rewards:
     grad J = E[ (R - baseline) grad log pi(A_1..A_n) ] + entropy_weight * grad H(pi)
 
 The whole search is a function of its seed and of the accuracies: to resume it is to replay it, with the accuracies of
-the states that were explored before taken from the log.
+the states that were explored before taken from the log. So its states can be trained elsewhere, too, a population at a
+time: whoever replays the search finds out which states come next (`Pending`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from correctnet import storage
+from correctnet.config import search_rounds
 from correctnet.errors import UserError, one_line
 
 Filters = tuple[int, ...]
@@ -43,14 +45,15 @@ class Problem:
         ratios: the values that S_i may take, 0 among them.
         limit: the overhead allowed, a fraction.
         overhead: of a state, given the generator filters of each candidate.
-        score: trains and evaluates a state: (mean, standard deviation) of its accuracy. The expensive part.
+        score: trains and evaluates a state: (mean, standard deviation) of its accuracy. The expensive part; None where
+            others do it.
     """
 
     widths: tuple[int, ...]
     ratios: tuple[float, ...]
     limit: float
     overhead: Callable[[Filters], float]
-    score: Callable[[Filters], tuple[float, float]]
+    score: Callable[[Filters], tuple[float, float]] | None
 
     def filters(self, actions: Sequence[int]) -> Filters:
         """The generator filters of each candidate: m_i = round(S_i n_i), at least 1 for S_i > 0."""
@@ -101,20 +104,44 @@ def reward(mean: float | None, std: float | None, overhead: float, limit: float)
     return mean - std - overhead
 
 
-class Log:
-    """Every explored state, rewritten as a CSV (atomically) after each; what an earlier run left there is reused."""
+class Pending(Exception):
+    """A search cannot go on before others have trained `states`."""
 
-    def __init__(self, problem: Problem, path: Path | None = None):
+    def __init__(self, states: Sequence[Filters]):
+        super().__init__(f"{len(states)} states have to be trained first")
+        self.states = tuple(states)
+
+
+class Log:
+    """Every explored state, rewritten as a CSV (atomically) after each; what an earlier run left there is reused.
+
+    `known`: states that were scored elsewhere.
+    """
+
+    def __init__(self, problem: Problem, path: Path | None = None, known: Iterable[Explored] = ()):
         self.problem, self.path = problem, path
         self.states: dict[Filters, Explored] = {}
-        self.known: dict[Filters, Explored] = {}
+        self.known = {s.filters: s for s in known}
         if path is not None and path.exists():
-            self.known = {s.filters: s for s in read_log(path)}
+            self.known |= {s.filters: s for s in read_log(path)}
 
     @property
     def evaluations(self) -> int:
         """States that were trained and evaluated."""
         return sum(s.mean is not None for s in self.states.values())
+
+    def new(self, states: Iterable[Filters]) -> list[Filters]:
+        """Those within the limit that were not explored, each once."""
+        limit = self.problem.limit
+        return [f for f in dict.fromkeys(states) if f not in self.states and self.problem.overhead(f) <= limit]
+
+    def explore_all(self, states: Sequence[Filters], episode: int) -> None:
+        """Explore states that are new. Raises Pending where others have to train some of them first."""
+        missing = [f for f in states if f not in self.known]
+        if missing and self.problem.score is None:
+            raise Pending(missing)
+        for filters in states:
+            self.explore(filters, episode)
 
     def explore(self, filters: Filters, episode: int) -> Explored:
         """The state's accuracy and reward, from memory, from an earlier run's log, or by training it."""
@@ -128,6 +155,8 @@ class Log:
             mean, std, seconds = self.known[filters].mean, self.known[filters].std, self.known[filters].seconds
         else:
             if fits:
+                if self.problem.score is None:
+                    raise Pending([filters])
                 mean, std = self.problem.score(filters)
             seconds = round(time.monotonic() - began, 3)
         value = reward(mean, std, overhead, self.problem.limit)
@@ -198,11 +227,34 @@ class Policy(nn.Module):
         return torch.cat(drawn, dim=1), logs, entropy
 
 
+def _draw(
+    problem: Problem, policy: Policy, offered: Tensor, generator: torch.Generator, settings: Any, log: Log
+) -> tuple[list[Filters], Tensor, Tensor]:
+    """The states of an episode, their sequences' log-probabilities and entropies.
+
+    `rollouts` sequences; with a population as many times that as hold so many new states, at most fifty times. New
+    states beyond the population are left out.
+    """
+    drawn = [policy(offered, generator, settings.rollouts)]
+
+    def states() -> list[Filters]:
+        return [problem.filters(sequence) for actions, _, _ in drawn for sequence in actions.tolist()]
+
+    if settings.population:
+        while len(log.new(states())) < settings.population and len(drawn) < 50:
+            drawn.append(policy(offered, generator, settings.rollouts))
+    found = states()
+    surplus = set(log.new(found)[settings.population :]) if settings.population else set()
+    kept = [i for i, filters in enumerate(found) if filters not in surplus]
+    _, logs, entropy = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    return [found[i] for i in kept], logs[kept], entropy[kept]
+
+
 def reinforce(problem: Problem, settings: Any, seed: int, log: Log) -> Iterator[int]:
     """REINFORCE until `settings.evaluations` states are trained or `settings.episodes` episodes are over.
 
-    An episode draws `rollouts` sequences from the policy, looks up or trains their states, and makes one step of
-    Adam. Yields the number of evaluations after each episode.
+    An episode draws sequences from the policy, looks up or trains their states, and makes one step of Adam. Yields the
+    number of evaluations after each episode.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -211,16 +263,17 @@ def reinforce(problem: Problem, settings: Any, seed: int, log: Log) -> Iterator[
     optimizer = torch.optim.Adam(policy.parameters(), lr=settings.learning_rate)
     offered = problem.offered()
     baseline: float | None = None
+    trained = 0  # populations
     for episode in range(1, settings.episodes + 1):
-        actions, logs, entropy = policy(offered, generator, settings.rollouts)
-        rewards = []
-        for sequence in actions.tolist():
-            filters = problem.filters(sequence)
-            spent = log.evaluations >= settings.evaluations
-            if spent and filters not in log.states and problem.overhead(filters) <= problem.limit:
-                return  # it would have to be trained
-            rewards.append(log.explore(filters, episode).reward)
-        r = torch.tensor(rewards)
+        states, logs, entropy = _draw(problem, policy, offered, generator, settings, log)
+        new, left = log.new(states), settings.evaluations - log.evaluations
+        trained += bool(new)
+        if settings.population and trained > search_rounds(settings):
+            return
+        log.explore_all(new[:left], episode)
+        if len(new) > left:
+            return
+        r = torch.tensor([log.explore(filters, episode).reward for filters in states])
         baseline = r.mean().item() if baseline is None else baseline
         loss = -((r - baseline) * logs).mean() - settings.entropy * entropy.mean()
         optimizer.zero_grad()
@@ -237,16 +290,25 @@ def random_search(problem: Problem, settings: Any, seed: int, log: Log) -> Itera
     misses = 0
     # States that repeat or do not fit cost nothing; a thousand in a row and hardly any can be left.
     while log.evaluations < settings.evaluations and misses < 1000:
-        filters = problem.filters([int(rng.choice(choices)) for choices in offered])
-        if filters in log.states or problem.overhead(filters) > problem.limit:
-            misses += 1
-            continue
-        misses = 0
-        log.explore(filters, log.evaluations + 1)
+        together = min(settings.population or 1, settings.evaluations - log.evaluations)
+        states: list[Filters] = []
+        while len(states) < together and misses < 1000:
+            filters = problem.filters([int(rng.choice(choices)) for choices in offered])
+            fresh = filters not in states and log.new([filters])
+            misses = 0 if fresh else misses + 1
+            states += [filters] if fresh else []
+        log.explore_all(states, log.evaluations + 1)
         yield log.evaluations
 
 
-def search(problem: Problem, settings: Any, seed: int, log_path: Path | None = None, progress: bool = True) -> Log:
+def search(
+    problem: Problem,
+    settings: Any,
+    seed: int,
+    log_path: Path | None = None,
+    progress: bool = True,
+    known: Iterable[Explored] = (),
+) -> Log:
     """Explore states and give the log of all of them; `.best()` is the result.
 
     The state without compensation is always explored first: it is the least that a compensator must beat.
@@ -257,8 +319,12 @@ def search(problem: Problem, settings: Any, seed: int, log_path: Path | None = N
         seed: of the policy and its draws.
         log_path: CSV to write as the search goes; if it exists, the search is resumed from it.
         progress: show a progress bar.
+        known: states that were scored elsewhere.
+
+    Raises:
+        Pending: `problem.score` is None, and a state is needed that is not known.
     """
-    log = Log(problem, log_path)
+    log = Log(problem, log_path, known)
     log.explore((0,) * len(problem.widths), 0)
     strategy = {"reinforce": reinforce, "random": random_search}[settings.strategy]
     with tqdm(total=settings.evaluations, desc="search", unit="state", disable=not progress) as bar:

@@ -12,8 +12,9 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +31,7 @@ from correctnet.analog import analog_candidates, analog_layers, check_coverage, 
 from correctnet.config import Settings, Stage
 from correctnet.data import DataSet
 from correctnet.engine import MEMORY, describe
-from correctnet.errors import UserError
+from correctnet.errors import UserError, one_line
 from correctnet.montecarlo import clean_accuracy, evaluate
 from correctnet.results import Result, record
 from correctnet.training import Checkpoint, Hooks, fit
@@ -183,19 +184,23 @@ def sweep(settings: Settings, pretrained: Path, suppressed: Path, out: Path, run
 
 
 def search(
-    settings: Settings, suppressed: Path, candidates: Path, limit: float, out: Path, runtime: Runtime
+    settings: Settings,
+    suppressed: Path,
+    candidates: Path,
+    limit: float,
+    out: Path,
+    runtime: Runtime,
+    known: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Search the states within one overhead limit. Writes out/log.csv (as it goes) and out/best.json, and gives it.
 
-    With `strategy: all` nothing is searched: every candidate gets S = 1, whatever that costs.
+    With `strategy: all` nothing is searched: every candidate gets S = 1, whatever that costs. `known`: states that
+    `search_state` has scored.
     """
     s = settings.of("search")
-    if not 0 < limit <= 1:
-        raise UserError(f"search: --limit is a fraction above 0 and at most 1, not {limit}")
-    model, _ = read_network(suppressed, runtime.device)
-    layers = dict(analog_candidates(model))
-    names = _candidate_names(candidates, layers)
     if s.search.strategy == "all":
+        model, _ = read_network(suppressed, runtime.device)
+        names = _candidate_names(candidates, dict(analog_candidates(model)))
         filters = compensation.filters_of(model, [1.0] * len(names))
         best = {"strategy": "all", "limit": None, "filters": filters}
         best |= {"overhead": compensation.overhead(model, filters), "mean": None, "std": None, "evaluations": 0}
@@ -203,16 +208,72 @@ def search(
         storage.write_csv(out / "log.csv", pd.DataFrame(columns=searching.COLUMNS))
         return best
 
+    problem, names = _search_problem(settings, suppressed, candidates, limit, runtime)
+    log_path = None
+    if runtime.work:
+        # A log of other settings or inputs has another name, and is not resumed from.
+        weights, _ = storage.model_files(suppressed)
+        identity = f"{settings.canonical('search')} {limit} {storage.sha256(weights)} {storage.sha256(candidates)}"
+        log_path = _resumable(runtime.work, "search", identity)
+    log = searching.search(problem, s.search, s.seed, log_path, not runtime.quiet, _read_states(known))
+    log.write(out / "log.csv")
+    chosen = log.best()
+    best = {"strategy": s.search.strategy, "limit": limit, "filters": _named(names, chosen.filters)}
+    best |= {"overhead": chosen.overhead, "mean": chosen.mean, "std": chosen.std, "evaluations": log.evaluations}
+    storage.write_json(out / "best.json", best)
+    if log_path:
+        _discard(log_path)
+    return best
+
+
+def search_state(
+    settings: Settings,
+    suppressed: Path,
+    candidates: Path,
+    limit: float,
+    known: Sequence[Path],
+    slot: int,
+    out: Path,
+    runtime: Runtime,
+) -> None:
+    """Score one state of a population, so that several jobs can work at a search. Writes it to `out`, a JSON file.
+
+    The search is replayed with the states that are `known` to the point where it needs more; of those this one is
+    number `slot`. Where there are not so many, or the search is over, the file says `null`.
+    """
+    s = settings.of("search")
+    problem, _ = _search_problem(settings, suppressed, candidates, limit, runtime)
+    try:
+        searching.search(replace(problem, score=None), s.search, s.seed, None, False, _read_states(known))
+        waiting: tuple[searching.Filters, ...] = ()
+    except searching.Pending as pending:
+        waiting = pending.states
+    if slot >= len(waiting):
+        storage.write_json(out, None)
+        return
+    began = time.monotonic()
+    mean, std = problem.score(waiting[slot])
+    seconds = round(time.monotonic() - began, 3)
+    storage.write_json(out, {"filters": waiting[slot], "mean": mean, "std": std, "seconds": seconds})
+
+
+def _search_problem(
+    settings: Settings, suppressed: Path, candidates: Path, limit: float, runtime: Runtime
+) -> tuple[searching.Problem, list[str]]:
+    """What is searched within one overhead limit, and the names of the candidate layers."""
+    s = settings.of("search")
+    if not 0 < limit <= 1:
+        raise UserError(f"search: --limit is a fraction above 0 and at most 1, not {limit}")
+    model, _ = read_network(suppressed, runtime.device)
+    layers = dict(analog_candidates(model))
+    names = _candidate_names(candidates, layers)
     data = runtime.load(s)
     train, images = data.train.take(s.search.train_images), data.validation.take(s.search.images)
     section = SimpleNamespace(**{**vars(s.compensate), "epochs": s.search.train_epochs})
     device = variation.make(s.variation)
 
-    def named(filters: searching.Filters) -> dict[str, int]:
-        return {name: m for name, m in zip(names, filters, strict=True) if m}
-
     def score(filters: searching.Filters) -> tuple[float, float]:
-        analog, _, hooks = compensation.prepare(model, named(filters), section, device, s.seed)
+        analog, _, hooks = compensation.prepare(model, _named(names, filters), section, device, s.seed)
         parameters = compensation.compensation_parameters(analog)
         if parameters:
             hooks.augment = s.data.augment
@@ -233,24 +294,32 @@ def search(
         widths=tuple(layers[name].weight.shape[0] for name in names),
         ratios=s.search.ratios,
         limit=limit,
-        overhead=lambda filters: compensation.overhead(model, named(filters)),
+        overhead=lambda filters: compensation.overhead(model, _named(names, filters)),
         score=score,
     )
-    log_path = None
-    if runtime.work:
-        # A log of other settings or inputs has another name, and is not resumed from.
-        weights, _ = storage.model_files(suppressed)
-        identity = f"{settings.canonical('search')} {limit} {storage.sha256(weights)} {storage.sha256(candidates)}"
-        log_path = _resumable(runtime.work, "search", identity)
-    log = searching.search(problem, s.search, s.seed, log_path, progress=not runtime.quiet)
-    log.write(out / "log.csv")
-    chosen = log.best()
-    best = {"strategy": s.search.strategy, "limit": limit, "filters": named(chosen.filters)}
-    best |= {"overhead": chosen.overhead, "mean": chosen.mean, "std": chosen.std, "evaluations": log.evaluations}
-    storage.write_json(out / "best.json", best)
-    if log_path:
-        _discard(log_path)
-    return best
+    return problem, names
+
+
+def _named(names: Sequence[str], filters: searching.Filters) -> dict[str, int]:
+    """The generator filters of the layers that are compensated, by name."""
+    return {name: m for name, m in zip(names, filters, strict=True) if m}
+
+
+def _read_states(paths: Sequence[Path]) -> list[searching.Explored]:
+    """The states that `search_state` scored; files that say `null` hold none."""
+    states = []
+    for path in paths:
+        found = storage.read_json(path)
+        if found is None:
+            continue
+        try:
+            filters, mean, std, seconds = (found[key] for key in ("filters", "mean", "std", "seconds"))
+            states.append(searching.Explored(0, 0, tuple(map(int, filters)), 0.0, mean, std, 0.0, seconds))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{path}: no state of a search ({one_line(error)}); delete it to have it made again"
+            ) from error
+    return states
 
 
 def _candidate_names(path: Path, layers: dict[str, nn.Module]) -> list[str]:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from correctnet import search as searching
-from correctnet.config import Search
+from correctnet.config import Search, search_rounds
 from correctnet.errors import UserError
-from correctnet.search import Log, Policy, Problem, read_log, reward, search
+from correctnet.search import Explored, Log, Pending, Policy, Problem, read_log, reward, search
 
 WIDTHS = (64, 64, 128, 128, 256, 256)
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -132,6 +133,38 @@ def test_a_killed_search_resumes_from_its_log(tmp_path, strategy, after):
     columns = [c for c in searching.COLUMNS if c != "seconds"]
     logs = [pd.read_csv(tmp_path / name)[columns] for name in ("log.csv", "whole.csv")]
     pd.testing.assert_frame_equal(*logs)
+
+
+@pytest.mark.parametrize("strategy", ["reinforce", "random"])
+@pytest.mark.parametrize("population", [1, 3, 5])
+def test_a_search_in_populations_is_the_same_whoever_trains_them(strategy, population):
+    wanted = settings(strategy=strategy, evaluations=14, population=population)
+    alone = search(synthetic(), wanted, 7, progress=False)
+    assert alone.evaluations == 14
+
+    problem, known, populations = synthetic(), [], []
+    while True:
+        try:
+            log = search(replace(problem, score=None), wanted, 7, progress=False, known=known)
+        except Pending as pending:
+            populations.append(len(pending.states))
+            known += [Explored(0, 0, f, 0.0, *problem.score(f), 0.0, 0.0) for f in pending.states]
+        else:
+            break
+    columns = [c for c in searching.COLUMNS if c != "seconds"]
+    tables = [pd.DataFrame([s.row(WIDTHS) for s in found.states.values()])[columns] for found in (log, alone)]
+    pd.testing.assert_frame_equal(*tables)
+    first, *others = populations
+    assert first == 1, "the state without compensation"
+    assert len(others) == search_rounds(wanted) == -(-13 // population)
+    assert all(n == population for n in others[:-1])
+
+
+def test_a_population_larger_than_what_fits_ends_with_what_there_is():
+    problem = Problem((2, 2), (0.0, 0.5), 1.0, lambda f: sum(f) / 100, lambda f: (0.5, 0.0))
+    for strategy in ("reinforce", "random"):
+        log = search(problem, settings(strategy=strategy, evaluations=50, population=8), 0, progress=False)
+        assert log.evaluations == 4
 
 
 def test_log_columns(tmp_path):

@@ -174,6 +174,30 @@ def test_one_changed_key_reruns_exactly_what_reads_it(changed, key, value, expec
     assert changed(key, value) == expected
 
 
+def test_a_search_spread_over_jobs_is_the_search_of_one_job(folder, tmp_path):
+    copied = tmp_path / "spread"
+    shutil.copytree(folder, copied)
+    config = yaml.safe_load((copied / "config.yaml").read_text())
+    config["pairs"]["one"]["search"] |= {"population": 2, "evaluations": 4}
+    (copied / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    place = Path("results") / "one" / "search" / "limit-0.02"
+    planned = rules(snakemake(copied, "-n", place / "best.json"))
+    assert planned == {"search": 1, "search_state": 1 + 2 * 2}
+    snakemake(copied, place / "best.json")
+    states = [json.loads(p.read_text()) for p in sorted((copied / place).glob("round-*/state-*.json"))]
+    trained = [s for s in states if s]
+    assert len(states) == 5
+    assert 2 <= len(trained) <= 4
+
+    command = ["correctnet.cli", "search", "--config", "config.yaml", "--pair", "one", "--limit", "0.02"]
+    command += ["--suppressed", "results/one/suppress", "--candidates", "results/one/sweep/candidates.json"]
+    command += ["--threads", "1", "--quiet", "--out", tmp_path / "alone"]
+    subprocess.run([sys.executable, "-m", *map(str, command)], cwd=copied, check=True)
+    assert (tmp_path / "alone" / "best.json").read_text() == (copied / place / "best.json").read_text()
+    logs = [pd.read_csv(f / "log.csv").drop(columns="seconds") for f in (tmp_path / "alone", copied / place)]
+    pd.testing.assert_frame_equal(*logs)
+
+
 def test_another_pair_reruns_nothing_of_the_first(changed):
     found = changed("pairs/two/sweep/chips", 2, target="both")
     assert {k: found[k] for k in ("pretrain", "evaluate", "gather", "collect", "table1")} == {

@@ -9,7 +9,7 @@ import sys
 
 from snakemake.exceptions import WorkflowError
 
-from correctnet.config import Config
+from correctnet.config import Config, search_rounds
 from correctnet.errors import UserError
 
 try:
@@ -32,6 +32,8 @@ wildcard_constraints:
     # '' for a pair's own stage, '@row' for one whose settings a row changes (Config.variant)
     variant=r"(@[a-z0-9.-]+)?",
     limit=r"[0-9.]+",
+    round=r"\d+",
+    state=r"\d+",
     sigma=r"[0-9.]+",
     start=r"\d+",
     stop=r"\d+",
@@ -89,6 +91,23 @@ def limits(settings):
 def found_states(wildcards):
     folder = place(wildcards.pair, row_of(wildcards), "search")
     return [f"{folder}/limit-{limit:g}/best.json" for limit in limits(settings_of(wildcards))]
+
+
+def states(wildcards, rounds):
+    """The files of the states that a search trains in jobs of their own, in its first `rounds` rounds."""
+    folder = f"{place(wildcards.pair, row_of(wildcards), 'search')}/limit-{wildcards.limit}"
+    sizes = [1, *[settings_of(wildcards).search.population] * (rounds - 1)] if rounds else []
+    return [f"{folder}/round-{r}/state-{k}.json" for r, size in enumerate(sizes) for k in range(size)]
+
+
+def earlier_states(wildcards):
+    return states(wildcards, int(wildcards.round))
+
+
+def all_states(wildcards):
+    """All states of a search with a population; without one, a single job trains them."""
+    search = settings_of(wildcards).search
+    return states(wildcards, 1 + search_rounds(search)) if search.population and search.strategy != "all" else []
 
 
 def sigmas(pair, row):

@@ -26,11 +26,40 @@ rule sweep:
         " --out $(dirname {output.accuracy}) > {log} 2>&1"
 
 
+# With `search.population`, every state is trained in a job of its own: round 0 is the state without compensation, and
+# the states of each further round follow from the results of all rounds before.
+rule search_state:
+    input:
+        data=ancient(dataset_ready),
+        suppressed=result("suppress"),
+        candidates=result("sweep", "candidates.json"),
+        known=earlier_states,
+    output:
+        f"{RESULTS}/{{pair}}/search{{variant}}/limit-{{limit}}/round-{{round}}/state-{{state}}.json",
+    log:
+        f"{RESULTS}/.logs/{{pair}}/search{{variant}}-{{limit}}/round-{{round}}-state-{{state}}.log",
+    benchmark:
+        f"{RESULTS}/.benchmarks/{{pair}}/search{{variant}}-{{limit}}/round-{{round}}-state-{{state}}.tsv"
+    threads: training_threads
+    resources:
+        mem_mb=6000,
+        runtime=720,
+        gpu=GPUS,
+    params:
+        settings=stage_settings("search"),
+        known=lambda wildcards, input: " ".join(f"--known {path}" for path in input.known),
+    shell:
+        "correctnet search --settings {params.settings:q} --quiet --threads {threads} --limit {wildcards.limit}"
+        " --suppressed {input.suppressed} --candidates {input.candidates} {params.known}"
+        " --state {wildcards.state} --out {output} > {log} 2>&1"
+
+
 rule search:
     input:
         data=ancient(dataset_ready),
         suppressed=result("suppress"),
         candidates=result("sweep", "candidates.json"),
+        known=all_states,
     output:
         best=f"{RESULTS}/{{pair}}/search{{variant}}/limit-{{limit}}/best.json",
         states=f"{RESULTS}/{{pair}}/search{{variant}}/limit-{{limit}}/log.csv",
@@ -45,9 +74,10 @@ rule search:
         gpu=GPUS,
     params:
         settings=stage_settings("search"),
+        known=lambda wildcards, input: " ".join(f"--known {path}" for path in input.known),
     shell:
         "correctnet search --settings {params.settings:q} --quiet --threads {threads} --limit {wildcards.limit}"
-        " --suppressed {input.suppressed} --candidates {input.candidates}"
+        " --suppressed {input.suppressed} --candidates {input.candidates} {params.known}"
         " --out $(dirname {output.best}) > {log} 2>&1"
 
 
