@@ -3,6 +3,10 @@
 Where no C++ compiler is found, or where CORRECTNET_PURE_PYTHON is 1, correctnet is installed without the core and
 computes the same in numpy; `correctnet.native.status()` says which. Where there is a compiler, a build that fails is an
 error. CXX and CMAKE_ARGS are heeded.
+
+The CUDA kernels are a part of the core where nvcc is found (CUDACXX, PATH, or /usr/local/cuda), whether or not there is
+a GPU: CORRECTNET_CUDA=0 leaves them out, 1 demands them, and CORRECTNET_CUDA_ARCHS names architectures as CMake does
+("80;90-real;90-virtual").
 """
 
 import os
@@ -34,7 +38,12 @@ class CMakeBuild(build_ext):
             "PYBIND11_FINDPYTHON": "ON",
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
+            "CORRECTNET_CUDA": "ON" if nvcc else "OFF",
         }
+        if nvcc:
+            settings["CMAKE_CUDA_COMPILER"] = nvcc
+            if os.environ.get("CORRECTNET_CUDA_ARCHS"):
+                settings["CORRECTNET_CUDA_ARCHS"] = os.environ["CORRECTNET_CUDA_ARCHS"]
         options = [f"-D{name}={value}" for name, value in settings.items()]
         options += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         subprocess.run(["cmake", "-S", ROOT / "csrc", "-B", build, "-G", "Ninja", *options], check=True)
@@ -53,6 +62,19 @@ def why_not() -> str | None:
     return None
 
 
+def find_nvcc() -> str | None:
+    """CUDA's compiler, or None where no kernels are to be built. Exits where they are demanded and it is not there."""
+    wanted = os.environ.get("CORRECTNET_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        sys.exit(f"correctnet: CORRECTNET_CUDA is 0 or 1, not {wanted!r}")
+    usual = Path("/usr/local/cuda/bin/nvcc")
+    found = os.environ.get("CUDACXX") or shutil.which("nvcc") or (str(usual) if usual.exists() else None)
+    if wanted == "1" and not found:
+        sys.exit("correctnet: CORRECTNET_CUDA is 1, but nvcc is not found; add it to PATH or set CUDACXX")
+    return None if wanted == "0" else found
+
+
+nvcc = find_nvcc()
 reason = why_not()
 if reason:
     print(f"correctnet: {reason}: installing without the C++ core", file=sys.stderr)

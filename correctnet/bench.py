@@ -96,6 +96,7 @@ class Variant:
         batch: images a forward pass.
         compiled: by torch.compile.
         at_once: chips at a time, each on its share of the threads.
+        graph: a chip's pass over all images is one CUDA graph.
     """
 
     kind: Literal["float32", "autocast", "bf16"]
@@ -103,6 +104,7 @@ class Variant:
     batch: int
     compiled: bool = False
     at_once: int = 1
+    graph: bool = False
 
     @property
     def precision(self) -> str:
@@ -112,6 +114,7 @@ class Variant:
         kind = {"float32": "float32", "autocast": "bf16 autocast", "bf16": "bf16 network"}[self.kind]
         order = "channels_last" if self.channels_last else "contiguous"
         how = ", torch.compile" * self.compiled + f", {self.at_once} chips at once" * (self.at_once > 1)
+        how += ", CUDA graph" * self.graph
         return f"{kind}, {order}, batch {self.batch}{how}"
 
 
@@ -196,7 +199,7 @@ def _torch_threads(threads: int) -> Iterator[None]:
 
 
 def select(
-    rate: Callable[[Variant], float], batches: Sequence[int], compiles: bool, at_once: int
+    rate: Callable[[Variant], float], batches: Sequence[int], compiles: bool, at_once: int, graphs: bool = False
 ) -> dict[str, tuple[Variant, float]]:
     """The fastest variant of each precision ("bf16", "float32"), and its rate.
 
@@ -208,6 +211,7 @@ def select(
         batches: the batch sizes, ascending.
         compiles: whether to try torch.compile.
         at_once: how many chips at once to try, beside one.
+        graphs: whether to try CUDA graphs.
     """
     rates: dict[Variant, float] = {}
 
@@ -223,6 +227,8 @@ def select(
         yield from (replace(v, batch=b) for b in batches[max(0, i - 1) : i + 2] if b != v.batch)
         if at_once > 1:
             yield replace(v, at_once=at_once if v.at_once == 1 else 1)
+        if graphs:
+            yield replace(v, graph=not v.graph)
 
     kinds: tuple[Literal["float32", "autocast", "bf16"], ...] = ("float32", "autocast", "bf16")
     for kind in kinds:

@@ -450,7 +450,7 @@ def info(model: Path | None) -> None:
 
     import torch
 
-    from correctnet import __version__, native
+    from correctnet import __version__, cuda, native
     from correctnet.stages import available_cpus, describe_engine
 
     status = native.status()
@@ -463,6 +463,10 @@ def info(model: Path | None) -> None:
         click.echo(f"  in use: {status.isa}, {status.reason}")
     else:
         click.echo(f"C++ core: {status.reason}; numpy draws the noise and torch runs the networks")
+    gpu = cuda.status()
+    click.echo(f"CUDA kernels: {'' if gpu.usable or not gpu.built else 'built, but '}{gpu.reason}")
+    if torch.cuda.is_available():
+        click.echo(f"  GPU: {torch.cuda.get_device_name()}")
     if model is not None:
         click.echo(describe_engine(model))
 

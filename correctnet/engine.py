@@ -13,19 +13,22 @@ by chip; `Report` names it. A plan holds a copy of the weights: an engine is for
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from correctnet import cuda
 from correctnet.analog import AnalogLayer, analog_layers, chip_of, programmed
 from correctnet.errors import UserError
 from correctnet.graph import Unsupported, call, in_place, trace
 from correctnet.lowering import Lowering, PlanStep, Precision, TorchStep
 
 BLOCK = 1024  # images that a plan holds at a time, at most: enough that drawing a chip's weights does not count
+GPU_BLOCK = 1 << 14  # the same on a GPU
 LANES = 16  # images of one vector in the core
 MEMORY = 2 << 30  # bytes
 # Of the largest output; a wrongly translated network is off by a hundred times as much.
@@ -71,6 +74,7 @@ class Engine:
         first_layer: layers of a smaller index stay nominal.
         precision: "float32", or "bfloat16" for weights and activations (sums are float32).
         memory: bytes that a run may take beside the images, about.
+        method: how CUDA kernels get at noisy weights, see `correctnet.cuda.Plan`; of no meaning on a CPU.
 
     Attributes:
         report: what runs in the core.
@@ -86,17 +90,20 @@ class Engine:
         first_layer: int = 0,
         precision: Precision = "float32",
         memory: int = MEMORY,
+        method: cuda.Method = "fused",
     ):
         if precision not in ("float32", "bfloat16"):
             raise UserError(f"engine: precision must be 'float32' or 'bfloat16', not {precision!r}")
         self._model, self._first_layer, self._memory = model.eval(), first_layer, memory
         self._chip = chip_of(model)
         graph = Lowering(trace(model, example))
-        self._steps = graph.steps(first_layer, precision)
+        self._steps = graph.steps(first_layer, precision, method)
         self._output = graph.output
         self._input = graph.input
         self._root = graph.root
         self.report = _report(graph, self._steps)
+        self.on_gpu = cuda.reaches(graph.device)
+        self._device = graph.device
         self._whole = self._steps[0] if len(self._steps) == 1 and isinstance(self._steps[0], PlanStep) else None
         self._check(graph, example, precision)
 
@@ -111,7 +118,7 @@ class Engine:
             found = self.outputs(images, [sample])[0]
         finally:
             self._steps = steps
-        with torch.no_grad(), programmed(self._model, sample, self._first_layer):
+        with torch.no_grad(), programmed(self._model, sample, self._first_layer), _full_float32(self._device):
             wanted = self._model(images)
         scale = wanted.abs().max().item()
         error = (found - wanted).abs().max().item()
@@ -128,6 +135,7 @@ class Engine:
         if len(images) == 0:
             raise UserError("engine: no images")
         parts = []
+        images = images.to(self._device)
         size = self.block(len(images), len(samples))
         for block in images.split(size):
             parts.append(torch.stack(list(self._run(block, samples))))
@@ -139,31 +147,32 @@ class Engine:
         _check_samples(samples)
         if len(images) == 0 or len(images) != len(labels):
             raise UserError(f"engine: {len(images)} images and {len(labels)} labels")
+        images, labels = images.to(self._device), labels.to(self._device)
         correct = [0] * len(samples)
         size = self.block(len(images), len(samples))
         for x, y in zip(images.split(size), labels.split(size), strict=True):
             if self._whole:
-                counts = self._whole.count_correct(x, y, self._chip.seed, samples)
+                counts = self._whole.count_correct(x, y, self._chip.seed, samples, self._memory)
             else:
                 counts = [(o.argmax(1) == y).sum().item() for o in self._run(x, samples)]
             correct = [a + int(b) for a, b in zip(correct, counts, strict=True)]
         return correct
 
     def block(self, images: int, samples: int) -> int:
-        """How many images to take at a time: equal parts of at most 1,024 that fit the memory.
+        """How many images to take at a time: equal parts that fit the memory, of at most 1,024 on a CPU.
 
         Raises:
             UserError: a single vector of images takes more than the memory.
         """
-        size, threads = min(BLOCK, _up(images, LANES)), torch.get_num_threads()
-        plans = [s.plan for s in self._steps if isinstance(s, PlanStep)]
+        size = min(GPU_BLOCK if self.on_gpu else BLOCK, _up(images, LANES))
         while True:
-            taken = sum(p.bytes(size, samples, threads=threads) for p in plans)
+            taken = sum(s.bytes(size, samples) for s in self._steps if isinstance(s, PlanStep))
             if taken <= self._memory:
                 break
             if size == LANES:
+                where = "on the device" if self.on_gpu else f"on {torch.get_num_threads()} threads"
                 raise UserError(
-                    f"engine: {LANES} images take {taken >> 20} MiB on {threads} threads, more than the "
+                    f"engine: {LANES} images take {taken >> 20} MiB {where}, more than the "
                     f"{self._memory >> 20} MiB allowed; allow more memory or fewer threads"
                 )
             size = max(LANES, size // 2)
@@ -174,7 +183,7 @@ class Engine:
         """The outputs of one chip after the other. What is the same on all chips is computed once."""
         if self._whole:
             # Bit by bit what several plans would give, and all chips in one call.
-            yield from self._steps[0].run(images, self._chip.seed, samples)
+            yield from self._steps[0].run(images, self._chip.seed, samples, self._memory)
             return
         shared: dict[fx.Node, Any] = {self._input: images}
         for step in self._steps:
@@ -193,7 +202,7 @@ class Engine:
 
     def _step(self, step: TorchStep, values: dict[fx.Node, Any], sample: int) -> Any:
         if isinstance(step, PlanStep):
-            return step.run(values[step.source], self._chip.seed, [sample])[0]
+            return step.run(values[step.source], self._chip.seed, [sample], self._memory)[0]
         return call(self._root, step.node, values)
 
     @property
@@ -210,6 +219,21 @@ def describe(model: nn.Module, example: Tensor, first_layer: int = 0) -> Report:
     except Unsupported as error:
         names = {id(m): n for n, m in model.named_modules()}
         return Report(unfused=tuple(names[id(layer)] for layer in analog_layers(model)), reason=str(error))
+
+
+@contextmanager
+def _full_float32(device: torch.device) -> Iterator[None]:
+    """Torch without TF32, whose products have ten bits."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _check_samples(samples: Sequence[int]) -> None:

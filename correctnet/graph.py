@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from correctnet import native
+from correctnet import cuda, native
 from correctnet.analog import AnalogConv2d, AnalogLayer, AnalogLinear, programmed
 from correctnet.errors import UserError, one_line
 from correctnet.variation import LogNormalVariation
@@ -63,9 +63,12 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
         raise Unsupported("the C++ core was not built")
     if len(example) == 0:
         raise UserError("engine: no images")
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type != "cpu":
-            raise Unsupported(f"the model is on {tensor.device.type}, the core computes on the CPU")
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers(), example)}
+    if len(devices) > 1:
+        raise Unsupported(f"model and images are on several devices ({', '.join(sorted(map(str, devices)))})")
+    (device,) = devices
+    if device.type != "cpu" and not cuda.reaches(device):
+        raise Unsupported(f"the model is on {device}, and {cuda.status().reason}")
     if any(p.dtype != torch.float32 for p in model.parameters()) or example.dtype != torch.float32:
         raise Unsupported("its parameters or its inputs are not float32")
     # A layer that is itself the network would be traced through, and its variation with it.
@@ -216,7 +219,7 @@ def _batchnorm(norm: nn.modules.batchnorm._BatchNorm) -> tuple[np.ndarray, np.nd
     shift = -mean * scale
     if norm.bias is not None:
         shift = shift + norm.bias.detach().double()
-    return scale.numpy(), shift.numpy()
+    return scale.cpu().numpy(), shift.cpu().numpy()
 
 
 def _flatten(node: fx.Node, x: fx.Node) -> Op | None:

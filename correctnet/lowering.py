@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from correctnet import cuda
 from correctnet.analog import AnalogLayer
 from correctnet.graph import Op, Traced, changed_by, op_of, shape_of
 from correctnet.variation import LogNormalVariation
@@ -37,23 +38,42 @@ class PlanStep(TorchStep):
     plan: Any
     shape: tuple[int, ...]
     layers: tuple[str, ...] = ()
+    gpu: cuda.Plan | None = None  # the plan on the device, where the network is on one
 
-    def run(self, x: Tensor, seed: int, samples: Sequence[int]) -> Tensor:
-        """The value for inputs x (N, ...) on each chip, (samples, N, *shape), float32."""
-        out, _ = self.plan.outputs(_images(x), seed=seed, samples=list(samples), threads=torch.get_num_threads())
-        return torch.from_numpy(out).view(len(samples), len(x), *self.shape)
+    def run(self, x: Tensor, seed: int, samples: Sequence[int], memory: int) -> Tensor:
+        """The value for inputs x (N, ...) on each chip, (samples, N, *shape), float32, on the device of x.
 
-    def count_correct(self, x: Tensor, labels: Tensor, seed: int, samples: Sequence[int]) -> list[int]:
+        `memory`: bytes to take beside it, about, on a GPU; on the CPU see `bytes`.
+        """
+        if self.gpu:
+            out = self.gpu.outputs(_images(x), seed, samples, memory)
+        else:
+            threads = torch.get_num_threads()
+            found, _ = self.plan.outputs(_images(x).numpy(), seed=seed, samples=list(samples), threads=threads)
+            out = torch.from_numpy(found)
+        return out.view(len(samples), len(x), *self.shape)
+
+    def count_correct(self, x: Tensor, labels: Tensor, seed: int, samples: Sequence[int], memory: int) -> list[int]:
         """For each chip, on how many of x (N, ...) the largest of the value is at the label's place, labels (N,)."""
+        if self.gpu:
+            return self.gpu.count_correct(_images(x), labels, seed, samples, memory).tolist()
         labels = labels.to(torch.int64).contiguous().numpy()
         threads = torch.get_num_threads()
-        correct, _ = self.plan.count_correct(_images(x), labels, seed=seed, samples=list(samples), threads=threads)
+        correct, _ = self.plan.count_correct(
+            _images(x).numpy(), labels, seed=seed, samples=list(samples), threads=threads
+        )
         return correct.tolist()
 
+    def bytes(self, images: int, samples: int) -> int:
+        """That a run takes beside the images; on a GPU for a few chips at once, which is the least that pays."""
+        if self.gpu:
+            return self.gpu.workspace(images, min(samples, 4))
+        return self.plan.bytes(images, samples, threads=torch.get_num_threads())
 
-def _images(x: Tensor) -> np.ndarray:
+
+def _images(x: Tensor) -> Tensor:
     x = x.detach()
-    return (x if x.dim() == 4 else x[:, :, None, None]).contiguous().numpy()
+    return (x if x.dim() == 4 else x[:, :, None, None]).contiguous()
 
 
 @dataclass
@@ -109,6 +129,7 @@ class Lowering:
 
     def __init__(self, traced: Traced):
         self.root, self.input, self.output = traced.root, traced.input, traced.output
+        self.device = next(self.root.parameters()).device
         self.ops: dict[fx.Node, Op] = {}
         self.sources: dict[fx.Node, fx.Node] = {}  # of a plan's value, the one value that the plan begins with
         # By the step that does it, the value that it changes in place.
@@ -120,8 +141,8 @@ class Lowering:
             if len(sources) == 1 and _rank_fits(source := sources.pop()):
                 self.ops[node], self.sources[node] = op, source
 
-    def steps(self, first_layer: int, precision: Precision) -> list[TorchStep]:
-        """What computes the output, in order."""
+    def steps(self, first_layer: int, precision: Precision, method: cuda.Method = "fused") -> list[TorchStep]:
+        """What computes the output, in order; `method` is of CUDA plans."""
         needed: set[fx.Node] = set()
         waiting = [self.output, *self.changed]
         while waiting:
@@ -132,7 +153,7 @@ class Lowering:
             waiting += [self.sources[node]] if self._planned(node) else node.all_input_nodes
         sampled = self._sampled(first_layer)
         return [
-            self._plan(node, first_layer, precision, node in sampled)
+            self._plan(node, first_layer, precision, node in sampled, method)
             if self._planned(node)
             else TorchStep(node, node in sampled)
             for node in self.root.graph.nodes
@@ -154,7 +175,9 @@ class Lowering:
                 sampled |= {node, self.changed.get(node, node)}
         return sampled
 
-    def _plan(self, target: fx.Node, first_layer: int, precision: Precision, sampled: bool) -> PlanStep:
+    def _plan(
+        self, target: fx.Node, first_layer: int, precision: Precision, sampled: bool, method: cuda.Method
+    ) -> PlanStep:
         from correctnet import _native
 
         source = self.sources[target]
@@ -188,7 +211,8 @@ class Lowering:
             if op.kind in ("conv", "linear"):
                 layers.append(node.target)
         plan.finish(values[target])
-        return PlanStep(target, sampled, source, plan, shape_of(target), tuple(layers))
+        gpu = cuda.Plan(plan, self.device, method) if cuda.reaches(self.device) else None
+        return PlanStep(target, sampled, source, plan, shape_of(target), tuple(layers), gpu)
 
     def _region(self, target: fx.Node) -> list[fx.Node]:
         """The nodes between a plan's source and its target, in order."""
@@ -207,7 +231,7 @@ class Lowering:
             chain.shift = chain.shift + chain.scale * _bias(layer)
             return plan.conv(
                 x[0],
-                layer.weight.detach().permute(0, 2, 3, 1).contiguous().numpy(),
+                layer.weight.detach().permute(0, 2, 3, 1).contiguous().cpu().numpy(),
                 stride=layer.stride,
                 padding=padding,
                 dilation=layer.dilation,
@@ -219,7 +243,7 @@ class Lowering:
         if op.kind == "linear":
             layer = op.detail
             chain.shift = chain.shift + chain.scale * _bias(layer)
-            weight = layer.weight.detach().contiguous().numpy()
+            weight = layer.weight.detach().contiguous().cpu().numpy()
             return plan.linear(x[0], weight, noise=_noise(layer, first_layer), pointwise=chain.pointwise())
         if op.kind in ("max_pool", "average_pool"):
             return getattr(plan, op.kind)(x[0], *op.detail)
@@ -245,7 +269,7 @@ def _halves(op: Op, shape: tuple[int, ...]) -> bool:
 
 
 def _bias(layer: nn.Module) -> np.ndarray | float:
-    return 0.0 if layer.bias is None else layer.bias.detach().double().numpy()
+    return 0.0 if layer.bias is None else layer.bias.detach().double().cpu().numpy()
 
 
 def _noise(layer: nn.Module, first_layer: int) -> Any:

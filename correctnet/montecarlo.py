@@ -24,7 +24,7 @@ from tqdm import tqdm
 from correctnet import storage
 from correctnet.analog import chip_of, program, programmed
 from correctnet.data import Split
-from correctnet.engine import BLOCK, MEMORY, Engine, Precision, Unsupported
+from correctnet.engine import BLOCK, GPU_BLOCK, MEMORY, Engine, Precision, Unsupported
 from correctnet.errors import UserError
 from correctnet.results import COLUMNS, Result
 
@@ -32,6 +32,7 @@ from correctnet.results import COLUMNS, Result
 # second. A call into the core cannot be interrupted and prepares its images anew: the first may take so many
 # operations, and those behind it as many as take about so many seconds.
 CHUNK_FLOP, CALL_FLOP, CALL_SECONDS = 1e12, 1e10, 1.0
+GPU_THREADS = 256  # that a GPU counts for, at least
 
 Batches = Split | tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 
@@ -202,15 +203,15 @@ def _engine_counter(
     if first is None or len(first[0]) == 0:
         raise UserError("evaluate: the data holds no images")
     try:
-        engine = Engine(model, first[0], first_layer, precision, memory)
+        engine = Engine(model, first[0].to(next(model.parameters()).device), first_layer, precision, memory)
     except Unsupported as error:
-        if next(model.parameters()).device.type == "cpu":
-            warnings.warn(f"everything runs through torch: {error}", EngineWarning, stacklevel=3)
+        warnings.warn(f"everything runs through torch: {error}", EngineWarning, stacklevel=3)
         return None, 1
     if engine.report.unfused or engine.report.torch:
         warnings.warn(f"not all of the network runs in the C++ core: {engine.report}", EngineWarning, stacklevel=3)
 
-    threads, cost = torch.get_num_threads(), max(1.0, engine.cost[1])
+    threads = GPU_THREADS if engine.on_gpu else torch.get_num_threads()
+    cost = max(1.0, engine.cost[1])
 
     def chips(flop: float, images: int) -> int:
         """How many chips each thread may take, times the threads, so that all have as much to do."""
@@ -221,7 +222,7 @@ def _engine_counter(
     def count(samples: Sequence[int], done: Callable[[int], object]) -> list[int]:
         nonlocal rate
         counts = dict.fromkeys(samples, 0)
-        for x, y in _blocks(batches(), BLOCK):
+        for x, y in _blocks(batches(), GPU_BLOCK if engine.on_gpu else BLOCK):
             i = 0
             while i < len(samples):
                 part = samples[i : i + chips(rate * CALL_SECONDS, len(y))]

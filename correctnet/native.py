@@ -117,8 +117,8 @@ def noisy_weight(
     carries no gradient; that of a loss with respect to `weight` is `noisy_weight` of that with respect to the result.
 
     Args:
-        weight: (out, in, *kernel), floating point. On other devices than the CPU the factors are made on the CPU and
-            copied there.
+        weight: (out, in, *kernel), floating point. On a GPU the CUDA kernels draw; where they cannot be used, the
+            factors are made on the CPU and copied there.
         seed, layer, sample, sigma, shift: see `reference.lognormal`.
         order: memory order of the result; that of `weight` if not given. "channels_last" takes four dimensions.
         dtype: of the result; that of `weight` if not given.
@@ -142,6 +142,13 @@ def noisy_weight(
     out, channels, *kernel = weight.shape
 
     core = _checked_core()
+    if weight.device.type != "cpu":
+        from correctnet import cuda
+
+        if cuda.reaches(weight.device):
+            rounded = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+            address = torch.tensor(_as_int64(seed)), layer, torch.tensor([sample])
+            return cuda.noisy_weight(weight, *address, sigma, shift, rounded)[0].to(dtype)
     if core is None or weight.device.type != "cpu":
         flat = lognormal(seed, layer, sample, weight.numel(), sigma, shift).to(weight.device)
         factor = flat.view(out, *kernel, channels).movedim(-1, 1)
@@ -164,6 +171,11 @@ def noisy_weight(
         threads=torch.get_num_threads(),
     )
     return result.to(dtype)
+
+
+def _as_int64(seed: int) -> int:
+    """The int64 of the same bits."""
+    return seed - (1 << 64) if seed >= 1 << 63 else seed
 
 
 def _checked_core() -> ModuleType | None:

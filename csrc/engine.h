@@ -119,8 +119,10 @@ class Plan {
   // Holds the activations in front of the first sampled operation for all images: give it as many as memory allows.
   void run(const Run& run) const;
 
+  struct Impl;  // plan.h
+  const Impl& inside() const { return *impl_; }
+
  private:
-  struct Impl;
   std::unique_ptr<Impl> impl_;
 };
 

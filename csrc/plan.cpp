@@ -118,7 +118,9 @@ const Value& Plan::Impl::value(int number) const {
 int Plan::Impl::append(std::unique_ptr<Operation> op, Shape shape) {
   if (output >= 0) fail("plan: it is finished");
   if (shape.channels < 1 || shape.height < 1 || shape.width < 1) fail("plan: an empty tensor");
-  Value result{shape, slots_of(type, shape.channels)};
+  Value result = {};
+  result.shape = shape;
+  result.slots = slots_of(type, shape.channels);
   result.sampled = op->noise.has_value();
   for (int input : op->inputs) {
     result.sampled |= values[input].sampled;

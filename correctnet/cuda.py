@@ -1,0 +1,201 @@
+"""The CUDA kernels: whether they are there and can be used, and what they compute, on torch's tensors and streams.
+
+They are a part of `correctnet._native`, built where nvcc is found (csrc/cuda). Chips are those of the CPU: the noise is
+the same function of its address, bit for bit. All work goes to torch's current stream, into memory that torch
+allocated, without waiting for the device; a seed and the samples' numbers stand in device memory, so that a CUDA graph
+can be replayed with others.
+
+Where they were not built, or cannot run on the device at hand, torch computes everything, and says so
+(`correctnet.montecarlo.EngineWarning`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from correctnet import native, reference
+from correctnet.errors import UserError
+
+Method = Literal["fused", "materialise"]
+METHODS: tuple[Method, ...] = ("fused", "materialise")
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether the CUDA kernels can be used.
+
+    Attributes:
+        built: whether they are in the core.
+        usable: whether they run on torch's current CUDA device.
+        architectures: that they were compiled for, as CMake counts them ("80;90-real;90-virtual").
+        reason: one line that says why, or what to do.
+    """
+
+    built: bool
+    usable: bool
+    architectures: str
+    reason: str
+
+
+def status() -> Status:
+    """Whether the CUDA kernels can be used, and why."""
+    kernels = _kernels()
+    if kernels is None:
+        return Status(
+            False,
+            False,
+            "",
+            "the CUDA kernels were not built: no nvcc when correctnet was installed, or CORRECTNET_CUDA was 0",
+        )
+    built = kernels.architectures
+    if kernels.device_type == "cuda" and not torch.cuda.is_available():
+        return Status(True, False, built, "torch sees no CUDA device")
+    index = torch.cuda.current_device() if kernels.device_type == "cuda" else 0
+    problem = kernels.problem(index)
+    return Status(True, problem is None, built, problem or f"compiled for {built}")
+
+
+def reaches(device: torch.device) -> bool:
+    """Whether the kernels compute on tensors of `device`."""
+    kernels = _kernels()
+    return kernels is not None and device.type == kernels.device_type and status().usable
+
+
+def _kernels() -> ModuleType | None:
+    """The core's submodule, or None. Its `device_type` is "cuda", or "cpu" in a build that models the device."""
+    core = native._checked_core()
+    return getattr(core, "cuda", None)
+
+
+class Plan:
+    """A plan of the core (csrc/engine.h) on a CUDA device.
+
+    Args:
+        plan: a finished `correctnet._native.Plan`; its weights are copied to the device.
+        device: where.
+        method: "fused": weights become noisy while a kernel loads them; "materialise": the noisy weights of some chips
+            are made in memory first, which is the better plan where a chip sees very many images. Same results.
+
+    Raises:
+        UserError: a device that the kernels cannot use.
+    """
+
+    def __init__(self, plan: Any, device: torch.device, method: Method = "fused"):
+        if method not in METHODS:
+            raise UserError(f"engine: method must be one of {', '.join(METHODS)}, not {method!r}")
+        kernels = _kernels()
+        if kernels is None or not reaches(device):
+            raise UserError(f"the CUDA kernels do not compute on {device}: {status().reason}")
+        self.device, self._materialise = device, method == "materialise"
+        self._engine = kernels.Engine(plan, device.index or 0)
+
+    def workspace(self, count: int, samples: int) -> int:
+        """Bytes that a run of `count` images on `samples` chips takes at once."""
+        return self._engine.workspace(count, samples, self._materialise)
+
+    def outputs(self, images: Tensor, seed: int, samples: Sequence[int], memory: int) -> Tensor:
+        """The plan's output (samples, N, C, H, W), float32, for images (N, C, H, W) of the same device.
+
+        At most about `memory` bytes are taken beside it: chips are done in as many groups as that needs.
+        """
+        shape = self._engine.output_shape
+        outputs = torch.empty(len(samples), len(images), *shape, device=images.device)
+        self._run(images, seed, samples, memory, outputs=outputs)
+        return outputs
+
+    def count_correct(self, images: Tensor, labels: Tensor, seed: int, samples: Sequence[int], memory: int) -> Tensor:
+        """(samples,) int64 on the device: on how many images the first largest output is at the label's place."""
+        correct = torch.zeros(len(samples), dtype=torch.int64, device=images.device)
+        labels = labels.to(device=images.device, dtype=torch.int64).contiguous()
+        self._run(images, seed, samples, memory, labels=labels, correct=correct)
+        return correct
+
+    def _run(self, images: Tensor, seed: int, samples: Sequence[int], memory: int, **tensors: Tensor) -> None:
+        images = images.detach().contiguous()
+        least, all_of_them = self.workspace(len(images), 1), self.workspace(len(images), len(samples))
+        if least > memory:
+            raise UserError(
+                f"engine: {len(images)} images on one chip take {least >> 20} MiB on the device, more than the "
+                f"{memory >> 20} MiB allowed; allow more memory"
+            )
+        size = min(all_of_them, memory)
+        try:
+            workspace = torch.empty(size, dtype=torch.uint8, device=images.device)
+        except torch.cuda.OutOfMemoryError as error:
+            raise UserError(f"engine: the device has no {size >> 20} MiB left; allow less memory") from error
+        numbers = torch.tensor([native._as_int64(seed)]).to(images.device)
+        chips = torch.tensor(list(samples), dtype=torch.int64).to(torch.uint32).to(images.device)
+        self._engine.run(
+            images=images.data_ptr(),
+            count=len(images),
+            seed=numbers.data_ptr(),
+            samples=chips.data_ptr(),
+            sample_count=len(samples),
+            workspace=workspace.data_ptr(),
+            workspace_bytes=size,
+            stream=stream(images.device),
+            materialise=self._materialise,
+            **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        )
+
+
+def noisy_weight(
+    weight: Tensor,
+    seed: Tensor,
+    layer: int,
+    samples: Tensor,
+    sigma: float,
+    shift: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """weight * exp(sigma z + shift) on each chip: the twin of `native.noisy_weight` for tensors on the device.
+
+    Args:
+        weight: (out, in, *kernel), float32 or bfloat16, contiguous or channels_last.
+        seed, samples: () and (S,) int64, on the device or not.
+        layer, sigma, shift: see `native.noisy_weight`.
+        dtype: of the result, float32 or bfloat16; that of `weight` if not given.
+
+    Returns:
+        (S, *weight.shape) in the memory order of `weight`, rounded once from float32.
+    """
+    reference.log2_scale(sigma, shift)
+    kernels = _kernels()
+    dtype = weight.dtype if dtype is None else dtype
+    last = weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+    order = torch.channels_last if last else torch.contiguous_format
+    nominal = weight.detach().float().contiguous(memory_format=order)
+    chips = samples.to(torch.uint32).to(weight.device)
+    seed = seed.to(weight.device)
+    out, inputs, *kernel = weight.shape
+    taps = nominal[0, 0].numel() if kernel else 1
+    memory = (len(chips), out, *kernel, inputs) if last else (len(chips), *weight.shape)
+    result = torch.empty(memory, dtype=dtype, device=weight.device)
+    kernels.noisy_weight(
+        weight=nominal.data_ptr(),
+        out=result.data_ptr(),
+        bfloat16=dtype == torch.bfloat16,
+        rows=out,
+        taps=taps,
+        channels=inputs,
+        channels_last=last,
+        seed=seed.data_ptr(),
+        samples=chips.data_ptr(),
+        sample_count=len(chips),
+        layer=layer,
+        sigma=sigma,
+        shift=shift,
+        stream=stream(weight.device),
+    )
+    return result.movedim(-1, 2) if last else result
+
+
+def stream(device: torch.device) -> int:
+    """Torch's current stream as the runtime's handle; 0 where the device is modelled."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -1,0 +1,118 @@
+// The few instructions and runtime calls that the kernels are written in. Only this file knows whether nvcc compiles them
+// or, for the tests, a C++ compiler (CORRECTNET_SHIM), in which case shim.h models each of them on the host.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "../noise.h"
+
+// The tests compile each kernel with one deliberate fault at a time and demand to fail: n is one of those that
+// csrc/tests/CMakeLists.txt lists, 0 is none.
+#if !defined(CORRECTNET_MUTANT)
+#define CORRECTNET_MUTANT 0
+#endif
+#define CN_MUTANT(n) (CORRECTNET_MUTANT == (n))
+
+#if defined(CORRECTNET_SHIM)
+
+#include "shim.h"
+
+#else
+
+#include <cuda_runtime.h>
+
+#define CN_DEVICE __device__ __forceinline__
+#define CN_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+#define CN_CONSTANT __device__ const
+#define CN_ARGUMENTS(type) const __grid_constant__ type
+
+namespace correctnet {
+namespace cuda {
+
+CN_DEVICE char* shared_memory() {
+  extern __shared__ __align__(128) char memory[];
+  return memory;
+}
+
+CN_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+// Copies kBytes (4, 8 or 16) to shared memory without a register in between, zeros where `source` is not valid. There
+// from `cp_async_wait` on, for this thread; for others from the next barrier on. Copies of 16 bytes skip the first-level
+// cache, which the input does not fit anyway.
+template <int kBytes>
+CN_DEVICE void cp_async(void* shared, const void* source, bool valid) {
+  const int size = valid ? kBytes : 0;
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(source), "r"(size)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(source),
+                 "n"(kBytes), "r"(size)
+                 : "memory");
+}
+
+CN_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// All groups of copies but the last kPending ones are there.
+template <int kPending>
+CN_DEVICE void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Four matrices of 8 rows of 16 bytes: lanes 8 i ... 8 i + 7 hold the rows of matrix i, and lane l receives bytes
+// 4 (l % 4) ... of row l / 4 of each.
+CN_DEVICE void ldmatrix(uint32_t (&matrix)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// c += a b for a of 16 x 16 and b of 16 x 8 bfloat16, spread over a warp as the PTX ISA's tables for mma.m16n8k16 say.
+CN_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Two numbers rounded to bfloat16, the first in the low half.
+CN_DEVICE uint32_t pack_bfloat16(float low, float high) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+template <class T>
+CN_DEVICE T shuffle_xor(T value, int lanes) {
+  return __shfl_xor_sync(0xffffffff, value, lanes);
+}
+
+// Whether the device has code for a kernel.
+template <class Arguments>
+cudaError_t probe(void (*kernel)(Arguments), int device) {
+  if (const cudaError_t error = cudaSetDevice(device); error != cudaSuccess) return error;
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  cudaGetLastError();  // a sticky one would be the next launch's
+  return error;
+}
+
+template <class Arguments>
+cudaError_t launch(void (*kernel)(Arguments), dim3 grid, int threads, size_t shared, cudaStream_t stream,
+                   const Arguments& arguments) {
+  if (shared > (48 << 10)) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<grid, threads, shared, stream>>>(arguments);
+  return cudaPeekAtLastError();
+}
+
+}  // namespace cuda
+}  // namespace correctnet
+
+#endif

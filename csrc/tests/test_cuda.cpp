@@ -1,0 +1,461 @@
+// The CUDA kernels compiled as C++ and run on a modelled device (cuda/shim.h), against the scalar noise, naive loops in
+// float64 and the CPU's engine. Small integers and one-hot images make comparisons exact wherever sums could hide an error.
+//
+//   cmake --preset release -DCORRECTNET_CUDA=SHIM -S csrc && cmake --build build/release && build/release/tests/test_cuda
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <stdexcept>
+#include <string>
+
+#include "../cuda/device.cuh"
+#include "../cuda/engine.h"
+#include "naive.h"
+#include "networks.h"
+#include "testing.h"
+
+using namespace correctnet;
+using naive::Tensor;
+
+namespace {
+
+constexpr uint64_t kSeed = 0xfedcba9876543210;
+const char* name(Type type) { return type == Type::float32 ? "float32" : "bfloat16"; }
+float bfloat16(float a) { return noise::from_bits(uint32_t(noise::bfloat16(a)) << 16); }
+float rounded(Type type, float a) { return type == Type::float32 ? a : bfloat16(a); }
+
+// The weights of a chip, one at a time, from the scalar code.
+std::vector<float> noisy_weights(const std::vector<float>& weight, const LayerNoise& layer, uint32_t sample) {
+  const Noise n{kSeed, layer.layer, sample, layer.sigma, layer.shift};
+  std::vector<float> noisy(weight.size());
+  for (size_t i = 0; i < noisy.size(); ++i) {
+    const uint32_t word = noise::words(n, uint32_t(i / 4)).word[i % 4];
+    noisy[i] = noise::multiply(weight[i], noise::lognormal(word, noise::log2_scale(n), noise::kNormal));
+  }
+  return noisy;
+}
+
+struct How {
+  bool materialise = false;
+  int64_t together = 0;  // samples; 0: all
+};
+
+std::vector<float> outputs_of(const Plan& plan, const Tensor& images, const std::vector<uint32_t>& samples, How how = {}) {
+  const cuda::Engine engine(plan, 0);
+  const Shape out = engine.output();
+  std::vector<float> outputs(samples.size() * images.count * out.channels * out.height * out.width, NAN);
+  const int64_t together = how.together ? how.together : int64_t(samples.size());
+  std::vector<char> workspace(engine.workspace(images.count, together, how.materialise) + 256, char(0xff));
+  char* const aligned = workspace.data() + (256 - reinterpret_cast<uintptr_t>(workspace.data()) % 256);
+  cuda::DeviceRun run = {images.data.data(), images.count, &kSeed, samples.data(), int64_t(samples.size())};
+  run.outputs = outputs.data();
+  run.workspace = aligned;
+  run.workspace_bytes = workspace.size() - 256;
+  run.materialise = how.materialise;
+  engine.run(run);
+  return outputs;
+}
+
+std::vector<float> on_cpu(const Plan& plan, Shape out, const Tensor& images, const std::vector<uint32_t>& samples) {
+  std::vector<float> outputs(samples.size() * images.count * out.channels * out.height * out.width);
+  Run run = {};
+  run.images = images.data.data();
+  run.count = images.count;
+  run.seed = kSeed;
+  run.samples = samples;
+  run.threads = 1;
+  run.keep_bytes = 64 << 20;
+  run.outputs = outputs.data();
+  plan.run(run);
+  return outputs;
+}
+
+Tensor random_images(Shape shape, int count, unsigned seed = 1) {
+  Tensor x(shape, count);
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal;
+  for (float& f : x.data) f = bfloat16(normal(random));
+  return x;
+}
+
+// ---- the model of the device ----------------------------------------------------------------------------------------
+
+// Where the elements of mma.m16n8k16's operands are, from the PTX ISA's section on it, "Fragments for .bf16": element i of
+// a lane's a0..a7, b0..b3 and c0..c3, with groupID = lane / 4 and threadID_in_group = lane % 4.
+struct MmaArguments {
+  const float *a, *b;  // 16 x 16 and 16 x 8, row by row
+  float* c;            // 16 x 8
+};
+
+void mma_by_the_tables(const MmaArguments p) {
+  const int lane = int(threadIdx.x), group = lane / 4, in_group = lane % 4;
+  uint32_t a[4] = {}, b[2] = {};
+  for (int i = 0; i < 8; ++i) {
+    const int row = (i < 2 || (i >= 4 && i < 6)) ? group : group + 8;
+    const int col = in_group * 2 + (i & 1) + (i >= 4 ? 8 : 0);
+    a[i / 2] |= uint32_t(noise::bfloat16(p.a[row * 16 + col])) << 16 * (i % 2);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const int row = in_group * 2 + (i & 1) + (i >= 2 ? 8 : 0), col = group;
+    b[i / 2] |= uint32_t(noise::bfloat16(p.b[row * 8 + col])) << 16 * (i % 2);
+  }
+  float c[4] = {};
+  cuda::mma(c, a, b[0], b[1]);
+  for (int i = 0; i < 4; ++i) p.c[(i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1)] = c[i];
+}
+
+void test_fragments() {
+  std::vector<float> a(256), b(128), c(128, NAN);
+  std::mt19937 random(3);
+  for (float& f : a) f = float(int(random() % 9) - 4);
+  for (float& f : b) f = float(int(random() % 9) - 4);
+  cuda::launch(mma_by_the_tables, {1, 1, 1}, 32, 0, nullptr, MmaArguments{a.data(), b.data(), c.data()});
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 8; ++j) {
+      float sum = 0;
+      for (int k = 0; k < 16; ++k) sum += a[i * 16 + k] * b[k * 8 + j];
+      CHECK(c[i * 8 + j] == sum, "mma: c[%d][%d] is %g, not %g", i, j, c[i * 8 + j], sum);
+    }
+}
+
+// ---- noise ----------------------------------------------------------------------------------------------------------
+
+void test_noisy_weights() {
+  const std::vector<uint32_t> samples = {0, 137, 4000000000u};
+  struct Size {
+    int rows, taps, channels;
+  };
+  for (const Size s : {Size{6, 25, 1}, Size{16, 25, 6}, Size{3, 9, 67}, Size{5, 1, 16}, Size{1, 1, 1}, Size{2, 70, 130}}) {
+    const size_t size = size_t(s.rows) * s.taps * s.channels;
+    const std::vector<float> weight = RandomLayers(0.5).normal(size, 1);
+    const LayerNoise noise{7, 0.5, -0.125};
+    for (const bool channels_last : {true, false})
+      for (const Type type : {Type::float32, Type::bfloat16}) {
+        std::vector<float> floats(size * samples.size());
+        std::vector<uint16_t> halves(size * samples.size());
+        std::vector<float> stored = weight;
+        const auto place = [&](size_t e) {  // of an element in memory
+          const size_t channel = e % s.channels, tap = e / s.channels % s.taps, row = e / s.channels / s.taps;
+          return channels_last ? e : (row * s.channels + channel) * s.taps + tap;
+        };
+        for (size_t e = 0; e < size; ++e) stored[place(e)] = weight[e];
+        void* const out = type == Type::float32 ? static_cast<void*>(floats.data()) : halves.data();
+        cuda::noisy_weight({stored.data(), out, type == Type::bfloat16, channels_last, s.rows, s.taps, s.channels, &kSeed,
+                            samples.data(), int64_t(samples.size()), noise});
+        int wrong = 0;
+        for (size_t i = 0; i < samples.size(); ++i) {
+          const std::vector<float> wanted = noisy_weights(weight, noise, samples[i]);
+          for (size_t e = 0; e < size; ++e) {
+            const size_t at = i * size + place(e);
+            const float got = type == Type::float32 ? floats[at] : noise::from_bits(uint32_t(halves[at]) << 16);
+            wrong += noise::bits(got) != noise::bits(rounded(type, wanted[e]));
+          }
+        }
+        CHECK(wrong == 0, "%d x %d x %d, channels last %d, %s: %d weights differ", s.rows, s.taps, s.channels, channels_last,
+              name(type), wrong);
+      }
+  }
+}
+
+// ---- convolution ----------------------------------------------------------------------------------------------------
+
+struct Case {
+  int channels, height, width, outputs, kernel_h, kernel_w, stride, padding, dilation, groups, images;
+  bool pool;
+};
+
+const Case kCases[] = {
+    {1, 9, 9, 6, 5, 5, 1, 0, 1, 1, 1, false},      {1, 12, 12, 6, 5, 5, 1, 0, 1, 1, 3, true},
+    {3, 8, 8, 10, 3, 3, 1, 1, 1, 1, 5, false},     {5, 7, 9, 17, 3, 3, 2, 1, 1, 1, 2, false},
+    {6, 11, 11, 16, 5, 5, 1, 0, 1, 1, 3, true},    {8, 6, 6, 70, 3, 3, 1, 1, 1, 1, 9, true},
+    {16, 5, 5, 100, 3, 3, 1, 2, 2, 1, 4, false},   {12, 6, 5, 8, 3, 1, 1, 1, 1, 4, 3, false},
+    {9, 4, 4, 6, 1, 1, 1, 0, 1, 3, 7, false},      {130, 1, 1, 84, 1, 1, 1, 0, 1, 1, 19, false},
+    {400, 1, 1, 120, 1, 1, 1, 0, 1, 1, 2, false},  {84, 1, 1, 10, 1, 1, 1, 0, 1, 1, 260, false},
+    {2, 3, 3, 1, 3, 3, 1, 1, 1, 1, 1, false},      {64, 4, 4, 64, 3, 3, 1, 1, 1, 1, 20, true},
+    {7, 13, 6, 33, 4, 2, 3, 2, 1, 1, 2, false},
+};
+
+Conv make_conv(const Case& c, bool noisy) {
+  RandomLayers random(0.5, BatchNorm::behind);
+  Conv conv = random.conv(c.channels / c.groups, c.outputs, 1);
+  conv.kernel_h = c.kernel_h;
+  conv.kernel_w = c.kernel_w;
+  conv.stride_h = conv.stride_w = c.stride;
+  conv.padding_h = conv.padding_w = c.padding;
+  conv.dilation_h = conv.dilation_w = c.dilation;
+  conv.groups = c.groups;
+  conv.pool = c.pool;
+  conv.weight = random.normal(size_t(c.outputs) * c.kernel_h * c.kernel_w * c.channels / c.groups, 1);
+  conv.pointwise.scale = random.normal(c.outputs, 1);  // negative ones, too: the pool must come behind them
+  conv.noise.reset();
+  if (noisy) conv.noise = LayerNoise{7, 0.5, -0.125};
+  return conv;
+}
+
+// A one-hot image of the kernel's size gives back the weight that meets its place, bit for bit.
+void check_identity(const Case& c, Type type, How how) {
+  Conv conv = make_conv(c, true);
+  conv.stride_h = conv.stride_w = conv.dilation_h = conv.dilation_w = 1;
+  conv.padding_h = conv.padding_w = 0;
+  conv.pool = false;
+  conv.pointwise = {};
+  const Shape in = {c.channels, c.kernel_h, c.kernel_w};
+  const int places = in.channels * in.height * in.width;
+  Tensor x(in, places);
+  for (int i = 0; i < places; ++i) x.data[size_t(i) * places + i] = 1;
+  Plan plan(type, kernels_portable, in);
+  const int first = plan.conv(plan.input(), conv);
+  plan.finish(first);
+  const std::vector<uint32_t> samples = {0, 4000000000u, 12};
+  const std::vector<float> got = outputs_of(plan, x, samples, how);
+  int wrong = 0;
+  const int inputs = c.channels / c.groups, outputs = c.outputs / c.groups;
+  for (size_t s = 0; s < samples.size(); ++s) {
+    const std::vector<float> weight = noisy_weights(conv.weight, *conv.noise, samples[s]);
+    for (int i = 0; i < places; ++i)
+      for (int o = 0; o < c.outputs; ++o) {
+        const int channel = i / (in.height * in.width), tap = i % (in.height * in.width);
+        const bool same = channel / inputs == o / outputs;
+        const float wanted =
+            same ? rounded(type, weight[(size_t(o) * in.height * in.width + tap) * inputs + channel % inputs]) : 0;
+        wrong += got[(s * places + i) * c.outputs + o] != wanted;
+      }
+  }
+  CHECK(wrong == 0, "identity, %d channels, kernel %d x %d, %d outputs, %s, materialise %d: %d weights differ", c.channels,
+        c.kernel_h, c.kernel_w, c.outputs, name(type), how.materialise, wrong);
+}
+
+// Against naive loops in float64 on the weights that the scalar code made.
+void check_conv(const Case& c, Type type, bool noisy, How how) {
+  const Shape in = {c.channels, c.height, c.width};
+  const Conv conv = make_conv(c, noisy);
+  const Tensor x = random_images(in, c.images);
+  Plan plan(type, kernels_portable, in);
+  plan.finish(plan.conv(plan.input(), conv));
+  const std::vector<uint32_t> samples = noisy ? std::vector<uint32_t>{5, 137} : std::vector<uint32_t>{5};
+  const std::vector<float> got = outputs_of(plan, x, samples, how);
+  double worst = 0, largest = 0;
+  size_t at = 0;
+  for (uint32_t sample : samples) {
+    Conv own = conv;
+    if (noisy) own.weight = noisy_weights(conv.weight, *conv.noise, sample);
+    for (float& w : own.weight) w = rounded(type, w);
+    for (float wanted : naive::conv<double>(x, own).data) {
+      // A NaN must not be lost in a maximum.
+      const double error = std::fabs(double(got[at++]) - wanted);
+      worst = error <= worst ? worst : error;
+      largest = std::max(largest, std::fabs(double(wanted)));
+    }
+  }
+  CHECK(at == got.size(), "conv: %zu outputs instead of %zu", got.size(), at);
+  // Sums are float32 in both types and the output is, too: products of bfloat16 numbers are exact.
+  CHECK(worst <= 4e-6 * largest, "conv, %d channels, %d x %d, kernel %d x %d, %d outputs, %s, noisy %d: error %g of %g",
+        c.channels, c.height, c.width, c.kernel_h, c.kernel_w, c.outputs, name(type), noisy, worst, largest);
+}
+
+// dX against its definition in float64.
+void check_backward(const Case& c, Type type, bool channels_last) {
+  const Conv conv = make_conv(c, true);
+  const int out_h = naive::output_size(c.height, c.kernel_h, c.stride, c.padding, c.dilation);
+  const int out_w = naive::output_size(c.width, c.kernel_w, c.stride, c.padding, c.dilation);
+  const int inputs = c.channels / c.groups, outputs = c.outputs / c.groups, taps = c.kernel_h * c.kernel_w;
+  const std::vector<uint32_t> samples = {5, 137};
+  const size_t x_size = size_t(c.images) * c.height * c.width * c.channels;
+  const size_t y_size = size_t(c.images) * out_h * out_w * c.outputs;
+  std::vector<float> gradient(samples.size() * y_size);
+  std::mt19937 random(9);
+  for (float& f : gradient) f = float(int(random() % 9) - 4);  // exact in bfloat16
+  std::vector<uint16_t> half(gradient.size()), half_x(samples.size() * x_size);
+  for (size_t i = 0; i < half.size(); ++i) half[i] = noise::bfloat16(gradient[i]);
+  std::vector<float> found(samples.size() * x_size, NAN), stored = conv.weight;
+  if (!channels_last)
+    for (size_t e = 0; e < stored.size(); ++e) {
+      const size_t channel = e % inputs, tap = e / inputs % taps, row = e / inputs / taps;
+      stored[(row * inputs + channel) * taps + tap] = conv.weight[e];
+    }
+  cuda::LayerRun run = {};
+  run.type = type;
+  run.x = type == Type::float32 ? static_cast<void*>(gradient.data()) : half.data();
+  run.weight = stored.data();
+  run.channels_last = channels_last;
+  run.y = type == Type::float32 ? static_cast<void*>(found.data()) : half_x.data();
+  run.images = c.images;
+  run.channels = c.channels, run.outputs = c.outputs, run.in_h = c.height, run.in_w = c.width;
+  run.kernel_h = c.kernel_h, run.kernel_w = c.kernel_w, run.stride_h = run.stride_w = c.stride;
+  run.padding_h = run.padding_w = c.padding, run.dilation_h = run.dilation_w = c.dilation, run.groups = c.groups;
+  run.seed = &kSeed;
+  run.samples = samples.data();
+  run.sample_count = int64_t(samples.size());
+  run.noise = *conv.noise;
+  run.backward = true;
+  cuda::convolve(run);
+  if (type == Type::bfloat16)
+    for (size_t i = 0; i < found.size(); ++i) found[i] = noise::from_bits(uint32_t(half_x[i]) << 16);
+
+  double worst = 0, largest = 0;
+  for (size_t s = 0; s < samples.size(); ++s) {
+    std::vector<double> wanted(x_size);
+    std::vector<float> weight = noisy_weights(conv.weight, *conv.noise, samples[s]);
+    for (float& w : weight) w = rounded(type, w);
+    for (int n = 0; n < c.images; ++n)
+      for (int i = 0; i < out_h; ++i)
+        for (int j = 0; j < out_w; ++j)
+          for (int o = 0; o < c.outputs; ++o)
+            for (int ky = 0; ky < c.kernel_h; ++ky)
+              for (int kx = 0; kx < c.kernel_w; ++kx) {
+                const int h = i * c.stride - c.padding + ky * c.dilation, w = j * c.stride - c.padding + kx * c.dilation;
+                if (h < 0 || h >= c.height || w < 0 || w >= c.width) continue;
+                const double g = gradient[s * y_size + ((size_t(n) * out_h + i) * out_w + j) * c.outputs + o];
+                for (int k = 0; k < inputs; ++k)
+                  wanted[((size_t(n) * c.height + h) * c.width + w) * c.channels + o / outputs * inputs + k] +=
+                      g * weight[(size_t(o) * taps + ky * c.kernel_w + kx) * inputs + k];
+              }
+    for (size_t i = 0; i < x_size; ++i) {
+      const double error = std::fabs(found[s * x_size + i] - wanted[i]);
+      worst = error <= worst ? worst : error;
+      largest = std::max(largest, std::fabs(wanted[i]));
+    }
+  }
+  const double tolerance = type == Type::float32 ? 4e-6 : 0x1p-8;  // bfloat16: of the result's rounding
+  CHECK(worst <= tolerance * largest, "dX, %d channels, %d outputs, kernel %d x %d, stride %d, %s: error %g of %g", c.channels,
+        c.outputs, c.kernel_h, c.kernel_w, c.stride, name(type), worst, largest);
+}
+
+// ---- networks -------------------------------------------------------------------------------------------------------
+
+// A shortcut, pools of all kinds, a value that is the same on all chips and one that no group of four channels divides.
+int mixed(Plan& plan) {
+  RandomLayers random(0.5);
+  const int x = plan.input();
+  Conv first = random.conv(3, 6, 3, 1);
+  first.noise.reset();  // computed once
+  const int a = plan.conv(x, first);
+  const int b = plan.conv(a, random.conv(6, 6, 3, 1));
+  Pointwise relu;
+  relu.relu = true;
+  const int sum = plan.add(a, b, relu);
+  const int pooled = plan.max_pool(sum, {3, 3, 2, 2, 1, 1}), mean = plan.average_pool(sum, {3, 3, 2, 2, 1, 1});
+  const int both = plan.concat({pooled, mean, plan.adaptive_average_pool(a, plan.shape(mean).height, plan.shape(mean).width)});
+  return plan.linear(plan.pointwise(both, relu), random.linear(plan.shape(both).channels * plan.shape(both).height *
+                                                                plan.shape(both).width, 10, true));
+}
+
+template <class Net>
+void check_network(const char* what, Shape in, int images, Type type, const Net& net) {
+  Plan plan(type, kernels(supported_isas().back()), in);
+  const int last = net(plan);
+  plan.finish(last);
+  const Shape out = plan.shape(last);
+  const Tensor x = random_images(in, images, 4);
+  const std::vector<uint32_t> samples = {130, 131, 137, 4000000000u, 2};
+  const std::vector<float> wanted = on_cpu(plan, out, x, samples), got = outputs_of(plan, x, samples);
+  double worst = 0, largest = 0;
+  for (size_t i = 0; i < got.size(); ++i) {
+    const double error = std::fabs(double(got[i]) - wanted[i]);
+    worst = error <= worst ? worst : error;
+    largest = std::max(largest, std::fabs(double(wanted[i])));
+  }
+  // bfloat16: sums in another order may be rounded to the neighbouring number, 2^-8 away, in every layer.
+  const double tolerance = type == Type::float32 ? 1e-5 : 0.04;
+  CHECK(worst <= tolerance * largest, "%s, %s: error %g of %g", what, name(type), worst, largest);
+
+  const auto same = [&](const std::vector<float>& other, const char* how) {
+    CHECK(other == got, "%s, %s: %s gives other bits", what, name(type), how);
+  };
+  same(outputs_of(plan, x, samples, {true}), "materialised weights");
+  same(outputs_of(plan, x, samples, {false, 2}), "two samples at a time");
+  same(outputs_of(plan, x, samples, {true, 1}), "one sample at a time");
+  const std::vector<float> alone = outputs_of(plan, x, {137});
+  const size_t size = got.size() / samples.size();
+  CHECK(std::vector<float>(got.begin() + 2 * size, got.begin() + 3 * size) == alone, "%s, %s: chip 137 alone differs", what,
+        name(type));
+
+  std::vector<int64_t> labels(images), correct(samples.size(), -1), expected(samples.size());
+  for (int i = 0; i < images; ++i) labels[i] = i % out.channels;
+  for (size_t s = 0; s < samples.size(); ++s)
+    for (int i = 0; i < images; ++i) {
+      const auto begin = got.begin() + (s * images + i) * out.channels;
+      expected[s] += std::max_element(begin, begin + out.channels) - begin == labels[i];
+    }
+  const cuda::Engine engine(plan, 0);
+  std::vector<char> workspace(engine.workspace(images, 3, false) + 256);
+  cuda::DeviceRun run = {x.data.data(), images, &kSeed, samples.data(), int64_t(samples.size())};
+  run.labels = labels.data();
+  run.correct = correct.data();
+  run.workspace = workspace.data() + (256 - reinterpret_cast<uintptr_t>(workspace.data()) % 256);
+  run.workspace_bytes = workspace.size() - 256;
+  engine.run(run);
+  CHECK(correct == expected, "%s, %s: counts differ from those of the outputs", what, name(type));
+}
+
+// ---- mistakes -------------------------------------------------------------------------------------------------------
+
+template <class Work>
+void refuses(const char* what, const Work& work) {
+  try {
+    work();
+  } catch (const std::invalid_argument&) {
+    return;
+  }
+  CHECK(false, "%s is not refused", what);
+}
+
+void test_mistakes() {
+  Plan open(Type::float32, kernels_portable, {1, 4, 4});
+  refuses("a plan that is not finished", [&] { cuda::Engine engine(open, 0); });
+  Plan plan(Type::float32, kernels_portable, {2, 3, 3});
+  plan.finish(plan.conv(plan.input(), make_conv(kCases[12], true)));
+  const cuda::Engine engine(plan, 0);
+  refuses("no images", [&] { engine.workspace(0, 1, false); });
+  refuses("no samples", [&] { engine.workspace(1, 0, false); });
+  const Tensor x({2, 3, 3}, 1);
+  const uint32_t sample = 0;
+  float outputs[9];
+  std::vector<char> workspace(engine.workspace(1, 1, false));
+  cuda::DeviceRun run = {x.data.data(), 1, &kSeed, &sample, 1};
+  run.outputs = outputs;
+  run.workspace = workspace.data();
+  run.workspace_bytes = workspace.size() - 1;
+  refuses("too small a workspace", [&] { engine.run(run); });
+  run.workspace_bytes = workspace.size();
+  int64_t labels = 0, correct = 0;
+  run.labels = &labels;
+  refuses("labels without counts", [&] { engine.run(run); });
+  run.correct = &correct;
+  refuses("counting maps instead of classes", [&] { engine.run(run); });
+}
+
+}  // namespace
+
+int main(int argc, char**) {
+  const bool few = argc > 1;  // under ThreadSanitizer
+  test_fragments();
+  if (!few) test_noisy_weights();
+  // The larger memory holds all weights of a tile, the smaller one forces slices through it.
+  for (const int shared : {227 << 10, 80 << 10}) {
+    shim_shared_bytes = shared;
+    int number = 0;
+    for (const Case& c : kCases) {
+      if (++number % (few ? 5 : shared < (100 << 10) ? 3 : 1)) continue;
+      for (const Type type : {Type::float32, Type::bfloat16}) {
+        check_identity(c, type, {false});
+        check_conv(c, type, true, {false});
+        if (few) continue;
+        check_identity(c, type, {true});
+        check_conv(c, type, false, {false});
+        check_conv(c, type, true, {true});
+        check_backward(c, type, true);
+        check_backward(c, type, false);
+      }
+    }
+  }
+  for (const Type type : {Type::float32, Type::bfloat16}) {
+    check_network("mixed", {3, 7, 7}, 3, type, [](Plan& p) { return mixed(p); });
+    if (few) continue;
+    check_network("LeNet-5", {1, 32, 32}, 2, type, [](Plan& p) { return lenet5(p, 0.5); });
+    check_network("VGG16, an eighth", {3, 32, 32}, 1, type,
+                  [](Plan& p) { return vgg16(p, 0.5, BatchNorm::before, 8, 2, 5); });
+  }
+  test_mistakes();
+  return report();
+}

@@ -1,0 +1,286 @@
+"""On a GPU: the chips, outputs and gradients of the CPU.
+
+    pytest -m gpu                     skipped, with the reason, where there is no GPU or no CUDA kernels
+
+In a build that models the device (csrc/cuda/shim.h) the same tests run on the CPU, all but those of torch's runtime;
+tests/test_shim.py makes one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from correctnet import LogNormalVariation, compensation, convert, cuda, evaluate, models, native, ops
+from correctnet.data import Split
+from correctnet.engine import Engine
+from correctnet.errors import UserError
+
+MODELLED = cuda.status().built and not torch.cuda.is_available()
+DEVICE = torch.device("cpu" if MODELLED else "cuda")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda.status().usable, reason=cuda.status().reason)]
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+
+SEED, SIGMA = 11, 0.5
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def residual() -> nn.Module:
+    """A shortcut, a concatenation's worth of pools, strides, groups and dilation."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 8, 3, padding=1)
+            self.norm = nn.BatchNorm2d(8)
+            self.second = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=2)
+            self.third = nn.Conv2d(8, 20, 5, stride=2, padding=1)
+            self.pool = nn.AvgPool2d(3, 2, padding=1)
+            self.last = nn.Linear(20, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.norm(self.first(x)))
+            x = x + self.second(x)
+            x = F.max_pool2d(torch.relu(self.third(x)), 2)
+            x = torch.cat([x, self.pool(x).repeat_interleave(1, 1)], 1)[:, :20] if x.shape[-1] < 2 else x
+            return self.last(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+    return Net()
+
+
+def compensated() -> nn.Module:
+    network = models.build("lenet5", 10, 1, seed=2)
+    made = compensation.compensate(network, {"conv1.layer": 3, "conv2.layer": 5}, seed=1, init="random")
+    return made
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
+    "lenet5": (lambda: models.build("lenet5", 10, 1, seed=1), (1, 32, 32)),
+    "residual": (residual, (3, 13, 13)),
+    "compensated": (compensated, (1, 32, 32)),
+    "linear": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 7), nn.ReLU(), nn.Linear(7, 3)), (3, 2, 2)),
+}
+
+
+def made(name: str) -> tuple[nn.Module, Tensor]:
+    """A network of `NETWORKS` with trained-like BatchNorm, converted, and 37 images."""
+    maker, shape = NETWORKS[name]
+    torch.manual_seed(3)
+    network = maker().eval()
+    for m in network.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.running_mean, -0.5, 0.5)
+            nn.init.uniform_(m.running_var, 0.5, 2)
+    return convert(network, LogNormalVariation(SIGMA), SEED), normal(37, *shape)
+
+
+def by_torch(analog: nn.Module, images: Tensor, samples: list[int]) -> Tensor:
+    """Each chip by torch on the CPU, in float64, with the weights of the specification."""
+    from correctnet.analog import analog_layers, programmed
+
+    outputs = []
+    for sample in samples:
+        with programmed(analog, sample), torch.no_grad():
+            double = {
+                f"{name}.weight": layer.chip_weight().double()
+                for name, layer in analog.named_modules()
+                if layer in analog_layers(analog)
+            }
+        with programmed(analog, None), torch.no_grad():
+            parameters = {k: v.double() for k, v in (*analog.named_parameters(), *analog.named_buffers())}
+            outputs.append(torch.func.functional_call(analog, {**parameters, **double}, (images.double(),)))
+    return torch.stack(outputs)
+
+
+# ---- noise ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [(6, 1, 5, 5), (16, 6, 5, 5), (70, 67, 3, 3), (8, 16, 1, 1), (3, 4, 1, 7), (10, 84), (1, 1), (257, 5, 2, 2)],
+)
+def test_noise_has_the_bits_of_the_cpu(shape: tuple[int, ...], last: bool, dtype: torch.dtype) -> None:
+    weight = normal(*shape)
+    if last and len(shape) == 4:
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    samples = [0, 137, 2**32 - 1]
+    got = cuda.noisy_weight(
+        weight.to(DEVICE), torch.tensor(-5), 7, torch.tensor(samples), SIGMA, -0.125, dtype=dtype
+    ).cpu()
+    for found, sample in zip(got, samples, strict=True):
+        wanted = native.noisy_weight(weight, 2**64 - 5, 7, sample, SIGMA, -0.125, dtype=dtype)
+        assert torch.equal(found, wanted)
+
+
+def test_noise_of_many_weights_has_the_moments_of_its_distribution() -> None:
+    factors = cuda.noisy_weight(
+        torch.ones(1000, 1000, device=DEVICE), torch.tensor(1), 0, torch.tensor([3]), SIGMA
+    )[0].double().log()  # fmt: skip
+    assert abs(factors.mean().item()) < 5 * SIGMA / 1000
+    assert factors.std().item() == pytest.approx(SIGMA, rel=0.005)
+
+
+# ---- the engine -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", cuda.METHODS)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_outputs_are_those_of_the_chips(name: str, precision: Any, method: Any) -> None:
+    analog, images = made(name)
+    samples = [0, 137, 9]
+    wanted = by_torch(analog, images, samples)
+    engine = Engine(analog.to(DEVICE), images[:2].to(DEVICE), precision=precision, method=method)
+    assert engine.on_gpu
+    assert engine.report.unfused == ()
+    got = engine.outputs(images.to(DEVICE), samples).double().cpu()
+    scale = wanted.abs().max().item()
+    # float32: sums of at most 400 products. bfloat16: 2^-9 of each number, over three to six layers.
+    tolerance = 2e-6 if precision == "float32" else 0.04
+    assert (got - wanted).abs().max().item() < tolerance * scale
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_methods_chunks_and_single_chips_agree_to_the_bit(precision: Any) -> None:
+    analog, images = made("lenet5")
+    analog, images = analog.to(DEVICE), images.to(DEVICE)
+    samples = list(range(130, 140))
+    engine = Engine(analog, images[:2], precision=precision)
+    whole = engine.outputs(images, samples)
+    assert torch.equal(engine.outputs(images, [137])[0], whole[7])
+    assert torch.equal(
+        Engine(analog, images[:2], precision=precision, method="materialise").outputs(images, samples), whole
+    )
+    (step,) = engine._steps
+    least = step.gpu.workspace(len(images), 1)
+    assert torch.equal(step.gpu.outputs(images, SEED, samples, least).view_as(whole), whole), "chip by chip"
+    assert torch.equal(torch.cat([engine.outputs(images[:5], samples), engine.outputs(images[5:], samples)], 1), whole)
+
+
+def test_counts_are_those_of_the_outputs() -> None:
+    analog, images = made("lenet5")
+    engine = Engine(analog.to(DEVICE), images[:2].to(DEVICE))
+    labels = torch.arange(37) % 10
+    outputs = engine.outputs(images, range(6))
+    assert engine.count_correct(images, labels, range(6)) == (outputs.argmax(2).cpu() == labels).sum(1).tolist()
+
+
+def test_evaluate_gives_the_accuracies_of_the_cpu() -> None:
+    analog, images = made("lenet5")
+    labels = torch.arange(37) % 10
+    on_cpu = evaluate(analog, (images, labels), 12, engine="torch", progress=False)
+    got = evaluate(analog.to(DEVICE), Split(images, labels), 12, progress=False)
+    assert got.table["correct"].tolist() == on_cpu.table["correct"].tolist()
+
+
+def test_too_little_memory_is_one_clear_line() -> None:
+    analog, images = made("lenet5")
+    engine = Engine(analog.to(DEVICE), images[:2].to(DEVICE))
+    (step,) = engine._steps
+    with pytest.raises(UserError, match=r"37 images on one chip take \d+ MiB on the device, more than the 0 MiB"):
+        step.gpu.outputs(images.to(DEVICE), SEED, [0], 1000)
+
+
+# ---- operators ------------------------------------------------------------------------------------------------------
+
+SHAPES = {
+    "plain": ((2, 5, 9, 7), (6, 5, 3, 3), {}),
+    "strided": ((1, 4, 11, 11), (8, 4, 5, 5), {"stride": (2, 3), "padding": (2, 1)}),
+    "groups": ((3, 6, 8, 8), (9, 2, 3, 3), {"groups": 3, "padding": 1}),
+    "dilated": ((2, 3, 12, 12), (10, 3, 3, 3), {"dilation": (2, 3), "padding": 2}),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_operators_and_their_gradients_are_those_of_the_cpu(name: str) -> None:
+    size, weight_size, geometry = SHAPES[name]
+    noise = {"seed": SEED, "layer": 2, "sigma": SIGMA, "samples": [0, 137]}
+    found = {}
+    for device in (torch.device("cpu"), DEVICE):
+        x = normal(*size).to(device).requires_grad_()
+        weight = normal(*weight_size, seed=1).to(device).requires_grad_()
+        bias = normal(weight_size[0], seed=2).to(device).requires_grad_()
+        y = ops.noisy_conv2d(x, weight, bias, **noise, **geometry)
+        y.square().sum().backward()
+        with torch.no_grad():
+            fused = ops.noisy_conv2d(x, weight, bias, **noise, **geometry)
+        found[device.type] = [t.detach().cpu() for t in (y, fused, x.grad, weight.grad, bias.grad)]
+    for got, wanted in zip(found[DEVICE.type], found["cpu"], strict=True):
+        scale = wanted.abs().max().item()
+        assert (got - wanted).abs().max().item() <= 1e-4 * scale + 1e-6
+
+
+# ---- torch's runtime ------------------------------------------------------------------------------------------------
+
+
+@on_a_gpu
+def test_a_graph_is_replayed_with_another_seed_and_other_chips() -> None:
+    weight = normal(16, 6, 5, 5).cuda()
+    seed, samples = torch.tensor(1, device="cuda"), torch.tensor([4], device="cuda")
+    for _ in range(2):
+        cuda.noisy_weight(weight, seed, 3, samples, SIGMA)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = cuda.noisy_weight(weight, seed, 3, samples, SIGMA)
+    for number, chip in ((1, 4), (2, 4), (2, 137)):
+        seed.fill_(number)
+        samples.fill_(chip)
+        graph.replay()
+        assert torch.equal(out[0].cpu(), native.noisy_weight(weight.cpu(), number, 3, chip, SIGMA))
+
+
+@on_a_gpu
+def test_two_streams_do_not_disturb_each_other() -> None:
+    analog, images = made("lenet5")
+    analog, images = analog.cuda(), images.cuda()
+    engines = [Engine(analog, images[:2]) for _ in range(2)]
+    wanted = [engines[0].outputs(images, range(k, k + 20)) for k in (0, 20)]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for _ in range(5):
+        got = []
+        for i, (engine, stream) in enumerate(zip(engines, streams, strict=True)):
+            with torch.cuda.stream(stream):
+                got.append(engine.outputs(images, range(20 * i, 20 * i + 20)))
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+@on_a_gpu
+def test_no_memory_left_is_one_clear_line() -> None:
+    analog, images = made("lenet5")
+    engine = Engine(analog.cuda(), images[:2].cuda(), memory=1 << 50)
+    free, _ = torch.cuda.mem_get_info()
+    hold = torch.empty(int(free * 0.98), dtype=torch.uint8, device="cuda")
+    many = torch.zeros(1, 1, 32, 32, device="cuda").expand(4096, -1, -1, -1)
+    with pytest.raises(UserError, match=r"the device has no .* MiB left; allow less memory"):
+        engine.count_correct(many, torch.zeros(4096, dtype=torch.int64), range(2000))
+    del hold
+    torch.cuda.empty_cache()
+
+
+@on_a_gpu
+def test_a_stage_runs_on_the_device(tmp_path: Any) -> None:
+    from click.testing import CliRunner
+
+    from correctnet.cli import main
+
+    command = f"pretrain --dataset digits --epochs 2 --device cuda --quiet --out {tmp_path / 'p'}"
+    assert CliRunner().invoke(main, command.split(), catch_exceptions=False).exit_code == 0
+    command = (
+        f"evaluate --model {tmp_path / 'p'} --dataset digits --chips 3 --device cuda --quiet --out {tmp_path / 'e.csv'}"
+    )
+    assert CliRunner().invoke(main, command.split(), catch_exceptions=False).exit_code == 0
+    assert math.isfinite(float((tmp_path / "e.csv").read_text().splitlines()[1].split(",")[-2] or 0))
