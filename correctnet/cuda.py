@@ -11,6 +11,7 @@ Where they were not built, or cannot run on the device at hand, torch computes e
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -33,7 +34,7 @@ class Status:
     Attributes:
         built: whether they are in the core.
         usable: whether they run on torch's current CUDA device.
-        architectures: that they were compiled for, as CMake counts them ("80;90-real;90-virtual").
+        architectures: that they were compiled for, as CMake counts them ("80-real, 90").
         reason: one line that says why, or what to do.
     """
 
@@ -57,14 +58,22 @@ def status() -> Status:
     if kernels.device_type == "cuda" and not torch.cuda.is_available():
         return Status(True, False, built, "torch sees no CUDA device")
     index = torch.cuda.current_device() if kernels.device_type == "cuda" else 0
-    problem = kernels.problem(index)
+    problem = _problem(index)
     return Status(True, problem is None, built, problem or f"compiled for {built}")
+
+
+@functools.cache
+def _problem(index: int) -> str | None:
+    """Why the kernels cannot run on a device, or None; asking the runtime takes longer than a small layer."""
+    return _kernels().problem(index)
 
 
 def reaches(device: torch.device) -> bool:
     """Whether the kernels compute on tensors of `device`."""
     kernels = _kernels()
-    return kernels is not None and device.type == kernels.device_type and status().usable
+    if kernels is None or device.type != kernels.device_type:
+        return False
+    return (device.type != "cuda" or torch.cuda.is_available()) and _problem(device.index or 0) is None
 
 
 def _kernels() -> ModuleType | None:
@@ -148,8 +157,8 @@ class Plan:
 def noisy_weight(
     weight: Tensor,
     seed: Tensor,
-    layer: int,
     samples: Tensor,
+    layer: int,
     sigma: float,
     shift: float = 0.0,
     dtype: torch.dtype | None = None,
@@ -188,12 +197,81 @@ def noisy_weight(
         seed=seed.data_ptr(),
         samples=chips.data_ptr(),
         sample_count=len(chips),
-        layer=layer,
-        sigma=sigma,
-        shift=shift,
+        noise=native._core.LayerNoise(layer, sigma, shift),
         stream=stream(weight.device),
     )
     return result.movedim(-1, 2) if last else result
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seed: Tensor,
+    samples: Tensor,
+    layer: int,
+    sigma: float,
+    shift: float,
+    geometry: Sequence[Any],
+    size: Sequence[int] | None = None,
+) -> Tensor:
+    """A convolution on many chips in one launch, or its gradient with respect to the input.
+
+    Args:
+        x: (N, C, H, W), shared by all chips, or (S, N, C, H, W); float32 or bfloat16. With `size` the gradient of the
+            output, (S, N, O, H', W').
+        weight: nominal weights (O, C / groups, kh, kw), in the dtype of x; a linear layer's with two dimensions of 1.
+        bias: (O,) or None; None with `size`.
+        seed, samples, layer, sigma, shift: see `noisy_weight`.
+        geometry: stride, padding, dilation (pairs) and groups.
+        size: (H, W) of the input, for the gradient.
+
+    Returns:
+        (S, N, O, H', W'), or with `size` (S, N, C, H, W); the dtype of x.
+    """
+    stride, padding, dilation, groups = geometry
+    outputs, inputs, *kernel = weight.shape
+    shared = x.dim() == 4
+    pixels = x.movedim(-3, -1).contiguous()  # (..., H, W, C)
+    height, width = x.shape[-2:] if size is None else size
+    if size is None:
+        reach = [
+            n + 2 * p - d * (k - 1) - 1 for n, p, d, k in zip((height, width), padding, dilation, kernel, strict=True)
+        ]
+        out = (*(r // s + 1 for r, s in zip(reach, stride, strict=True)), outputs)
+    else:
+        out = (height, width, inputs * groups)
+    nominal = weight.detach().float().permute(0, 2, 3, 1).contiguous()
+    chips = samples.to(torch.uint32).to(x.device)
+    seed = seed.to(x.device)
+    added = None if bias is None else bias.detach().float().contiguous()
+    y = torch.empty(len(chips), x.shape[-4], *out, dtype=x.dtype, device=x.device)
+    _kernels().convolve(
+        precision="bfloat16" if x.dtype == torch.bfloat16 else "float32",
+        x=pixels.data_ptr(),
+        x_shared=shared,
+        weight=nominal.data_ptr(),
+        channels_last=True,
+        y=y.data_ptr(),
+        images=x.shape[-4],
+        channels=inputs * groups,
+        outputs=outputs,
+        size=(height, width),
+        kernel=tuple(kernel),
+        stride=tuple(stride),
+        padding=tuple(padding),
+        dilation=tuple(dilation),
+        groups=groups,
+        shift=0 if added is None else added.data_ptr(),
+        seed=seed.data_ptr(),
+        samples=chips.data_ptr(),
+        sample_count=len(chips),
+        noise=native._core.LayerNoise(layer, sigma, shift),
+        backward=size is not None,
+        device=x.device.index or 0,
+        cuda_stream=stream(x.device),
+    )
+    return y.movedim(-1, 2).contiguous()
 
 
 def stream(device: torch.device) -> int:

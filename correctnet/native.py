@@ -147,7 +147,7 @@ def noisy_weight(
 
         if cuda.reaches(weight.device):
             rounded = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-            address = torch.tensor(_as_int64(seed)), layer, torch.tensor([sample])
+            address = torch.tensor(_as_int64(seed)), torch.tensor([sample]), layer
             return cuda.noisy_weight(weight, *address, sigma, shift, rounded)[0].to(dtype)
     if core is None or weight.device.type != "cpu":
         flat = lognormal(seed, layer, sample, weight.numel(), sigma, shift).to(weight.device)

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from correctnet import native, reference
+from correctnet import cuda, native, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 EXTENT = 1 << 31  # the core counts pixels, padding included, in 32 bits
@@ -330,11 +330,27 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, noise: Noise, geometry
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, noise: Noise, geometry: Geometry | None) -> Tensor:
     _check_noise(weight, noise)
     shape = _check_layer(x, weight, bias, noise.samples, geometry)
+    if cuda.reaches(x.device) and x.dtype != torch.float64:
+        return _on_device(x, weight, bias, noise, geometry).view(-1, *shape)
     if x.device.type != "cpu" or x.dtype == torch.float64 or not native.status().built:
         return _each_chip(x, _chip_weights(weight, noise), bias, geometry)
     if geometry is None:  # a convolution of one pixel: the elements of the noise count alike
         x, weight, geometry = x[..., None, None], weight[..., None, None], Geometry()
     return _fused(x, weight, bias, noise, geometry).view(-1, *shape)
+
+
+def _on_device(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    noise: Noise,
+    geometry: Geometry | None,
+    size: Sequence[int] | None = None,
+) -> Tensor:
+    """The layer by the CUDA kernels, or with `size`, of its input, the gradient with respect to that."""
+    if geometry is None:
+        x, weight, geometry = x[..., None, None], weight[..., None, None], Geometry()
+    return cuda.convolve(x, weight, bias, *noise, geometry, size)
 
 
 def _address(weight: Tensor, noise: Noise) -> tuple[int, list[int]]:
@@ -348,6 +364,9 @@ def _address(weight: Tensor, noise: Noise) -> tuple[int, list[int]]:
 def _chip_weights(weight: Tensor, noise: Noise) -> Iterator[Tensor]:
     """(1) and (2) of the paper for each chip, in the dtype of `weight`; the factors are float32 in any dtype."""
     seed, chips = _address(weight, noise)
+    if cuda.reaches(weight.device) and weight.dtype != torch.float64:
+        yield from cuda.noisy_weight(weight.contiguous(), *noise)
+        return
     for chip in chips:
         address = seed, noise.layer, chip, noise.sigma, noise.shift
         if weight.dtype == torch.float64:
@@ -417,11 +436,19 @@ def _layer_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     x_wanted, weight_wanted, bias_wanted, *_ = ctx.needs_input_grad
     shared = x.dim() == weight.dim()
     of_x, of_weight = [], []
+    if x_wanted and cuda.reaches(x.device) and x.dtype != torch.float64:
+        # One launch for all chips; the noise is drawn again while weights are loaded.
+        geometry = Geometry(*ctx.geometry) if ctx.geometry else None
+        size = x.shape[-2:] if geometry else (1, 1)
+        whole = _on_device(gradient, weight, None, Noise(seed, samples, *ctx.numbers), geometry, size)
+        of_x = [_wide(g) if shared else g for g in whole.view(len(samples), *x.shape[-weight.dim() :])]
     for s, chip in enumerate(_single_chips(seed, samples, ctx.numbers)):
-        noisy = torch.ops.correctnet.noisy_weight(weight, *chip)[0] if x_wanted else weight  # or its shape alone
-        wanted = [x_wanted, weight_wanted, False]
+        missing = x_wanted and len(of_x) <= s
+        noisy = torch.ops.correctnet.noisy_weight(weight, *chip)[0] if missing else weight  # or its shape alone
+        wanted = [missing, weight_wanted, False]
         dx, dw = _chip_gradients(gradient[s], x if shared else x[s], noisy, wanted, ctx.geometry)
-        of_x.append(_wide(dx) if shared and x_wanted else dx)
+        if missing:
+            of_x.append(_wide(dx) if shared else dx)
         of_weight.append(_times_factor(dw, chip) if weight_wanted else dw)
     dx = dw = db = None
     if x_wanted:

@@ -10,6 +10,7 @@ namespace py = pybind11;
 using namespace correctnet;
 
 void bind_plan(py::module_& m);  // bindings_plan.cpp
+void bind_cuda(py::module_& m);  // bindings_cuda.cpp, where the kernels are built
 
 PYBIND11_MODULE(_native, m) {
   m.def("isa", [] { return name(selected_isa()); });
@@ -52,4 +53,7 @@ PYBIND11_MODULE(_native, m) {
       py::call_guard<py::gil_scoped_release>());
 
   bind_plan(m);
+#if defined(CORRECTNET_CUDA)
+  bind_cuda(m);
+#endif
 }

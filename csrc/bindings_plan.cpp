@@ -4,57 +4,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "engine.h"
-#include "plan.h"
+#include "bindings_plan.h"
 
 namespace py = pybind11;
 using namespace correctnet;
 
 namespace {
 
-// Converted to their type and order where they differ; arrays that are large or are written to are not.
-using Floats = py::array_t<float, py::array::c_style | py::array::forcecast>;
-using Images = py::array_t<float, py::array::c_style>;
-using Labels = py::array_t<int64_t, py::array::c_style>;
 using Pair = std::array<int, 2>;
 
 std::vector<float> values(const Floats& array) { return {array.data(), array.data() + array.size()}; }
-
-Type type_named(const std::string& name) {
-  if (name == "float32") return Type::float32;
-  if (name == "bfloat16") return Type::bfloat16;
-  fail("precision: 'float32' or 'bfloat16', not '" + name + "'");
-}
-
-// The plan with what Python's arguments are checked against.
-struct BoundPlan {
-  Shape input;
-  std::string precision, isa;
-  Plan plan;
-  int output = -1;
-
-  BoundPlan(const std::string& precision, Shape input)
-      : input(input), precision(precision), isa(kernels(selected_isa()).name),
-        plan(type_named(precision), kernels(selected_isa()), input) {}
-
-  void check_images(const Images& images) const {
-    const bool fits = images.ndim() == 4 && images.shape(0) > 0 && images.shape(1) == input.channels &&
-                      images.shape(2) == input.height && images.shape(3) == input.width;
-    if (!fits)
-      fail("images: (count, " + std::to_string(input.channels) + ", " + std::to_string(input.height) + ", " +
-           std::to_string(input.width) + ") is expected");
-  }
-
-  Run run(int64_t count, const std::vector<uint32_t>& samples, int threads, size_t keep_bytes, int chunk_groups) const {
-    Run run = {};
-    run.count = count;
-    run.samples = samples;
-    run.threads = threads;
-    run.keep_bytes = keep_bytes;
-    run.chunk_groups = chunk_groups;
-    return run;
-  }
-};
 
 Pointwise pointwise(const std::optional<Floats>& scale, const std::optional<Floats>& shift, bool relu,
                     const std::optional<Floats>& after_scale, const std::optional<Floats>& after_shift) {

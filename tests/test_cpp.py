@@ -54,7 +54,7 @@ def wheel(tmp_path: Path, **environment: str) -> tuple[Path, str]:
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
-    output = run(command, env=os.environ | environment)
+    output = run(command, env=os.environ | {"CORRECTNET_CUDA": "0"} | environment)
     (path,) = tmp_path.glob("*.whl")
     return path, output
 

@@ -35,7 +35,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def residual() -> nn.Module:
-    """A shortcut, a concatenation's worth of pools, strides, groups and dilation."""
+    """A shortcut, a concatenation, pools, strides, groups and dilation."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -44,14 +44,14 @@ def residual() -> nn.Module:
             self.norm = nn.BatchNorm2d(8)
             self.second = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=2)
             self.third = nn.Conv2d(8, 20, 5, stride=2, padding=1)
-            self.pool = nn.AvgPool2d(3, 2, padding=1)
-            self.last = nn.Linear(20, 10)
+            self.pool = nn.AvgPool2d(3, 1, padding=1)
+            self.last = nn.Linear(40, 10)
 
         def forward(self, x: Tensor) -> Tensor:
             x = torch.relu(self.norm(self.first(x)))
             x = x + self.second(x)
             x = F.max_pool2d(torch.relu(self.third(x)), 2)
-            x = torch.cat([x, self.pool(x).repeat_interleave(1, 1)], 1)[:, :20] if x.shape[-1] < 2 else x
+            x = torch.cat([x, self.pool(x)], 1)
             return self.last(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
     return Net()
@@ -116,7 +116,7 @@ def test_noise_has_the_bits_of_the_cpu(shape: tuple[int, ...], last: bool, dtype
         weight = weight.contiguous(memory_format=torch.channels_last)
     samples = [0, 137, 2**32 - 1]
     got = cuda.noisy_weight(
-        weight.to(DEVICE), torch.tensor(-5), 7, torch.tensor(samples), SIGMA, -0.125, dtype=dtype
+        weight.to(DEVICE), torch.tensor(-5), torch.tensor(samples), 7, SIGMA, -0.125, dtype=dtype
     ).cpu()
     for found, sample in zip(got, samples, strict=True):
         wanted = native.noisy_weight(weight, 2**64 - 5, 7, sample, SIGMA, -0.125, dtype=dtype)
@@ -125,7 +125,7 @@ def test_noise_has_the_bits_of_the_cpu(shape: tuple[int, ...], last: bool, dtype
 
 def test_noise_of_many_weights_has_the_moments_of_its_distribution() -> None:
     factors = cuda.noisy_weight(
-        torch.ones(1000, 1000, device=DEVICE), torch.tensor(1), 0, torch.tensor([3]), SIGMA
+        torch.ones(1000, 1000, device=DEVICE), torch.tensor(1), torch.tensor([3]), 0, SIGMA
     )[0].double().log()  # fmt: skip
     assert abs(factors.mean().item()) < 5 * SIGMA / 1000
     assert factors.std().item() == pytest.approx(SIGMA, rel=0.005)
@@ -202,23 +202,38 @@ SHAPES = {
 }
 
 
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("name", SHAPES)
-def test_operators_and_their_gradients_are_those_of_the_cpu(name: str) -> None:
+def test_operators_and_their_gradients_are_those_of_the_specification(name: str, shared: bool) -> None:
     size, weight_size, geometry = SHAPES[name]
-    noise = {"seed": SEED, "layer": 2, "sigma": SIGMA, "samples": [0, 137]}
-    found = {}
-    for device in (torch.device("cpu"), DEVICE):
-        x = normal(*size).to(device).requires_grad_()
-        weight = normal(*weight_size, seed=1).to(device).requires_grad_()
-        bias = normal(weight_size[0], seed=2).to(device).requires_grad_()
-        y = ops.noisy_conv2d(x, weight, bias, **noise, **geometry)
-        y.square().sum().backward()
-        with torch.no_grad():
-            fused = ops.noisy_conv2d(x, weight, bias, **noise, **geometry)
-        found[device.type] = [t.detach().cpu() for t in (y, fused, x.grad, weight.grad, bias.grad)]
-    for got, wanted in zip(found[DEVICE.type], found["cpu"], strict=True):
-        scale = wanted.abs().max().item()
-        assert (got - wanted).abs().max().item() <= 1e-4 * scale + 1e-6
+    samples = [0, 137]
+    size = size if shared else (len(samples), *size)
+
+    def tensors(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+        made = normal(*size), normal(*weight_size, seed=1), normal(weight_size[0], seed=2)
+        return [t.to(device, dtype).requires_grad_() for t in made]
+
+    x, weight, bias = tensors(torch.float64, torch.device("cpu"))
+    outputs = []
+    for s, sample in enumerate(samples):
+        factor = native.noisy_weight(torch.ones(weight_size), SEED, 2, sample, SIGMA).double()
+        outputs.append(F.conv2d(x if shared else x[s], weight * factor, bias, **geometry))
+    wanted = torch.stack(outputs)
+    wanted.square().sum().backward()
+    references = [wanted, x.grad, weight.grad, bias.grad]
+
+    op = torch.ops.correctnet.noisy_conv2d
+    pairs = [geometry.get(key, default) for key, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
+    pairs = [[p, p] if isinstance(p, int) else list(p) for p in pairs]
+    x, weight, bias = tensors(torch.float32, DEVICE)
+    noise = torch.tensor(SEED), torch.tensor(samples), 2, SIGMA, 0.0
+    fused = op(x, weight, bias, *noise, *pairs, geometry.get("groups", 1))
+    fused.square().sum().backward()
+    for got, reference in zip([fused, x.grad, weight.grad, bias.grad], references, strict=True):
+        error = (got.detach().cpu().double() - reference.detach()).abs().max().item()
+        assert error <= 3e-6 * reference.abs().max().item()
+    y = ops.noisy_conv2d(x, weight, bias, seed=SEED, samples=samples, layer=2, sigma=SIGMA, **geometry)
+    assert (y - fused).abs().max().item() <= 3e-6 * references[0].abs().max().item()
 
 
 # ---- torch's runtime ------------------------------------------------------------------------------------------------
@@ -229,11 +244,11 @@ def test_a_graph_is_replayed_with_another_seed_and_other_chips() -> None:
     weight = normal(16, 6, 5, 5).cuda()
     seed, samples = torch.tensor(1, device="cuda"), torch.tensor([4], device="cuda")
     for _ in range(2):
-        cuda.noisy_weight(weight, seed, 3, samples, SIGMA)
+        cuda.noisy_weight(weight, seed, samples, 3, SIGMA)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = cuda.noisy_weight(weight, seed, 3, samples, SIGMA)
+        out = cuda.noisy_weight(weight, seed, samples, 3, SIGMA)
     for number, chip in ((1, 4), (2, 4), (2, 137)):
         seed.fill_(number)
         samples.fill_(chip)

@@ -7,6 +7,8 @@
 // (or with CORRECTNET_SHIM_THREADS) they are threads of the system, for ThreadSanitizer to find races in.
 #pragma once
 
+#undef _FORTIFY_SOURCE  // its longjmp refuses to change stacks
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -106,8 +108,9 @@ struct Thread {
   std::vector<Copy> copies;              // since the last commit
   std::deque<std::vector<Copy>> groups;  // committed, not waited for
   int exchanges = 0;                     // between the lanes of the warp
-  bool done = false;
-  ucontext_t context;
+  bool started = false, done = false;
+  ucontext_t context;  // to start with; later switches are longjmps, which take no system call
+  jmp_buf here;
   std::unique_ptr<char[]> stack;
 };
 
@@ -143,7 +146,7 @@ struct Block {
   std::vector<char> shared_bytes;
   char* shared;
   std::function<void()> work;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
 
   Block(dim3 grid, int count, size_t bytes, std::function<void()> work)
       : grid(grid), threads(count), warps(count / kWarp), barrier(count), shared_bytes(bytes + 128), work(work) {
@@ -157,7 +160,7 @@ struct Block {
     for (Thread& thread : threads) {
       thread.copies.clear();
       thread.groups.clear();
-      thread.done = false;
+      thread.started = thread.done = false;
     }
   }
 };
@@ -195,7 +198,17 @@ inline void run(Block& all) {
 
 #else
 
-inline void yield() { swapcontext(&self->context, &block->scheduler); }
+inline void yield() {
+  if (!_setjmp(self->here)) _longjmp(block->scheduler, 1);
+}
+
+// Runs the present thread until it yields.
+__attribute__((noinline)) inline void resume() {
+  if (_setjmp(block->scheduler)) return;
+  if (self->started) _longjmp(self->here, 1);
+  self->started = true;
+  setcontext(&self->context);
+}
 
 inline void Barrier::wait() {
   const int64_t generation = generation_;
@@ -231,7 +244,7 @@ inline void run(Block& all) {
           for (int i = 0; i < count; ++i) {
             self = &all.threads[descending ? count - 1 - i : i];
             if (self->done) continue;
-            swapcontext(&all.scheduler, &self->context);
+            resume();
             left -= self->done;
           }
       }
