@@ -427,8 +427,24 @@ void test_mistakes() {
 
 }  // namespace
 
-int main(int argc, char**) {
-  const bool few = argc > 1;  // under ThreadSanitizer
+// The kernels with barriers, a tile or two each: 256 threads of the system that wait for each other take their time.
+void look_for_races() {
+  const Case small = {3, 8, 8, 10, 3, 3, 1, 1, 1, 1, 5, false}, sliced = {40, 3, 3, 20, 3, 3, 1, 1, 1, 1, 2, false};
+  for (const Type type : {Type::float32, Type::bfloat16}) {
+    shim_shared_bytes = 227 << 10;
+    check_conv(small, type, true, {false});
+    shim_shared_bytes = 70 << 10;
+    check_conv(sliced, type, true, {true});
+  }
+}
+
+// Without arguments everything; "few": what mutants are tried on; "races".
+int main(int argc, char** argv) {
+  const bool few = argc > 1;
+  if (few && std::string(argv[1]) == "races") {
+    look_for_races();
+    return report();
+  }
   test_fragments();
   if (!few) test_noisy_weights();
   // The larger memory holds all weights of a tile, the smaller one forces slices through it.
