@@ -341,3 +341,38 @@ def training_rows(seed: int, rounds: int, say: Say, batch: int = 128, steps: int
             "rounds": rounds,
         }
     ]
+
+
+# ---- what is shown --------------------------------------------------------------------------------------------------
+
+
+def table(measured: dict[str, Any]) -> str:
+    """What was measured, as Markdown with the card's name."""
+    peaks = measured["matmul_flop_per_s"]
+    lines = [
+        f"{measured['device']}, torch {measured['torch']} (CUDA {measured['cuda']}), kernels for "
+        f"{measured['architectures']}; matmul 8192^3: bf16 {peaks['bf16'] / 1e12:.0f}, float32 with TF32 "
+        f"{peaks['float32'] / 1e12:.0f} TFLOP/s; random weights and images, sigma {measured['sigma']:g}; medians",
+        "",
+        "| work | engine | images/s | x the best plain PyTorch | of the matmul peak | best plain PyTorch | images/s |",
+        "|---|---|---:|---:|---:|---|---:|",
+    ]
+    for row in measured["rows"]:
+        if "fraction_of_peak" in row:
+            ours = f"{row['precision']}, {row['method']} | {row['images_per_s']:,.0f} | {row['ratio']:.1f}"
+            plain = f"{row['plain']} | {row['plain_images_per_s']:,.0f}"
+            lines.append(f"| {row['work']} | {ours} | {row['fraction_of_peak']:.0%} | {plain} |")
+    crossing = [row for row in measured["rows"] if row["work"] == "crossover"]
+    if crossing:
+        lines += ["", "| VGG16, bf16: images a chip | fused, images/s | materialised, images/s |", "|---:|---:|---:|"]
+        for images in dict.fromkeys(row["images"] for row in crossing):
+            rates = {row["method"]: row["images_per_s"] for row in crossing if row["images"] == images}
+            lines.append(f"| {images:,} | {rates['fused']:,.0f} | {rates['materialise']:,.0f} |")
+    for row in measured["rows"]:
+        if row["work"] == "training":
+            lines += [
+                "",
+                f"Training compensators, batch {row['batch']}, a fresh chip each batch: {row['steps_per_s']:.1f} "
+                f"steps/s, {row['ratio']:.2f} x with {row['against']} ({row['plain_steps_per_s']:.1f}).",
+            ]
+    return "\n".join(lines)

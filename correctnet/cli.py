@@ -484,9 +484,16 @@ def show(model: Path) -> None:
 @click.option(
     "--work",
     "works",
-    type=click.Choice(["lenet5-250x10000", "vgg16-8x2000", "vgg16-64x64", "noise"]),
+    type=click.Choice(["lenet5-250x10000", "vgg16-8x2000", "vgg16-64x64", "vgg16-250x10000", "noise"]),
     multiple=True,
     help="What to measure; may be repeated.  [default: all]",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="With cuda: its own works, the crossover of the engine's methods, and training.",
 )
 @click.option("--scaling", is_flag=True, help="Also measure cost against samples, images and threads.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns that each side takes.")
@@ -497,6 +504,7 @@ def show(model: Path) -> None:
 @click.option("--plot", type=PATH, help="Plot that is written (.png, .svg, ...); with --scaling a second beside it.")
 def bench(
     works: tuple[str, ...],
+    device: str,
     scaling: bool,
     rounds: int,
     threads: int | None,
@@ -517,6 +525,29 @@ def bench(
         storage.check_writable(json_file)
     if plot is not None:
         benchmark.check_plot(plot)
+
+    def say(text: str) -> None:
+        click.echo(text, err=True)
+
+    if device == "cuda":
+        from correctnet import bench_gpu
+
+        if plot is not None or scaling:
+            raise UserError("bench --device cuda: --plot and --scaling are for the CPU's measurements")
+        if unknown := [work for work in works if work not in bench_gpu.WORKS]:
+            raise UserError(
+                f"bench --device cuda: {unknown[0]} is measured on the CPU (here: {', '.join(bench_gpu.WORKS)})"
+            )
+        few = bool(works)
+        measured = bench_gpu.measure(
+            works or tuple(bench_gpu.WORKS), training=not few, crossover=not few, rounds=rounds, seed=seed, say=say
+        )
+        click.echo(bench_gpu.table(measured))
+        if json_file is not None:
+            storage.write_json(json_file, measured)
+        return
+    if unknown := [work for work in works if work not in benchmark.WORKS and work != "noise"]:
+        raise UserError(f"bench: {unknown[0]} is measured on a GPU (--device cuda)")
     set_threads(threads or available_cpus())
     measured = benchmark.measure(
         [work for name, work in benchmark.WORKS.items() if not works or name in works],
@@ -525,7 +556,7 @@ def bench(
         rounds=rounds,
         full=full,
         seed=seed,
-        say=lambda text: click.echo(text, err=True),
+        say=say,
     )
     click.echo(benchmark.table(measured))
     if json_file is not None:

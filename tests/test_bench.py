@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from correctnet import bench, models, native, storage
+from correctnet import bench, bench_gpu, models, native, storage
 from correctnet.cli import main
 from correctnet.errors import UserError
 
@@ -271,3 +271,49 @@ def test_command_line():
     result = CliRunner().invoke(main, ["bench", "--work", "noise", "--plot", "p.txt"])
     assert result.exit_code == 2
     assert result.output.startswith("error: --plot p.txt")
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "cuda", "--work", "noise"], "noise is measured on the CPU"),
+        (["--device", "cuda", "--scaling"], "--plot and --scaling are for the CPU's measurements"),
+        (["--work", "vgg16-250x10000"], "vgg16-250x10000 is measured on a GPU (--device cuda)"),
+    ],
+)
+def test_works_belong_to_a_device(options: list[str], message: str) -> None:
+    result = CliRunner().invoke(main, ["bench", *options])
+    assert result.exit_code == 2 or isinstance(result.exception, UserError)
+    assert message in result.output + str(result.exception)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_bench_says_so() -> None:
+    with pytest.raises(UserError, match="bench --device cuda: "):
+        bench_gpu.measure(())
+
+
+def test_the_table_of_a_gpu() -> None:
+    row = {"work": "vgg16-64x64", "precision": "bf16", "method": "fused", "images_per_s": 1e5, "ratio": 3.0}
+    row |= {"fraction_of_peak": 0.4, "plain": "bf16 network, CUDA graph", "plain_images_per_s": 33333.0}
+    crossing = [
+        {"work": "crossover", "method": m, "images": 64, "images_per_s": r}
+        for m, r in (("fused", 2e3), ("materialise", 1e3))
+    ]
+    training = {"work": "training", "batch": 128, "steps_per_s": 90.0, "ratio": 1.5, "against": "torch's noise, eager"}
+    measured = {
+        "device": "a card",
+        "torch": "2",
+        "cuda": "13",
+        "architectures": "80-real, 90",
+        "sigma": 0.5,
+        "matmul_flop_per_s": {"bf16": 7e14, "float32": 4e14},
+        "rows": [row, *crossing, training | {"plain_steps_per_s": 60.0}],
+    }
+    text = bench_gpu.table(measured)
+    assert "| vgg16-64x64 | bf16, fused | 100,000 | 3.0 | 40% | bf16 network, CUDA graph | 33,333 |" in text
+    assert "| 64 | 2,000 | 1,000 |" in text
+    assert "90.0 steps/s, 1.50 x with torch's noise, eager (60.0)" in text
