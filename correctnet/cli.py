@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
 
+from correctnet import storage
 from correctnet.config import READS, Config, Section, Settings, Stage, merge, validate
 from correctnet.errors import UserError
 
@@ -165,12 +170,14 @@ def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         out: Path = arguments["out"]
         work = work or out.parent / ".resume" / out.name
-        return function(runtime=_runtime(data_dir, device, threads, memory, work, quiet), **arguments)
+        _end_with(os.environ.get("CORRECTNET_HEAD"))
+        with storage.exclusive(work, out):
+            return function(runtime=_runtime(data_dir, device, threads, memory, work, quiet), **arguments)
 
     call.__doc__, call.__name__ = function.__doc__, function.__name__
     call.__click_params__ = list(getattr(function, "__click_params__", []))  # type: ignore[attr-defined]
     for option in (
-        click.option("--quiet", is_flag=True, help="No progress bars."),
+        click.option("--quiet", is_flag=True, help="No progress bars, but a line of provenance; for logs."),
         click.option("--work", type=PATH, help="What a killed run needs to go on.  [default: .resume beside --out]"),
         click.option("--threads", type=click.IntRange(1), help="At most this many CPU threads.  [default: all]"),
         click.option(
@@ -193,12 +200,42 @@ def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def _runtime(data_dir: str | None, device: str, threads: int | None, memory: int, work: Path, quiet: bool) -> Runtime:
     import torch
 
+    from correctnet import provenance
     from correctnet.stages import Runtime, available_cpus, set_threads
 
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
     set_threads(threads or available_cpus())
+    if quiet:  # nobody is watching: this is a log
+        click.echo(provenance.line(device, threads), err=True)
     return Runtime(data_dir, device, quiet, work, memory << 20)
+
+
+class Stopped(BaseException):
+    """A signal that asks the process to end: what is half written is taken away, and one line says so."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.signal = signal.Signals(number)
+
+
+def _stop(number: int, _frame: Any) -> None:
+    raise Stopped(number)
+
+
+def _end_with(head: str | None) -> None:
+    """End (as by SIGTERM) when process `head` is gone: the workflow that started this was killed, and its successor
+    shall find no stage of it still running."""
+    head_folder = Path("/proc") / (head or "-")
+    if not head_folder.exists():  # started by hand, or in a container that does not show the process
+        return
+
+    def watch() -> None:
+        while head_folder.exists():
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class Group(click.Group):
@@ -211,12 +248,17 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """See the class."""
         warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
+        signal.signal(signal.SIGTERM, _stop)
+        signal.signal(signal.SIGINT, _stop)
         try:
             return super().invoke(ctx)
         except UserError as error:
             for line in str(error).splitlines():
                 click.echo(f"error: {line}", err=True)
             ctx.exit(2)
+        except Stopped as stopped:
+            click.echo(f"stopped by {stopped.signal.name}; the same command goes on from what is done", err=True)
+            ctx.exit(128 + stopped.signal)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -280,6 +322,18 @@ def sweep(settings: Settings, runtime: Runtime, pretrained: Path, suppressed: Pa
     from correctnet import stages
 
     stages.sweep(settings, pretrained, suppressed, out, runtime)
+
+
+@main.command()
+@settings_options("sensitivity")
+@runtime_options
+@click.option("--model", type=PATH, required=True, help="Model of any stage.")
+@click.option("--out", type=PATH, required=True, help="CSV that is written, a row a layer and chip.")
+def sensitivity(settings: Settings, runtime: Runtime, model: Path, out: Path) -> None:
+    """What variation in each layer alone costs a model."""
+    from correctnet import stages
+
+    stages.sensitivity(settings, model, out, runtime)
 
 
 @main.command()
@@ -380,7 +434,7 @@ def merge_chunks(files: tuple[Path, ...], out: Path) -> None:
 @click.option("--out", type=PATH, required=True, help="CSV that is written.")
 def collect(files: tuple[Path, ...], out: Path) -> None:
     """Put the CSVs of several evaluations (rows, sigmas) into one."""
-    from correctnet import storage, tables
+    from correctnet import tables
 
     storage.write_csv(out, tables.read_samples(files))
 
@@ -389,33 +443,63 @@ def collect(files: tuple[Path, ...], out: Path) -> None:
 @click.argument("samples", type=PATH, nargs=-1, required=True)
 @click.option("--sigma", type=float, default=0.5, show_default=True, help="The sigma of the table.")
 @click.option("--label", multiple=True, metavar="ROW=LABEL", help="What a row is called; may be repeated.")
-@click.option("--out", type=PATH, required=True, help="CSV; a Markdown file of the same name is written beside it.")
+@click.option("--out", type=PATH, required=True, help="CSV; the same as .md and .html is written beside it.")
 def table(samples: tuple[Path, ...], sigma: float, label: tuple[str, ...], out: Path) -> None:
     """Table I of the paper from per-sample results."""
-    from correctnet import storage, tables
+    from correctnet import pages, tables
 
     rows = tables.table1(tables.read_samples(samples), sigma, _pairs("--label", label))
     storage.write_csv(out, rows)
     storage.write_text(out.with_suffix(".md"), tables.markdown(rows, sigma))
+    storage.write_text(out.with_suffix(".html"), pages.table1(rows, sigma))
     click.echo(out.with_suffix(".md").read_text(), err=True)
 
 
 @main.command()
-@click.argument("number", type=click.Choice(["2", "7", "9", "10"]))
+@click.argument("name", type=click.Choice(["2", "7", "9", "10", "yield", "sensitivity"]))
 @click.argument("files", type=PATH, nargs=-1, required=True)
 @click.option("--out", type=PATH, required=True, help="PNG; an SVG of the same name is written beside it.")
-def figure(number: str, files: tuple[Path, ...], out: Path) -> None:
-    """One figure of the paper.
+def figure(name: str, files: tuple[Path, ...], out: Path) -> None:
+    """One figure: 2, 7, 9 or 10 of the paper, the yield over accuracy, or each layer's sensitivity.
 
-    FILES are per-sample results for figures 2 and 7, accuracy.csv of `sweep` for figure 9, log.csv of `search` for
-    figure 10; a file's panel is titled with the name of its pair's folder.
+    FILES are per-sample results for 2, 7 and yield, accuracy.csv of `sweep` for 9, log.csv of `search` for 10, and what
+    `sensitivity` wrote for sensitivity; a file's panel is titled with the name of its pair's folder.
     """
     import matplotlib
 
     matplotlib.use("Agg")  # no window, no display
     from correctnet import figures
 
-    figures.draw(number, files, out)
+    figures.draw(name, files, out)
+
+
+@main.command()
+@click.argument("logs", type=PATH, nargs=-1, required=True)
+@click.option("--out", type=PATH, required=True, help="HTML that is written.")
+def explore(logs: tuple[Path, ...], out: Path) -> None:
+    """The states that searches explored (their log.csv) as an interactive scatter, in one HTML file."""
+    from correctnet import pages
+
+    storage.write_text(out, pages.search_scatter(logs))
+
+
+@main.command("provenance")
+@click.argument("run")
+@click.option("--results", type=PATH, default=Path("results"), show_default=True, help="Folder of all results.")
+@click.option("--pair", "pairs", multiple=True, required=True, help="A pair of the run; may be repeated.")
+@click.option("--seed", "seeds", multiple=True, help="A seed of the run; may be repeated.")
+@click.option("--command", envvar="CORRECTNET_COMMAND", help="What was run.  [CORRECTNET_COMMAND, else this command]")
+@click.option("--out", type=PATH, required=True, help="CSV, a row a job; an HTML page is written beside it.")
+def provenance_page(
+    run: str, results: Path, pairs: tuple[str, ...], seeds: tuple[str, ...], command: str | None, out: Path
+) -> None:
+    """What made the results of a RUN: command, revision, versions, machine, time and memory of each job."""
+    from correctnet import pages, provenance
+
+    jobs, here = provenance.jobs(results, list(pairs)), provenance.here()
+    storage.write_csv(out, jobs)
+    here |= {"command": command} if command else {}
+    storage.write_text(out.with_suffix(".html"), pages.provenance(run, here, jobs, seeds))
 
 
 @main.command()
@@ -518,7 +602,6 @@ def bench(
 
     matplotlib.use("Agg")  # no window, no display
     from correctnet import bench as benchmark
-    from correctnet import storage
     from correctnet.stages import available_cpus, set_threads
 
     if json_file is not None:

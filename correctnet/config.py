@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from correctnet.errors import UserError, one_line
 
-Stage = Literal["pretrain", "suppress", "inject", "sweep", "search", "compensate", "evaluate"]
+Stage = Literal["pretrain", "suppress", "inject", "sweep", "search", "compensate", "evaluate", "sensitivity"]
 # The stages whose model a row of Table I can evaluate.
 Weights = Literal["pretrain", "suppress", "inject", "compensate"]
 
@@ -236,6 +236,15 @@ class Evaluate(Section):
         return value
 
 
+class Sensitivity(Section):
+    """Variation in one layer alone, for every layer: what each costs by itself."""
+
+    chips: int = Field(20, ge=1)
+    """chip samples a layer"""
+    images: int | None = Field(500, ge=1)
+    """validation images; empty: all"""
+
+
 class Settings(Section):
     """All that a row of one pair needs."""
 
@@ -252,6 +261,7 @@ class Settings(Section):
     compensate: Compensate = Compensate()
     montecarlo: MonteCarlo = MonteCarlo()
     evaluate: Evaluate = Evaluate()
+    sensitivity: Sensitivity = Sensitivity()
 
     def of(self, stage: Stage) -> SimpleNamespace:
         """The settings that `stage` reads, and nothing else: reading another key is an AttributeError."""
@@ -312,9 +322,10 @@ READS: dict[Stage, tuple[str, ...]] = {
         "evaluate.recalibrate",
         "evaluate.recalibrate_images",
     ),
+    "sensitivity": ("seed", "data.dataset", "data.validation", "variation", "montecarlo", "sensitivity"),
 }
 # Raised when a stage's code changes what it computes.
-VERSIONS: dict[Stage, int] = dict.fromkeys(get_args(Stage), 2) | {"search": 3}
+VERSIONS: dict[Stage, int] = dict.fromkeys(get_args(Stage), 2) | {"search": 4}
 # What a stage's model is made from, for each stage whose model a row can evaluate.
 UPSTREAM: dict[Stage, tuple[Stage, ...]] = {
     "pretrain": (),

@@ -14,12 +14,10 @@ from torch import Tensor, nn
 
 from correctnet import models, variation
 from correctnet.analog import analog_candidates, convert, program, programmed
-from correctnet.config import Config, Settings
+from correctnet.config import UPSTREAM, Config, Settings, Stage
 from correctnet.engine import Engine, Precision, Unsupported
 from correctnet.errors import UserError
-
-# Images of the training and test sets; what a setting leaves open means all of them.
-SIZES = {"digits": (1438, 359), "mnist": (60000, 10000), "cifar10": (50000, 10000), "cifar100": (50000, 10000)}
+from correctnet.workload import Costs, stage_seconds
 
 
 def _seconds(work: Callable[[], object], at_least: float = 0.2) -> float:
@@ -33,8 +31,8 @@ def _seconds(work: Callable[[], object], at_least: float = 0.2) -> float:
     return best
 
 
-def costs(settings: Settings) -> dict[str, float]:
-    """Seconds on one thread: an image trained, an image tested with variation, a chip sampled for training."""
+def costs(settings: Settings) -> Costs:
+    """What training and testing cost on this machine, measured."""
     s = settings
     channels = 1 if s.data.dataset in ("digits", "mnist") else 3
     options = {"widths": s.network.widths or models.LENET5_WIDTHS}
@@ -63,12 +61,7 @@ def costs(settings: Settings) -> dict[str, float]:
     test = _test_seconds(network, images, s.montecarlo.precision)
     with torch.no_grad():
         sampling = _seconds(sample) * weights / layer.weight.numel()
-    return {
-        "train": _seconds(step) / len(images),
-        "test": test,
-        "sample": sampling,
-        "layers": len(list(analog_candidates(model))),
-    }
+    return Costs(_seconds(step) / len(images), test, sampling, len(list(analog_candidates(model))))
 
 
 def _test_seconds(analog: nn.Module, images: Tensor, precision: Precision) -> float:
@@ -83,46 +76,31 @@ def _test_seconds(analog: nn.Module, images: Tensor, precision: Precision) -> fl
     return _seconds(lambda: engine.count_correct(images, labels, chips)) / (len(images) * len(chips))
 
 
-def stage_seconds(config: Config, pair: str) -> dict[str, float]:
+def pair_seconds(config: Config, pair: str) -> dict[str, float]:
     """Estimated seconds of each stage of a pair, all of its rows together, each shared run counted once."""
-    own = config.settings(pair)
-    cost = costs(own)
-    train_images, test_images = SIZES[own.data.dataset]
-    validation = round(own.data.validation * train_images)
-    train_images -= validation
+    cost = costs(config.settings(pair))
     seen: set[tuple[str, ...]] = set()
     total: dict[str, float] = {}
 
-    def add(stage: str, key: str, seconds: float) -> None:
+    def add(stage: Stage, s: Settings, key: str, runs: int = 1, chips: int | None = None) -> None:
         if (stage, key) not in seen:
             seen.add((stage, key))
-            total[stage] = total.get(stage, 0.0) + seconds
+            total[stage] = total.get(stage, 0.0) + runs * stage_seconds(stage, s, cost, chips)
 
     for name in config.rows_of(pair):
         s, row = config.settings(pair, name), config.rows[name]
-        # A training with variation draws a chip a batch on top of its steps.
-        chip_batches = cost["sample"] / s.compensate.batch
-        add("pretrain", s.canonical("pretrain"), s.pretrain.epochs * train_images * cost["train"])
-        if row.evaluate == "inject":
-            seconds = s.inject.epochs * train_images * (cost["train"] + cost["sample"] / s.inject.batch)
-            add("inject", s.canonical("inject"), seconds)
-        if row.evaluate in ("suppress", "compensate"):
-            add("suppress", s.canonical("suppress"), s.suppress.epochs * train_images * cost["train"])
-        if row.evaluate == "compensate":
-            images = s.sweep.images or validation
-            chips = s.sweep.chips * cost["layers"]
-            add("sweep", s.canonical("sweep"), chips * images * cost["test"])
-            per_image = s.compensate.chips_per_batch * (cost["train"] + chip_batches)
-            if s.search.strategy != "all":
-                state = s.search.train_epochs * (s.search.train_images or train_images) * per_image
-                state += s.search.chips * (s.search.images or validation) * cost["test"]
-                searches = len(s.search.limits) * s.search.evaluations
-                add("search", s.canonical("search") + s.canonical("sweep"), searches * state)
-            key = s.canonical("compensate") + s.canonical("search") + s.canonical("sweep")
-            add("compensate", key, s.compensate.epochs * train_images * per_image)
-        chips = s.evaluate.chips + 1 + row.curve * len(s.evaluate.sigmas) * s.evaluate.curve_chips
-        images = s.evaluate.images or test_images
-        add("evaluate", name, chips * images * cost["test"])
+        chain: tuple[Stage, ...] = (*UPSTREAM[row.evaluate], row.evaluate)
+        for stage in chain:
+            key = " ".join(s.canonical(before) for before in (*UPSTREAM[stage], stage))
+            add(stage, s, key, len(s.search.limits) if stage == "search" else 1)
+        add(
+            "evaluate",
+            s,
+            name,
+            chips=s.evaluate.chips + 1 + row.curve * len(s.evaluate.sigmas) * s.evaluate.curve_chips,
+        )
+        if name == "correctnet":
+            add("sensitivity", s, name, runs=3)
     return total
 
 
@@ -134,7 +112,7 @@ def report(config: Config, run: str, cores: int) -> str:
     torch.set_num_threads(1)
     lines, everything = [], 0.0
     for pair in config.runs[run]:
-        stages = {stage: seconds / cores for stage, seconds in stage_seconds(config, pair).items()}
+        stages = {stage: seconds / cores for stage, seconds in pair_seconds(config, pair).items()}
         everything += sum(stages.values())
         parts = ", ".join(f"{stage} {_duration(seconds)}" for stage, seconds in stages.items())
         lines.append(f"  {pair}: about {_duration(sum(stages.values()))} ({parts})")

@@ -1,7 +1,8 @@
-"""Figures 2, 7, 9 and 10 of the paper, drawn from result files, with the paper's values where they are known."""
+"""Figures 2, 7, 9 and 10 of the paper, with the paper's values where they are known; yield; sensitivities."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,14 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, which people with any kind of colour blindness can tell apart.
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"
+YELLOW, SKY = "#E69F00", "#56B4E9"
+SEARCH_COLOURS = (BLUE, GREEN, PINK, ORANGE)  # by overhead limit
 ROW_STYLE = {"unprotected": (ORANGE, "s", "original network"), "correctnet": (BLUE, "o", "CorrectNet")}
+SENSITIVITY_STYLE = {
+    "pretrain": (ORANGE, "original network"),
+    "suppress": (GREEN, "Lipschitz regularisation alone"),
+    "compensate": (BLUE, "CorrectNet"),
+}
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -33,10 +41,10 @@ STYLE = {
 }
 
 
-def draw(number: str, files: Sequence[Path], out: Path) -> None:
-    """Draw a figure of the paper from files, as PNG (`out`) and SVG (beside it)."""
+def draw(name: str, files: Sequence[Path], out: Path) -> None:
+    """Draw a figure (a key of FIGURES) from files, as PNG (`out`) and SVG (beside it)."""
     with plt.rc_context(STYLE):
-        figure = FIGURES[number](files)
+        figure = FIGURES[name](files)
         for path, metadata in ((out.with_suffix(".png"), None), (out.with_suffix(".svg"), {"Date": None})):
             with storage.replacing(path) as temporary:
                 figure.savefig(temporary, format=path.suffix[1:], dpi=160, metadata=metadata)
@@ -113,7 +121,7 @@ def figure9(files: Sequence[Path]) -> plt.Figure:
     """Accuracy of the suppressed network with variation from layer i to the last, on validation images."""
     figure, axes = _panels([path.parent.parent.name for path in files])
     for ax, path in zip(axes, files, strict=True):
-        table = _read(path, ["layer", "accuracy", "original", "threshold", "images"])
+        table = read_table(path, ["layer", "accuracy", "original", "threshold", "images"])
         by_layer = table.groupby("layer")["accuracy"]
         mean, std = by_layer.mean(), by_layer.std().fillna(0.0)
         ax.plot(mean.index, mean, color=BLUE, marker="o", markersize=4, label="Lipschitz regularisation alone")
@@ -138,8 +146,8 @@ def figure10(files: Sequence[Path]) -> plt.Figure:
         by_pair.setdefault(path.parents[2].name, []).append(path)
     figure, axes = _panels(list(by_pair))
     for ax, logs in zip(axes, by_pair.values(), strict=True):
-        for colour, marker, path in zip((BLUE, GREEN, PINK, ORANGE), "osD^", logs, strict=False):
-            table = _read(path, ["overhead", "mean", "std"]).dropna(subset=["mean"])
+        for colour, marker, path in zip(SEARCH_COLOURS, "osD^", logs, strict=False):
+            table = read_table(path, ["overhead", "mean", "std"]).dropna(subset=["mean"])
             x, name = 100 * table["overhead"], path.parent.name.replace("limit-", "limit ")
             ax.errorbar(x, table["mean"], table["std"], fmt=marker, color=colour, alpha=0.6, markersize=4, label=name)
             best = table["mean"].idxmax()
@@ -150,7 +158,56 @@ def figure10(files: Sequence[Path]) -> plt.Figure:
     return figure
 
 
-def _read(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+def yield_curve(files: Sequence[Path]) -> plt.Figure:
+    """The fraction of chips at or above an accuracy, for every row, at the largest sigma."""
+    samples = tables.read_samples(files)
+    pairs = list(samples["pair"].unique())
+    figure, axes = _panels(pairs)
+    for ax, pair in zip(axes, pairs, strict=True):
+        of_pair = samples[samples["pair"] == pair]
+        varied = of_pair[of_pair["sigma"] == of_pair["sigma"].max()]
+        colours = itertools.chain((GREEN, PINK, YELLOW, SKY), itertools.cycle(plt.cm.tab20.colors))
+        for row in varied["row"].unique():
+            accuracies = np.sort(varied["accuracy"][varied["row"] == row].to_numpy())
+            # Behind the accuracy before it and up to the n-th lowest (n from 0), N - n of the N chips are at or above.
+            fraction = 1 - np.arange(len(accuracies)) / len(accuracies)
+            x = np.concatenate([accuracies, accuracies[-1:]])
+            style = {"color": ROW_STYLE[row][0], "linewidth": 2} if row in ROW_STYLE else {"color": next(colours)}
+            ax.step(x, np.append(fraction, 0.0), where="pre", label=row, **style)
+        ax.set(xlabel="accuracy", ylabel="chips at or above it", ylim=(0, 1.02))
+        ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        chips = varied.groupby("row").size()
+        ax.text(0.02, 0.02, f"σ = {varied['sigma'].iloc[0]:g}, {chips.min()} chips", transform=ax.transAxes, fontsize=7)
+        ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
+    return figure
+
+
+def sensitivity(files: Sequence[Path]) -> plt.Figure:
+    """Points of accuracy that variation in one layer alone costs, by layer and network, on validation images."""
+    by_pair: dict[str, list[Path]] = {}
+    for path in files:
+        by_pair.setdefault(path.parents[1].name, []).append(path)
+    figure, axes = _panels(list(by_pair))
+    for ax, paths in zip(axes, by_pair.values(), strict=True):
+        for k, path in enumerate(paths):
+            table = read_table(path, ["layer", "name", "accuracy", "clean", "stage", "images"])
+            stage = table["stage"].iloc[0]
+            colour, label = SENSITIVITY_STYLE.get(stage, (GREY, stage))
+            drop = (table["clean"] - table["accuracy"]).groupby(table["layer"])
+            mean, error = drop.mean(), drop.sem().fillna(0.0)
+            x = mean.index + 0.26 * (k - (len(paths) - 1) / 2)
+            ax.bar(x, mean, 0.24, yerr=error, color=colour, label=label, error_kw={"linewidth": 0.8})
+        ax.axhline(0, color=GREY, linewidth=0.8)
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+        ax.set(xlabel="the layer with variation", ylabel="accuracy lost, points", xticks=mean.index)
+        text = f"{table.groupby('layer').size().iloc[0]} chips, {table['images'].iloc[0]} validation images"
+        ax.text(0.98, 0.98, text, transform=ax.transAxes, fontsize=7, color=GREY, ha="right", va="top")
+        ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
+    return figure
+
+
+def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """A CSV with at least these columns. Raises UserError where it is not one."""
     try:
         table = pd.read_csv(path)
     except (OSError, ValueError) as error:
@@ -181,4 +238,6 @@ FIGURES: dict[str, Callable[[Sequence[Path]], plt.Figure]] = {
     "7": figure7,
     "9": figure9,
     "10": figure10,
+    "yield": yield_curve,
+    "sensitivity": sensitivity,
 }

@@ -169,8 +169,12 @@ class Log:
     def write(self, path: Path) -> None:
         """Write the log. States of an earlier run that the replay has not reached yet are kept."""
         ahead = [s for f, s in self.known.items() if f not in self.states]
+        storage.write_csv(path, self.table(ahead))
+
+    def table(self, ahead: Iterable[Explored] = ()) -> pd.DataFrame:
+        """The states in the order in which they were explored, and those `ahead` behind them, a row each."""
         rows = [s.row(self.problem.widths) for s in [*self.states.values(), *ahead]]
-        storage.write_csv(path, pd.DataFrame(rows, columns=COLUMNS))
+        return pd.DataFrame(rows, columns=COLUMNS)
 
     def best(self) -> Explored:
         """The state within the limit with the best mean accuracy; of equals the one of less overhead."""

@@ -183,6 +183,30 @@ def sweep(settings: Settings, pretrained: Path, suppressed: Path, out: Path, run
     storage.write_json(out / "candidates.json", {**found.summary(), "chips": s.sweep.chips, "images": len(images)})
 
 
+def sensitivity(settings: Settings, path: Path, out: Path, runtime: Runtime) -> None:
+    """What variation in each layer alone costs a model, on the validation images. Writes a CSV."""
+    s = settings.of("sensitivity")
+    storage.check_writable(out)
+    model, description = read_network(path, runtime.device)
+    table = sweeping.sensitivity(
+        model,
+        variation.make(s.variation),
+        s.seed,
+        runtime.load(s).validation.take(s.sensitivity.images),
+        chips=s.sensitivity.chips,
+        start=variation.VALIDATION_CHIPS,
+        precision=s.montecarlo.precision,
+        memory=runtime.memory,
+        progress=not runtime.quiet,
+    )
+    storage.write_csv(out, table.assign(stage=_last_stage(description), sigma=s.variation.sigma))
+
+
+def _last_stage(description: dict[str, Any]) -> str:
+    """The stage that made a model."""
+    return description.get("history", [{"stage": "pretrain"}])[-1]["stage"]
+
+
 def search(
     settings: Settings,
     suppressed: Path,
@@ -205,7 +229,7 @@ def search(
         best = {"strategy": "all", "limit": None, "filters": filters}
         best |= {"overhead": compensation.overhead(model, filters), "mean": None, "std": None, "evaluations": 0}
         storage.write_json(out / "best.json", best)
-        storage.write_csv(out / "log.csv", pd.DataFrame(columns=searching.COLUMNS))
+        storage.write_csv(out / "log.csv", pd.DataFrame(columns=[*searching.COLUMNS, "candidates"]))
         return best
 
     problem, names = _search_problem(settings, suppressed, candidates, limit, runtime)
@@ -216,7 +240,7 @@ def search(
         identity = f"{settings.canonical('search')} {limit} {storage.sha256(weights)} {storage.sha256(candidates)}"
         log_path = _resumable(runtime.work, "search", identity)
     log = searching.search(problem, s.search, s.seed, log_path, not runtime.quiet, _read_states(known))
-    log.write(out / "log.csv")
+    storage.write_csv(out / "log.csv", log.table().assign(candidates=" ".join(names)))
     chosen = log.best()
     best = {"strategy": s.search.strategy, "limit": limit, "filters": _named(names, chosen.filters)}
     best |= {"overhead": chosen.overhead, "mean": chosen.mean, "std": chosen.std, "evaluations": log.evaluations}

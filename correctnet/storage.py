@@ -7,13 +7,17 @@ history), which carries the SHA-256 of the first, so that a torn or swapped pair
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import socket
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import safetensors
 
@@ -50,6 +54,58 @@ def replacing(path: str | Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def exclusive(folder: str | Path, *cleaned: Path) -> Iterator[None]:
+    """Hold `folder` for this process alone; what a killed process left unfinished there and in `cleaned` is deleted.
+
+    Raises UserError, at once, where another process holds it: two that train one model would write the same files.
+    """
+    lock = Path(folder) / "lock"
+    try:
+        file = _locked(lock)
+    except BlockingIOError as error:
+        holder = lock.read_text() if lock.exists() else ""
+        raise UserError(
+            f"{folder}: {holder or 'another process'} is at work on this; stop it or wait for it"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{lock}: cannot be written: {_reason(error)}") from error
+    try:
+        for place in (Path(folder), *cleaned):
+            for left in place.glob(".*.tmp") if place.is_dir() else ():
+                left.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.unlink(missing_ok=True)  # while it is held: nobody else can hold a file of this name
+        file.close()
+        with contextlib.suppress(OSError):  # something is kept there to go on from
+            lock.parent.rmdir()
+
+
+def _locked(lock: Path) -> TextIO:
+    """The lock file, open and locked. Raises BlockingIOError where another process has locked it."""
+    while True:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = open(lock, "a+")  # noqa: SIM115 (closed by the caller)
+        except FileNotFoundError:
+            continue  # whoever held it has just removed the folder
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                file.close()
+                raise
+            warnings.warn(f"{lock}: this file system has no locks; do not start the same stage twice", stacklevel=3)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.flush()
+                return file
+        file.close()  # locked, but deleted by the one before
 
 
 def check_writable(path: str | Path) -> None:

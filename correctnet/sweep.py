@@ -1,4 +1,4 @@
-"""Candidate layers: how far back variation can reach before accuracy falls (Fig. 9 of the paper)."""
+"""Which layers variation hurts: from layer i to the last (Fig. 9 of the paper), and each layer alone."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import pandas as pd
 from torch import nn
 from tqdm import tqdm
 
-from correctnet.analog import analog_candidates, analog_layers
+from correctnet.analog import analog_candidates, analog_layers, convert
 from correctnet.engine import MEMORY, Precision
 from correctnet.errors import UserError
-from correctnet.montecarlo import Batches, evaluate
+from correctnet.montecarlo import Batches, clean_accuracy, evaluate
 from correctnet.results import Result
+from correctnet.variation import Variation
 
 
 @dataclass(frozen=True)
@@ -95,3 +96,48 @@ def sweep(
             title=names[i - 1],
         )
     return Sweep(results, names, original, threshold)
+
+
+def sensitivity(
+    model: nn.Module,
+    variation: Variation,
+    seed: int,
+    data: Batches,
+    *,
+    chips: int = 20,
+    start: int = 0,
+    precision: Precision = "float32",
+    memory: int = MEMORY,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Accuracy with variation in one layer alone, every other layer at its nominal weights.
+
+    Args:
+        model: an ordinary network, compensated or not; its digital layers stay as they are.
+        variation, seed: as in `correctnet.analog.convert`. A layer carries the same weights on chip n here as on chip n
+            of the whole network.
+        data, chips, start, precision, memory, progress: as in `correctnet.montecarlo.evaluate`.
+
+    Returns:
+        One row a layer and chip: layer (1 is the first), name, weights (of the layer), sample, accuracy, ..., clean
+        (accuracy of the nominal network on the same images).
+    """
+    layers = list(analog_candidates(model))
+    names = [name for name, _ in layers]
+    clean = clean_accuracy(model, data)
+    parts = []
+    for i, (name, layer) in enumerate(tqdm(layers, desc="sensitivity", unit="layer", disable=not progress), start=1):
+        alone = convert(model, variation, seed, exclude=[other for other in names if other != name])
+        result = evaluate(
+            alone,
+            data,
+            chips,
+            start=start,
+            precision=precision,
+            memory=memory,
+            chunk=chips,
+            progress=progress,
+            title=name,
+        )
+        parts.append(result.table.assign(layer=i, name=name, weights=layer.weight.numel(), clean=clean))
+    return pd.concat(parts, ignore_index=True)

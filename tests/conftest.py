@@ -1,10 +1,12 @@
 """What several test files use."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from workflows import prepare, snakemake
 
 from correctnet import models, native
 from correctnet.data import Split
@@ -61,3 +63,11 @@ def blobs() -> Split:
     patterns = torch.randn(3, 1, 8, 8, generator=generator)
     images = patterns[labels] + 0.7 * torch.randn(300, 1, 8, 8, generator=generator)
     return Split(images, labels)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """A copy of the workflow with tiny budgets in which `quick` has run; whoever changes it puts it back."""
+    folder = prepare(tmp_path_factory.mktemp("workflow"))
+    snakemake(folder, "quick")
+    return folder

@@ -1,11 +1,13 @@
+import copy
+
 import pandas as pd
 import pytest
 
-from correctnet.analog import convert
+from correctnet.analog import analog_candidates, convert
 from correctnet.errors import UserError
-from correctnet.montecarlo import evaluate
+from correctnet.montecarlo import clean_accuracy, evaluate
 from correctnet.results import COLUMNS, Result
-from correctnet.sweep import Sweep, sweep
+from correctnet.sweep import Sweep, sensitivity, sweep
 from correctnet.variation import LogNormalVariation
 
 
@@ -47,6 +49,21 @@ def test_variation_reaches_from_layer_i_to_the_last(tiny, blobs):
     assert list(table["layer"]) == [1] * 3 + [2] * 3 + [3] * 3
     assert set(table["sample"]) == {9, 10, 11}
     assert found.summary()["candidates"] == list(found.candidates)
+
+
+def test_sensitivity_is_variation_in_one_layer_alone(tiny, blobs):
+    variation = LogNormalVariation(1.0)
+    found = sensitivity(tiny, variation, 3, blobs, chips=2, start=9, progress=False)
+    assert list(found["layer"]) == [1, 1, 2, 2, 3, 3]
+    assert list(found["sample"]) == [9, 10] * 3
+    assert set(found["clean"]) == {clean_accuracy(tiny, blobs)}
+    for row in found.to_dict("records"):
+        chip = copy.deepcopy(tiny)
+        layer = dict(analog_candidates(chip))[row["name"]]
+        assert row["weights"] == layer.weight.numel()
+        layer.weight.data = variation.sample(layer.weight.data, 3, row["layer"] - 1, row["sample"])
+        assert row["accuracy"] == clean_accuracy(chip, blobs)
+    assert found["accuracy"].nunique() > 1
 
 
 def test_bad_calls(tiny, blobs):

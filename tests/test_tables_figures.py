@@ -2,6 +2,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from correctnet import figures, tables
@@ -99,9 +101,19 @@ def files(tmp_path):
     sweep.to_csv(pair / "sweep" / "accuracy.csv", index=False)
     log = pd.DataFrame({"overhead": [0.0, 0.01, 0.05], "mean": [0.4, 0.6, np.nan], "std": [0.02, 0.01, np.nan]})
     log.to_csv(pair / "search" / "limit-0.02" / "log.csv", index=False)
+    (pair / "sensitivity").mkdir()
+    columns = {"layer": [1, 1, 2, 2], "name": ["a", "a", "b", "b"], "images": 100, "clean": 0.7}
+    for stage, accuracy in (("pretrain", [0.5, 0.6, 0.7, 0.7]), ("compensate", [0.6, 0.7, 0.7, 0.72])):
+        table = pd.DataFrame({**columns, "accuracy": accuracy, "stage": stage})
+        table.to_csv(pair / "sensitivity" / f"{stage}.csv", index=False)
     sample_file = [pair / "samples.csv"]
-    return {"2": sample_file, "7": sample_file, "9": [pair / "sweep" / "accuracy.csv"]} | {
-        "10": [pair / "search" / "limit-0.02" / "log.csv"]
+    return {
+        "2": sample_file,
+        "7": sample_file,
+        "9": [pair / "sweep" / "accuracy.csv"],
+        "10": [pair / "search" / "limit-0.02" / "log.csv"],
+        "yield": sample_file,
+        "sensitivity": [pair / "sensitivity" / f"{stage}.csv" for stage in ("pretrain", "compensate")],
     }
 
 
@@ -131,6 +143,32 @@ def test_figures_show_the_data(files):
     stars = [c for c in figures.figure2(files["2"]).axes[0].collections if c.get_label() == "paper, original network"]
     assert stars[0].get_offsets().tolist() == [[0.5, 0.0169]]
     plt.close("all")
+
+
+@given(st.lists(st.integers(0, 100), min_size=1, max_size=30), st.integers(0, 101))
+@settings(max_examples=30, deadline=None)
+def test_the_yield_curve_is_the_fraction_of_chips_at_or_above(tmp_path_factory, correct, threshold):
+    folder = tmp_path_factory.mktemp("yield")
+    samples("lenet5-mnist", "unprotected", 0.5, [c / 100 for c in correct]).to_csv(folder / "s.csv", index=False)
+    figure = figures.yield_curve([folder / "s.csv"])
+    line = next(line for line in figure.axes[0].lines if line.get_label() == "unprotected")
+    assert line.get_drawstyle() == "steps-pre"
+    x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
+    # with "steps-pre", y[i] holds from behind x[i - 1] up to x[i]
+    at = np.searchsorted(x, threshold / 100 - 1e-9)
+    drawn = y[at] if at < len(y) else 0.0
+    assert drawn == pytest.approx(sum(c >= threshold for c in correct) / len(correct))
+    plt.close(figure)
+
+
+def test_sensitivities_are_what_was_lost(files):
+    figure = figures.sensitivity(files["sensitivity"])
+    heights = {bars.get_label(): [bar.get_height() for bar in bars] for bars in figure.axes[0].containers[1::2]}
+    assert heights == {
+        "original network": pytest.approx([0.15, 0.0]),
+        "CorrectNet": pytest.approx([0.05, -0.01]),
+    }
+    plt.close(figure)
 
 
 def test_a_figure_of_a_row_that_is_not_there(files, tmp_path):

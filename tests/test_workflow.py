@@ -1,8 +1,6 @@
 """The workflow: a real run with tiny budgets, then what reruns after one key of the configuration is changed."""
 
-import copy
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -12,48 +10,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from workflows import PAIR, ROOT, configure, snakemake, stats
 
 pytest.importorskip("snakemake", reason="the workflow extra is not installed")
-ROOT = Path(__file__).parents[1]
-
-PAIR = {
-    "rows": ["unprotected", "suppressed", "correctnet", "mean-preserving"],
-    "data": {"dataset": "digits", "validation": 0.15},
-    "pretrain": {"epochs": 3},
-    "suppress": {"epochs": 1},
-    "sweep": {"threshold": 1.0, "chips": 2, "images": 50},
-    "search": {"limits": [0.02], "evaluations": 2, "episodes": 3, "train_images": 64, "chips": 2, "images": 50},
-    "compensate": {"epochs": 1},
-    "evaluate": {"chips": 3, "sigmas": [0.2], "curve_chips": 2, "chunk": 2, "images": 50},
-}
-
-
-def configuration():
-    config = yaml.safe_load((ROOT / "config.yaml").read_text())
-    config["pairs"] = {"one": copy.deepcopy(PAIR), "two": {**copy.deepcopy(PAIR), "rows": ["unprotected"]}}
-    config["runs"] = {"paper": ["one"], "quick": ["one"], "both": ["one", "two"]}
-    return config
-
-
-def snakemake(folder, *arguments, check=True):
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    process = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
-    output = process.stdout + process.stderr
-    assert not check or process.returncode == 0, output[-5000:]
-    return output
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A copy of the workflow in which `quick` has run."""
-    folder = tmp_path_factory.mktemp("workflow")
-    shutil.copy(ROOT / "Snakefile", folder)
-    shutil.copytree(ROOT / "workflow", folder / "workflow")
-    (folder / "config.yaml").write_text(yaml.safe_dump(configuration(), sort_keys=False))
-    snakemake(folder, "quick")
-    return folder
 
 
 @pytest.fixture
@@ -69,23 +28,18 @@ def changed(folder):
         for group in groups:
             place = place.setdefault(group, {})
         place[leaf] = value
-        path.write_text(yaml.safe_dump(config, sort_keys=False))
-        return rules(snakemake(folder, "-n", target))
+        configure(folder, config)
+        return stats(snakemake(folder, "-n", target))
 
     yield change
     path.write_text(before)
 
 
-def rules(dry_run):
-    """{rule: jobs} of a dry run, without the target itself."""
-    table = re.search(r"Job stats:\njob +count\n[- ]+\n((?:\S+ +\d+\n)+)", dry_run)
-    jobs = dict(line.split() for line in table[1].splitlines()) if table else {}
-    return {name: int(n) for name, n in jobs.items() if name not in ("total", "quick", "both", "all")}
-
-
 def test_everything_is_there(folder):
     summary = folder / "results" / "summary" / "quick"
-    names = {f"figure{n}.{kind}" for n in (2, 7, 9, 10) for kind in ("png", "svg")} | {"table1.csv", "table1.md"}
+    figures = (2, 7, 9, 10, "yield", "sensitivity")
+    names = {f"figure-{n}.{kind}" for n in figures for kind in ("png", "svg")}
+    names |= {"table1.csv", "table1.md", "table1.html", "search.html", "provenance.csv", "provenance.html"}
     assert {p.name for p in summary.iterdir()} == names
     table = pd.read_csv(summary / "table1.csv").set_index("row")
     assert list(table.index) == PAIR["rows"]
@@ -114,11 +68,14 @@ def test_chunks_give_what_one_evaluation_gives(folder, tmp_path):
 
 
 def test_nothing_reruns_when_nothing_changed(folder):
-    assert rules(snakemake(folder, "-n", "quick")) == {}
+    assert stats(snakemake(folder, "-n", "quick")) == {}
 
 
-# After its models are made anew, every result of a row is: (gather, evaluate) jobs with 2 chips a chunk.
-END = {"collect": 1, "table1": 1}
+# What follows the results of any row.
+END = {"collect": 1, "table1": 1, "provenance": 1}
+# The networks from the suppressed one on, and the search of the compensated one.
+FROM_SUPPRESS = {"suppress": 1, "sweep": 1, "search": 1, "compensate": 1, "explore": 1, "figure": 6}
+FROM_SEARCH = {"search": 1, "compensate": 1, "explore": 1, "sensitivity": 1, "evaluate": 4, "gather": 3}
 
 
 @pytest.mark.parametrize(
@@ -128,41 +85,32 @@ END = {"collect": 1, "table1": 1}
         (
             "pairs/one/suppress/beta",
             0.01,
-            {"suppress": 1, "sweep": 1, "search": 1, "compensate": 1, "evaluate": 7, "gather": 5, "figure": 4, **END},
+            {**FROM_SUPPRESS, "evaluate": 7, "gather": 5, "sensitivity": 2, **END},
         ),
         # the original network: everything
         (
             "pairs/one/pretrain/epochs",
             4,
-            {"pretrain": 1, "suppress": 1, "sweep": 1, "search": 1, "compensate": 1, "evaluate": 14, "gather": 10}
-            | {"figure": 4, **END},
+            {"pretrain": 1, **FROM_SUPPRESS, "evaluate": 14, "gather": 10, "sensitivity": 3, **END},
         ),
-        # training of the compensators, which the search does too
-        (
-            "pairs/one/compensate/learning_rate",
-            0.002,
-            {"search": 1, "compensate": 1, "evaluate": 4, "gather": 3, "figure": 3, **END},
-        ),
+        # training of the compensators, which the search does too; all figures but the sweep's
+        ("pairs/one/compensate/learning_rate", 0.002, {**FROM_SEARCH, "figure": 5, **END}),
         # a further limit: its search alone, and what stands on the best state
-        (
-            "pairs/one/search/limits",
-            [0.02, 0.01],
-            {"search": 1, "compensate": 1, "evaluate": 4, "gather": 3, "figure": 3, **END},
-        ),
-        ("pairs/one/sweep/threshold", 0.9, {"sweep": 1, "search": 1, "compensate": 1, "evaluate": 4, "gather": 3}
-         | {"figure": 4, **END}),
+        ("pairs/one/search/limits", [0.02, 0.01], {**FROM_SEARCH, "figure": 5, **END}),
+        ("pairs/one/sweep/threshold", 0.9, {"sweep": 1, **FROM_SEARCH, "figure": 6, **END}),
         # sigma: all but the original network and its clean accuracy
         (
             "pairs/one/variation",
             {"sigma": 0.4},
-            {"suppress": 1, "sweep": 1, "search": 1, "compensate": 1, "evaluate": 11, "gather": 7, "figure": 4, **END},
+            {**FROM_SUPPRESS, "evaluate": 11, "gather": 7, "sensitivity": 3, **END},
         ),
         # more chips: only chunks that are not there; the chunks before were temporary, so those of 0.5 all rerun
-        ("pairs/one/evaluate/chips", 4, {"evaluate": 8, "gather": 4, "figure": 2, **END}),
-        ("pairs/one/evaluate/sigmas", [0.2, 0.3], {"evaluate": 2, "gather": 2, "figure": 2, **END}),
+        ("pairs/one/evaluate/chips", 4, {"evaluate": 8, "gather": 4, "figure": 3, **END}),
+        ("pairs/one/evaluate/sigmas", [0.2, 0.3], {"evaluate": 2, "gather": 2, "figure": 3, **END}),
+        ("pairs/one/sensitivity/chips", 3, {"sensitivity": 3, "figure": 1, "provenance": 1}),
         # a row's name for people: the table alone
-        ("rows/correctnet/label", "our method", {"table1": 1}),
-        ("pairs/one/rows", ["unprotected", "suppressed", "correctnet"], {"table1": 1, "collect": 1, "figure": 2}),
+        ("rows/correctnet/label", "our method", {"table1": 1, "provenance": 1}),
+        ("pairs/one/rows", ["unprotected", "suppressed", "correctnet"], {"figure": 3, **END}),
         # settings of other stages, other pairs, and of where things run
         ("pairs/one/inject", {"epochs": 7}, {}),
         ("pairs/two/pretrain/epochs", 9, {}),
@@ -179,9 +127,9 @@ def test_a_search_spread_over_jobs_is_the_search_of_one_job(folder, tmp_path):
     shutil.copytree(folder, copied)
     config = yaml.safe_load((copied / "config.yaml").read_text())
     config["pairs"]["one"]["search"] |= {"population": 2, "evaluations": 4}
-    (copied / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    configure(copied, config)
     place = Path("results") / "one" / "search" / "limit-0.02"
-    planned = rules(snakemake(copied, "-n", place / "best.json"))
+    planned = stats(snakemake(copied, "-n", place / "best.json"))
     assert planned == {"search": 1, "search_state": 1 + 2 * 2}
     snakemake(copied, place / "best.json")
     states = [json.loads(p.read_text()) for p in sorted((copied / place).glob("round-*/state-*.json"))]
@@ -223,14 +171,6 @@ def test_mistakes_in_the_configuration_stop_before_anything_runs(folder):
     assert "Traceback" not in output
 
 
-def test_report_with_captions(folder):
-    snakemake(folder, "--report", "report.html", "quick")
-    html = (folder / "report.html").read_text()
-    assert len(html) > 100_000
-    for text in ("Figure 7: accuracy of CorrectNet", "Table I: accuracy of each network-data pair", "figure10.svg"):
-        assert text in html
-
-
 def test_a_full_run_prints_its_estimate(folder):
     output = snakemake(folder, "all")
     assert re.search(r"paper: about \d+ (s|min) on \d+ cores", output), output
@@ -238,10 +178,11 @@ def test_a_full_run_prints_its_estimate(folder):
 
 
 def test_the_shipped_workflow_plans_the_whole_paper():
-    found = rules(snakemake(ROOT, "-n", "--forceall", "all"))
+    found = stats(snakemake(ROOT, "-n", "--forceall", "all"))
     config = yaml.safe_load((ROOT / "config.yaml").read_text())
     assert found["pretrain"] == len(config["runs"]["paper"]) == 4
     assert found["inject"] == 4
     assert found["table1"] == 1
-    assert found["figure"] == 4
+    assert found["figure"] == 6
+    assert found["sensitivity"] == 4 * 3
     assert found["search"] >= 4 * 2 * 3, "limits 1, 2 and 3 % are jobs of their own"

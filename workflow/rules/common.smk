@@ -22,6 +22,10 @@ RESULTS = CONFIG.results
 # What every stage is told about where it runs goes through the environment: it changes no result, so it is no param.
 os.environ.setdefault("CORRECTNET_DATA", os.path.abspath(CONFIG.data_dir))
 os.environ.update(CORRECTNET_DEVICE=CONFIG.device)
+# The process that its stages end with: if it is killed, they do not go on without it.
+os.environ.update(CORRECTNET_HEAD=str(os.getpid()))
+# For the page of provenance. A job that another Snakemake started keeps what that one says.
+os.environ.setdefault("CORRECTNET_COMMAND", shlex.join(["snakemake", *sys.argv[1:]]))
 GPUS = int(CONFIG.device == "cuda")
 
 
@@ -35,12 +39,15 @@ wildcard_constraints:
     round=r"\d+",
     state=r"\d+",
     sigma=r"[0-9.]+",
+    model=r"pretrain|suppress|compensate",
     start=r"\d+",
     stop=r"\d+",
 
 
 def row_of(wildcards):
     """The row whose settings a stage's folder was made with; None: the pair's own."""
+    if hasattr(wildcards, "model"):
+        return "correctnet"  # whose networks `sensitivity` compares
     return getattr(wildcards, "row", None) or wildcards.variant[1:] or None
 
 
@@ -168,6 +175,12 @@ def search_logs(run):
     ]
 
 
+def sensitivities(run):
+    """What each layer alone costs: of the networks that lead to the correctnet row of each pair."""
+    stages = ("pretrain", "suppress", "compensate")
+    return [f"{RESULTS}/{pair}/sensitivity/{stage}.csv" for pair in pairs_with(run, "correctnet") for stage in stages]
+
+
 def figure_inputs(wildcards):
     """The files that a figure is drawn from."""
     return {
@@ -175,22 +188,40 @@ def figure_inputs(wildcards):
         "7": samples(wildcards.run, "correctnet"),
         "9": sweeps(wildcards.run),
         "10": search_logs(wildcards.run),
-    }[wildcards.number]
+        "yield": samples(wildcards.run),
+        "sensitivity": sensitivities(wildcards.run),
+    }[wildcards.name]
+
+
+def has(run, row):
+    """Whether every pair of a run has the row."""
+    return pairs_with(run, row) == list(CONFIG.runs[run])
 
 
 def figures(run):
-    numbers = ["2"] if pairs_with(run, "unprotected") == list(CONFIG.runs[run]) else []
-    if pairs_with(run, "correctnet") == list(CONFIG.runs[run]):
-        numbers += ["7", "9", "10"]
-    return numbers
+    first = ["2"] if has(run, "unprotected") else []
+    return [*first, "yield", *(["7", "9", "10", "sensitivity"] if has(run, "correctnet") else [])]
 
 
 def targets(run):
-    """Table I and the figures of a run."""
+    """All of a run that people look at."""
     if run not in CONFIG.runs:
         return []
+    return [*shown(run), f"{RESULTS}/summary/{run}/provenance.html"]
+
+
+def shown(run):
+    """Table I, the figures, and the search to explore."""
     folder = f"{RESULTS}/summary/{run}"
-    return [f"{folder}/table1.md", *(f"{folder}/figure{n}.png" for n in figures(run))]
+    scatter = [f"{folder}/search.html"] if has(run, "correctnet") else []
+    return [f"{folder}/table1.md", *(f"{folder}/figure-{name}.png" for name in figures(run)), *scatter]
+
+
+def run_facts(wildcards):
+    """The pairs and seeds of a run, as options."""
+    pairs = CONFIG.runs[wildcards.run]
+    seeds = {CONFIG.settings(pair, row).seed for pair in pairs for row in CONFIG.rows_of(pair)}
+    return " ".join([*(f"--pair {pair}" for pair in pairs), *(f"--seed {seed}" for seed in sorted(seeds))])
 
 
 def table_sigma(wildcards):
@@ -199,11 +230,6 @@ def table_sigma(wildcards):
     if len(values) != 1:
         raise WorkflowError(f"run {wildcards.run}: its pairs have different variation.sigma ({sorted(values)})")
     return values.pop()
-
-
-def training_threads(wildcards):
-    """LeNet-5 is too small for more than one thread; VGG16 takes what there is."""
-    return 8 if settings_of(wildcards).network.name == "vgg16" else 1
 
 
 def print_estimate():

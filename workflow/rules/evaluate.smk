@@ -18,8 +18,8 @@ rule evaluate:
         f"{RESULTS}/.benchmarks/{{pair}}/evaluate/{{row}}/sigma-{{sigma}}/chips-{{start}}-{{stop}}.tsv"
     threads: 1
     resources:
-        mem_mb=4000,
-        runtime=720,
+        mem_mb=mem_mb,
+        runtime=runtime("evaluate"),
         gpu=GPUS,
     params:
         settings=chunk_settings,
@@ -48,7 +48,8 @@ rule collect:
         report(
             f"{RESULTS}/{{pair}}/samples.csv",
             caption="../report/samples.rst",
-            category="Per-sample results",
+            category="5. Every chip",
+            labels={"pair": "{pair}"},
         ),
     log:
         f"{RESULTS}/.logs/{{pair}}/collect.log",

@@ -15,8 +15,8 @@ rule sweep:
         f"{RESULTS}/.benchmarks/{{pair}}/sweep{{variant}}.tsv"
     threads: training_threads
     resources:
-        mem_mb=6000,
-        runtime=720,
+        mem_mb=mem_mb,
+        runtime=runtime("sweep"),
         gpu=GPUS,
     params:
         settings=stage_settings("sweep"),
@@ -24,6 +24,29 @@ rule sweep:
         "correctnet sweep --settings {params.settings:q} --quiet --threads {threads}"
         " --pretrained {input.pretrained} --suppressed {input.suppressed}"
         " --out $(dirname {output.accuracy}) > {log} 2>&1"
+
+
+# What each layer alone costs: of the original network, the suppressed one, and the compensated one.
+rule sensitivity:
+    input:
+        data=ancient(dataset_ready),
+        model=lambda wildcards: f"{place(wildcards.pair, 'correctnet', wildcards.model)}/model.safetensors",
+    output:
+        f"{RESULTS}/{{pair}}/sensitivity/{{model}}.csv",
+    log:
+        f"{RESULTS}/.logs/{{pair}}/sensitivity/{{model}}.log",
+    benchmark:
+        f"{RESULTS}/.benchmarks/{{pair}}/sensitivity/{{model}}.tsv"
+    threads: training_threads
+    resources:
+        mem_mb=mem_mb,
+        runtime=runtime("sensitivity"),
+        gpu=GPUS,
+    params:
+        settings=stage_settings("sensitivity"),
+    shell:
+        "correctnet sensitivity --settings {params.settings:q} --quiet --threads {threads}"
+        " --model {input.model} --out {output} > {log} 2>&1"
 
 
 # With `search.population`, every state is trained in a job of its own: round 0 is the state without compensation, and
@@ -42,8 +65,8 @@ rule search_state:
         f"{RESULTS}/.benchmarks/{{pair}}/search{{variant}}-{{limit}}/round-{{round}}-state-{{state}}.tsv"
     threads: training_threads
     resources:
-        mem_mb=6000,
-        runtime=720,
+        mem_mb=mem_mb,
+        runtime=runtime("state"),
         gpu=GPUS,
     params:
         settings=stage_settings("search"),
@@ -69,8 +92,8 @@ rule search:
         f"{RESULTS}/.benchmarks/{{pair}}/search{{variant}}-{{limit}}.tsv"
     threads: training_threads
     resources:
-        mem_mb=6000,
-        runtime=2880,
+        mem_mb=mem_mb,
+        runtime=runtime("search"),
         gpu=GPUS,
     params:
         settings=stage_settings("search"),
@@ -96,8 +119,8 @@ rule compensate:
         f"{RESULTS}/.benchmarks/{{pair}}/compensate{{variant}}.tsv"
     threads: training_threads
     resources:
-        mem_mb=6000,
-        runtime=1440,
+        mem_mb=mem_mb,
+        runtime=runtime("compensate"),
         gpu=GPUS,
     params:
         settings=stage_settings("compensate"),

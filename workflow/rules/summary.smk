@@ -1,9 +1,11 @@
-# Table I and the figures of a run.
+# Table I, the figures, the search to explore, and where all of it comes from.
 
 
 localrules:
     table1,
     figure,
+    explore,
+    provenance,
 
 
 rule table1:
@@ -13,7 +15,14 @@ rule table1:
         csv=report(
             f"{RESULTS}/summary/{{run}}/table1.csv",
             caption="../report/table1.rst",
-            category="Table I",
+            category="1. Table I",
+            labels={"run": "{run}", "as": "file for programs"},
+        ),
+        html=report(
+            f"{RESULTS}/summary/{{run}}/table1.html",
+            caption="../report/table1.rst",
+            category="1. Table I",
+            labels={"run": "{run}", "as": "table"},
         ),
         markdown=f"{RESULTS}/summary/{{run}}/table1.md",
     log:
@@ -29,16 +38,52 @@ rule figure:
     input:
         figure_inputs,
     output:
-        png=f"{RESULTS}/summary/{{run}}/figure{{number}}.png",
+        png=f"{RESULTS}/summary/{{run}}/figure-{{name}}.png",
         svg=report(
-            f"{RESULTS}/summary/{{run}}/figure{{number}}.svg",
+            f"{RESULTS}/summary/{{run}}/figure-{{name}}.svg",
             caption="../report/figure.rst",
-            category="Figures",
-            labels={"figure": "{number}", "run": "{run}"},
+            category="2. Figures",
+            labels={"figure": "{name}", "run": "{run}"},
         ),
     log:
-        f"{RESULTS}/.logs/summary/{{run}}/figure{{number}}.log",
+        f"{RESULTS}/.logs/summary/{{run}}/figure-{{name}}.log",
     wildcard_constraints:
-        number=r"2|7|9|10",
+        name=r"2|7|9|10|yield|sensitivity",
     shell:
-        "correctnet figure {wildcards.number} {input} --out {output.png} > {log} 2>&1"
+        "correctnet figure {wildcards.name} {input} --out {output.png} > {log} 2>&1"
+
+
+rule explore:
+    input:
+        lambda wildcards: search_logs(wildcards.run),
+    output:
+        report(
+            f"{RESULTS}/summary/{{run}}/search.html",
+            caption="../report/search.rst",
+            category="3. Search",
+            labels={"run": "{run}"},
+        ),
+    log:
+        f"{RESULTS}/.logs/summary/{{run}}/search.log",
+    shell:
+        "correctnet explore {input} --out {output} > {log} 2>&1"
+
+
+# Made after everything else of the run, so that it is made anew whenever something of it was.
+rule provenance:
+    input:
+        lambda wildcards: shown(wildcards.run),
+    output:
+        csv=f"{RESULTS}/summary/{{run}}/provenance.csv",
+        html=report(
+            f"{RESULTS}/summary/{{run}}/provenance.html",
+            caption="../report/provenance.rst",
+            category="4. Provenance",
+            labels={"run": "{run}"},
+        ),
+    log:
+        f"{RESULTS}/.logs/summary/{{run}}/provenance.log",
+    params:
+        facts=run_facts,
+    shell:
+        "correctnet provenance {wildcards.run} --results {RESULTS} {params.facts} --out {output.csv} > {log} 2>&1"

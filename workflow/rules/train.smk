@@ -15,8 +15,8 @@ rule pretrain:
         f"{RESULTS}/.benchmarks/{{pair}}/pretrain{{variant}}.tsv"
     threads: training_threads
     resources:
-        mem_mb=6000,
-        runtime=1440,
+        mem_mb=mem_mb,
+        runtime=runtime("pretrain"),
         gpu=GPUS,
     params:
         settings=stage_settings("pretrain"),
@@ -39,8 +39,8 @@ rule suppress:
         f"{RESULTS}/.benchmarks/{{pair}}/suppress{{variant}}.tsv"
     threads: training_threads
     resources:
-        mem_mb=6000,
-        runtime=1440,
+        mem_mb=mem_mb,
+        runtime=runtime("suppress"),
         gpu=GPUS,
     params:
         settings=stage_settings("suppress"),
@@ -63,8 +63,8 @@ rule inject:
         f"{RESULTS}/.benchmarks/{{pair}}/inject{{variant}}.tsv"
     threads: training_threads
     resources:
-        mem_mb=6000,
-        runtime=1440,
+        mem_mb=mem_mb,
+        runtime=runtime("inject"),
         gpu=GPUS,
     params:
         settings=stage_settings("inject"),

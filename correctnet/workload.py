@@ -1,0 +1,63 @@
+"""How much work a stage is, as seconds of one thread: for estimates, and for the time limits that jobs ask for.
+
+Needs no torch, so that a workflow that only plans stays quick.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from correctnet.config import Settings, Stage
+
+# Images of the training and test sets; what a setting leaves open means all of them.
+SIZES = {"digits": (1438, 359), "mnist": (60000, 10000), "cifar10": (50000, 10000), "cifar100": (50000, 10000)}
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds on one thread, and the analog layers they hold for."""
+
+    train: float
+    """an image trained: forward and backward"""
+    test: float
+    """an image on one chip, its share of drawing the chip included"""
+    sample: float
+    """a chip drawn for training"""
+    layers: int
+    """analog layers"""
+
+
+def stage_seconds(stage: Stage, s: Settings, cost: Costs, chips: int | None = None) -> float:
+    """Seconds of one thread that one job of `stage` takes: all epochs, a search within one limit, `chips` evaluated."""
+    train_images, test_images = SIZES[s.data.dataset]
+    validation = round(s.data.validation * train_images)
+    train_images -= validation
+    # Training with variation draws a chip a batch (or several) on top of its steps.
+    compensating = s.compensate.chips_per_batch * (cost.train + cost.sample / s.compensate.batch)
+    match stage:
+        case "pretrain":
+            return s.pretrain.epochs * train_images * cost.train
+        case "suppress":
+            return s.suppress.epochs * train_images * cost.train
+        case "inject":
+            return s.inject.epochs * train_images * (cost.train + cost.sample / s.inject.batch)
+        case "sweep":
+            return s.sweep.chips * cost.layers * (s.sweep.images or validation) * cost.test
+        case "search":
+            return 0.0 if s.search.strategy == "all" else s.search.evaluations * state_seconds(s, cost)
+        case "compensate":
+            return s.compensate.epochs * train_images * compensating
+        case "evaluate":
+            images = s.evaluate.images or (test_images if s.evaluate.split == "test" else validation)
+            return (chips or s.evaluate.chips) * images * cost.test
+        case "sensitivity":
+            return s.sensitivity.chips * cost.layers * (s.sensitivity.images or validation) * cost.test
+
+
+def state_seconds(s: Settings, cost: Costs) -> float:
+    """Seconds of one thread to train and evaluate one state of a search."""
+    train_images, _ = SIZES[s.data.dataset]
+    validation = round(s.data.validation * train_images)
+    images = s.search.train_epochs * (s.search.train_images or train_images - validation)
+    compensating = s.compensate.chips_per_batch * (cost.train + cost.sample / s.compensate.batch)
+    return images * compensating + s.search.chips * (s.search.images or validation) * cost.test
