@@ -6,6 +6,8 @@ Each is one HTML file that needs no network.
 from __future__ import annotations
 
 import html
+import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,55 +96,61 @@ def table1(table: pd.DataFrame, sigma: float) -> str:
 
 
 def search_scatter(logs: Sequence[Path]) -> str:
-    """The states that searches explored (log.csv of each limit) as a scatter of overhead and accuracy to explore."""
-    import plotly.graph_objects as go
+    """The states that searches explored (log.csv of each limit) as scatters of overhead and accuracy to explore."""
+    from bokeh.embed import json_item
+    from bokeh.layouts import column
+    from bokeh.models import ColumnDataSource, HoverTool
+    from bokeh.plotting import figure
+    from bokeh.resources import Resources
 
     by_pair: dict[str, list[Path]] = {}
     for path in logs:
         by_pair.setdefault(path.parents[2].name, []).append(path)
-    figure, owners = go.Figure(), []
+    drawn = []
     for pair, paths in by_pair.items():
-        for colour, path in zip(SEARCH_COLOURS * len(paths), paths, strict=False):
+        axes = {"x_axis_label": "overhead, % of the network's parameters", "y_axis_label": "validation accuracy, %"}
+        plot = figure(
+            title=pair, height=420, sizing_mode="stretch_width", tools="pan,box_zoom,wheel_zoom,reset,save", **axes
+        )
+        for colour, path in zip(itertools.cycle(SEARCH_COLOURS), paths, strict=False):
             table = read_table(path, ["evaluation", "episode", "filters", "overhead", "mean", "std", "candidates"])
-            table = table.dropna(subset=["mean"])
-            best = table["mean"].idxmax()
-            figure.add_scatter(
-                name=path.parent.name.replace("limit-", "limit "),
-                x=100 * table["overhead"],
-                y=100 * table["mean"],
-                error_y={"type": "data", "array": 100 * table["std"].fillna(0), "thickness": 0.7},
-                mode="markers",
-                marker={
-                    "color": colour,
-                    "size": [13 if i == best else 8 for i in table.index],
-                    "symbol": ["star" if i == best else "circle" for i in table.index],
-                },
-                text=[_state(row) for row in table.to_dict("records")],
-                hovertemplate="%{text}<extra></extra>",
-                visible=pair == next(iter(by_pair)),
+            table = table.dropna(subset=["mean"]).fillna({"std": 0.0})
+            best = table["mean"] == table["mean"].max()
+            source = ColumnDataSource(
+                {
+                    "x": 100 * table["overhead"],
+                    "y": 100 * table["mean"],
+                    "low": 100 * (table["mean"] - table["std"]),
+                    "high": 100 * (table["mean"] + table["std"]),
+                    "marker": ["star" if b else "circle" for b in best],
+                    "size": [16 if b else 9 for b in best],
+                    "state": [_state(row) for row in table.to_dict("records")],
+                }
             )
-            owners.append(pair)
-    buttons = [
-        {"label": pair, "method": "update", "args": [{"visible": [owner == pair for owner in owners]}]}
-        for pair in by_pair
-    ]
-    figure.update_layout(
-        template="plotly_white",
-        xaxis_title="overhead, % of the network's parameters",
-        yaxis_title="validation accuracy, %",
-        height=560,
-        margin={"t": 60},
-        legend_title="overhead limit",
-        showlegend=True,
-        updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.12}] if len(by_pair) > 1 else [],
-    )
+            label = path.parent.name.replace("limit-", "limit ")
+            points = plot.scatter(
+                "x", "y", source=source, marker="marker", size="size", color=colour, legend_label=label
+            )
+            error = {"x0": "x", "x1": "x", "y0": "low", "y1": "high", "color": colour, "alpha": 0.4}
+            plot.segment(**error, source=source, legend_label=label)
+            plot.add_tools(HoverTool(renderers=[points], tooltips="@state{safe}"))
+        plot.legend.click_policy = "hide"
+        plot.add_layout(plot.legend[0], "right")
+        drawn.append(plot)
     note = (
         "<p>Every state within its limit that was trained: mean and standard deviation of its accuracy over chips, on "
-        "validation images. A star is the best of its limit. Hover for the state, drag to zoom, click the legend to "
-        "hide a limit; with several pairs, choose one above the plot.</p>\n"
+        "validation images. A star is the best of its limit. Hover over a state for its layers and filters, drag to "
+        "move, use the tools to zoom, click the legend to hide a limit.</p>\n"
     )
-    drawn = figure.to_html(full_html=False, include_plotlyjs=True, config={"displaylogo": False}, div_id="search")
-    return page("What the search explored", note + drawn)
+    # Bokeh's core alone: a page of more than 1.5 MB does not open inside the report, as browsers limit the length of
+    # such addresses. Bokeh's widgets would be over that, and so would Plotly.
+    scripts = Resources(mode="inline", components=["bokeh"]).render_js()
+    plots = json.dumps(json_item(column(*drawn, sizing_mode="stretch_width"), "plots")).replace("</", "<\\/")
+    body = (
+        f'{note}<div id="plots"></div>\n{scripts}\n<script type="application/json" id="states">{plots}</script>\n'
+        '<script>Bokeh.embed.embed_item(JSON.parse(document.getElementById("states").textContent))</script>\n'
+    )
+    return page("What the search explored", body)
 
 
 def _state(row: dict[str, Any]) -> str:
@@ -152,7 +160,7 @@ def _state(row: dict[str, Any]) -> str:
     return (
         f"<b>{row['mean']:.2%} ± {100 * row['std']:.2f}</b>, overhead {row['overhead']:.2%}<br>"
         f"episode {row['episode']}, evaluation {row['evaluation']}<br>"
-        + ("generator filters:<br>" + "<br>".join(chosen) if chosen else "no compensation")
+        + ("generator filters:<br>" + "<br>".join(map(html.escape, chosen)) if chosen else "no compensation")
     )
 
 

@@ -175,6 +175,20 @@ def search_logs(run):
     ]
 
 
+FIGURES = {
+    "2": "Figure 2: unprotected, over σ",
+    "7": "Figure 7: CorrectNet, over σ",
+    "9": "Figure 9: candidate layers",
+    "10": "Figure 10: the search",
+    "yield": "Yield",
+    "sensitivity": "Sensitivity of each layer",
+}
+
+
+def figure_label(wildcards):
+    return {"figure": FIGURES[wildcards.name], "run": wildcards.run}
+
+
 def sensitivities(run):
     """What each layer alone costs: of the networks that lead to the correctnet row of each pair."""
     stages = ("pretrain", "suppress", "compensate")

@@ -11,9 +11,9 @@ from correctnet.workload import Costs, stage_seconds, state_seconds
 
 # Peak memory in MiB: of a process with a LeNet-5 and small data, what VGG16's trainings and simulations take beside
 # that, and what a data set takes while it is read.
-PROCESS = 900
-VGG16 = 2600
-DATA = {"digits": 0, "mnist": 300, "cifar10": 1300, "cifar100": 1300}
+PROCESS = 1000
+VGG16 = 900
+DATA = {"digits": 0, "mnist": 300, "cifar10": 900, "cifar100": 900}
 # CUDA's own host memory; not measured yet.
 CUDA = 4000
 

@@ -16,13 +16,13 @@ rule table1:
             f"{RESULTS}/summary/{{run}}/table1.csv",
             caption="../report/table1.rst",
             category="1. Table I",
-            labels={"run": "{run}", "as": "file for programs"},
+            labels={"table": "the same as CSV", "run": "{run}"},
         ),
         html=report(
             f"{RESULTS}/summary/{{run}}/table1.html",
             caption="../report/table1.rst",
             category="1. Table I",
-            labels={"run": "{run}", "as": "table"},
+            labels={"table": "beside the paper's numbers", "run": "{run}"},
         ),
         markdown=f"{RESULTS}/summary/{{run}}/table1.md",
     log:
@@ -43,7 +43,7 @@ rule figure:
             f"{RESULTS}/summary/{{run}}/figure-{{name}}.svg",
             caption="../report/figure.rst",
             category="2. Figures",
-            labels={"figure": "{name}", "run": "{run}"},
+            labels=figure_label,
         ),
     log:
         f"{RESULTS}/.logs/summary/{{run}}/figure-{{name}}.log",
@@ -61,7 +61,7 @@ rule explore:
             f"{RESULTS}/summary/{{run}}/search.html",
             caption="../report/search.rst",
             category="3. Search",
-            labels={"run": "{run}"},
+            labels={"page": "states and their accuracy", "run": "{run}"},
         ),
     log:
         f"{RESULTS}/.logs/summary/{{run}}/search.log",
@@ -79,7 +79,7 @@ rule provenance:
             f"{RESULTS}/summary/{{run}}/provenance.html",
             caption="../report/provenance.rst",
             category="4. Provenance",
-            labels={"run": "{run}"},
+            labels={"page": "jobs, versions, seeds", "run": "{run}"},
         ),
     log:
         f"{RESULTS}/.logs/summary/{{run}}/provenance.log",

@@ -1,0 +1,376 @@
+"""Accidents, each of them for real: kills, lost and cut files, a second run, a full disk, a folder that moves."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from workflows import ROOT, configuration, configure, environment, prepare, results, snakemake, start, stats
+
+pytest.importorskip("snakemake", reason="the workflow extra is not installed")
+pytestmark = pytest.mark.slow
+
+EPOCHS = 25
+EXIT = {signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGINT: 128 + signal.SIGINT, signal.SIGKILL: -signal.SIGKILL}
+
+
+def stage(*arguments: object, **options: object) -> subprocess.Popen:
+    command = [sys.executable, "-m", "correctnet.cli", *map(str, arguments), "--threads", "1", "--quiet"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment()} | options
+    return subprocess.Popen(command, **options)
+
+
+def pretrain(out: Path, **options: object) -> subprocess.Popen:
+    return stage("pretrain", "--dataset", "digits", "--epochs", EPOCHS, "--out", out, **options)
+
+
+def finished(process: subprocess.Popen) -> str:
+    """What a process printed that must end well."""
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def wait_for(condition, process: subprocess.Popen | None = None, seconds: float = 120) -> None:
+    """Wait until `condition()`; `process` must not end before."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        assert process is None or process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def rows(path: Path) -> int:
+    return len(pd.read_csv(path)) if path.exists() else 0
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def leftovers(folder: Path) -> list[Path]:
+    return [p for p in folder.rglob("*") if p.name.endswith(".tmp") or p.name == "lock"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    """A training that nothing happened to."""
+    out = tmp_path_factory.mktemp("undisturbed") / "p"
+    finished(pretrain(out))
+    return out
+
+
+def check_continued(out: Path, before: int, undisturbed: Path) -> None:
+    """The training at `out` was killed after at least `before` epochs, went on, and gave what no accident gives."""
+    log = pd.read_csv(out / "log.csv")
+    assert list(log["epoch"]) == list(range(1, EPOCHS + 1)), "every epoch once"
+    first = (log["process"] == 1).sum()
+    assert before <= first <= before + 1, "what was done was not done again"  # one may have ended with the signal
+    assert set(log["process"][first:]) == {2}
+    assert digest(out / "model.safetensors") == digest(undisturbed / "model.safetensors")
+    assert (out / "model.json").read_text() == (undisturbed / "model.json").read_text()
+    assert not leftovers(out.parent)
+
+
+@pytest.mark.parametrize("number", EXIT)
+def test_a_training_that_is_killed_goes_on(tmp_path, undisturbed, number):
+    out = tmp_path / "p"
+    process = pretrain(out)
+    wait_for(lambda: rows(out / "log.csv") >= 4, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT[number]
+    if number != signal.SIGKILL:
+        line = f"stopped by {number.name}; the same command goes on from what is done"
+        assert output.splitlines()[-1] == line
+        assert "Traceback" not in output
+        assert not leftovers(tmp_path), "nothing half written stays"
+    before = rows(out / "log.csv")
+    assert 4 <= before < EPOCHS
+    finished(pretrain(out))
+    check_continued(out, before, undisturbed)
+
+
+@pytest.fixture(scope="module")
+def searched(folder, tmp_path_factory):
+    """The arguments of a search, and what an undisturbed one gives."""
+    one = folder / "results" / "one"
+    arguments = ["search", "--config", folder / "config.yaml", "--pair", "one", "--evaluations", 5, "--episodes", 30]
+    arguments += ["--limit", 1.0, "--train-images", 1200, "--train-epochs", 2]
+    arguments += ["--suppressed", one / "suppress", "--candidates", one / "sweep" / "candidates.json"]
+    out = tmp_path_factory.mktemp("search") / "s"
+    finished(stage(*arguments, "--out", out))
+    return arguments, out
+
+
+@pytest.mark.parametrize("number", EXIT)
+def test_a_search_that_is_killed_goes_on(tmp_path, searched, number):
+    arguments, undisturbed = searched
+    out = tmp_path / "s"
+
+    def logged() -> Path:
+        return next((tmp_path / ".resume" / "s").glob("search-*.csv"), tmp_path / "none")
+
+    process = stage(*arguments, "--out", out)
+    wait_for(lambda: rows(logged()) >= 2, process)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == EXIT[number]
+    done = pd.read_csv(logged()).dropna(subset="mean").set_index("filters")["seconds"]
+    total = len(pd.read_csv(undisturbed / "log.csv").dropna(subset="mean"))
+    assert 2 <= len(done) < total
+
+    finished(stage(*arguments, "--out", out))
+    log = pd.read_csv(out / "log.csv")
+    pd.testing.assert_frame_equal(
+        log.drop(columns="seconds"), pd.read_csv(undisturbed / "log.csv").drop(columns="seconds")
+    )
+    seconds = log.set_index("filters")["seconds"]
+    assert (seconds[done.index] == done).all(), "states that were evaluated are not evaluated again"
+    assert (out / "best.json").read_text() == (undisturbed / "best.json").read_text()
+    assert not leftovers(tmp_path)
+
+
+def test_a_stage_is_never_done_by_two_processes(tmp_path, undisturbed):
+    out = tmp_path / "p"
+    first = pretrain(out)
+    wait_for(lambda: rows(out / "log.csv") >= 2, first)
+    second = pretrain(out)
+    output, _ = second.communicate(timeout=60)
+    assert second.returncode == 2
+    assert re.search(rf"error: .*p: process {first.pid} on \S+ is at work on this; stop it or wait for it", output)
+    finished(first)
+    assert digest(out / "model.safetensors") == digest(undisturbed / "model.safetensors")
+
+
+def test_a_checkpoint_that_is_cut_short_is_named_and_made_again(tmp_path, undisturbed):
+    out = tmp_path / "p"
+    process = pretrain(out)
+    wait_for(lambda: rows(out / "log.csv") >= 3, process)
+    process.kill()
+    process.communicate()
+    checkpoint = tmp_path / ".resume" / "p" / "pretrain.safetensors"
+    os.truncate(checkpoint, checkpoint.stat().st_size // 2)
+    output = finished(pretrain(out))
+    assert f"warning: {checkpoint}: not a usable checkpoint; training starts from its beginning" in output
+    assert set(pd.read_csv(out / "log.csv")["process"]) == {1}
+    assert digest(out / "model.safetensors") == digest(undisturbed / "model.safetensors")
+
+
+# --- the workflow
+
+
+@pytest.fixture
+def copied(folder, tmp_path) -> Path:
+    """A copy of the finished run, files with their times."""
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def long_run(tmp_path: Path) -> Path:
+    """A workflow whose pre-training takes a while."""
+    config = configuration()
+    config["pairs"]["one"]["pretrain"]["epochs"] = 40
+    return prepare(tmp_path / "run", config)
+
+
+def readme_block(mark: str) -> list[str]:
+    """The commands of the README's block behind <!-- mark -->, without comments."""
+    block = re.search(rf"<!-- {mark} -->\n```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return [line.split("#")[0].strip() for line in block[1].splitlines() if line.split("#")[0].strip()]
+
+
+def test_the_head_process_is_killed_and_the_readme_s_recovery_works(tmp_path):
+    run = long_run(tmp_path)
+    log = run / "results" / "one" / "pretrain" / "log.csv"
+    head = start(run, "--cores", 2, stdout=subprocess.DEVNULL)
+    wait_for(lambda: rows(log) >= 3, head)
+    head.kill()
+    head.wait()
+    # The stage notices, and ends by itself; its log says so.
+    said = run / "results" / ".logs" / "one" / "pretrain.log"
+    wait_for(lambda: "stopped by SIGTERM" in said.read_text(), seconds=20)
+    before = rows(log)
+    assert before < 40
+    commands = readme_block("recovery")
+    assert len(commands) <= 5
+    for command in commands:
+        done = subprocess.run(command, shell=True, cwd=run, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (run / "results" / "summary" / "paper" / "table1.csv").exists()
+    epochs = pd.read_csv(log)
+    assert list(epochs["epoch"]) == list(range(1, 41))
+    assert list(epochs["process"][:before]) == [1] * before
+    assert epochs["process"].iloc[-1] == 2
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    return {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in files}
+
+
+def test_a_second_run_in_the_same_folder_refuses_and_touches_nothing(tmp_path):
+    run = long_run(tmp_path)
+    first = start(run, "--cores", 2, "results/one/pretrain/model.safetensors")
+    wait_for(lambda: rows(run / "results" / "one" / "pretrain" / "log.csv") >= 2, first)
+    os.killpg(first.pid, signal.SIGSTOP)  # so that what changes is the second's doing
+    try:
+        before = snapshot(run / "results")
+        for options, message in (([], "IncompleteFilesException"), (["--rerun-incomplete"], "LockException")):
+            second = start(run, "--cores", 2, *options, "quick")
+            output, _ = second.communicate(timeout=120)
+            assert second.returncode != 0
+            assert message in output
+            assert snapshot(run / "results") == before
+    finally:
+        os.killpg(first.pid, signal.SIGCONT)
+    finished(first)
+    assert set(pd.read_csv(run / "results" / "one" / "pretrain" / "log.csv")["process"]) == {1}
+
+
+def test_a_lost_chunk_alone_is_made_again(copied):
+    place = Path("results") / "one" / "evaluate" / "correctnet"
+    gathered = place / "sigma-0.5.csv"
+    before = (copied / gathered).read_bytes()
+    (copied / gathered).unlink()
+    snakemake(copied, "--notemp", gathered)
+    chunks = {p.name: p.stat().st_mtime_ns for p in (copied / place / "sigma-0.5").iterdir()}
+    assert set(chunks) == {"chips-0-2.csv", "chips-2-3.csv"}
+    (copied / place / "sigma-0.5" / "chips-2-3.csv").unlink()
+    (copied / gathered).unlink()
+    assert stats(snakemake(copied, "-n", "--notemp", gathered)) == {"evaluate": 1, "gather": 1}
+    snakemake(copied, "--notemp", gathered)
+    assert (copied / place / "sigma-0.5" / "chips-0-2.csv").stat().st_mtime_ns == chunks["chips-0-2.csv"]
+    assert (copied / gathered).read_bytes() == before
+
+
+def test_a_model_that_is_cut_short_is_refused_and_made_again(copied, folder):
+    model = copied / "results" / "one" / "pretrain" / "model.safetensors"
+    os.truncate(model, 1000)
+    target = "results/one/suppress/model.safetensors"
+    assert "Error in rule suppress" in snakemake(copied, target, check=False)
+    log = (copied / "results" / ".logs" / "one" / "suppress.log").read_text()
+    error = "error: results/one/pretrain/model.safetensors: damaged, or not the file that model.json describes"
+    assert log.splitlines()[-1] == f"{error}; delete both to remake them"
+    for path in model.parent.glob("model.*"):
+        path.unlink()
+    snakemake(copied, "quick")
+    assert results(copied) == results(folder)
+
+
+def test_a_folder_that_is_moved_goes_on(copied, tmp_path):
+    moved = tmp_path / "elsewhere" / "moved"
+    moved.parent.mkdir()
+    shutil.move(copied, moved)
+    assert stats(snakemake(moved, "-n", "quick")) == {}
+    config = configuration()
+    config["pairs"]["one"]["evaluate"]["sigmas"] = [0.2, 0.3]
+    configure(moved, config)
+    shutil.move(moved / "results", tmp_path / "results")
+    config["results"] = str(tmp_path / "results")
+    configure(moved, config)
+    planned = stats(snakemake(moved, "-n", "quick"))
+    assert (planned["evaluate"], planned["gather"]) == (2, 2), "the new sigma of two rows, and nothing else"
+    assert "pretrain" not in planned
+    snakemake(moved, "quick")
+    samples = pd.read_csv(tmp_path / "results" / "one" / "samples.csv")
+    assert set(samples["sigma"]) == {0.0, 0.2, 0.3, 0.5}
+    assert stats(snakemake(moved, "-n", "quick")) == {}
+
+
+@contextmanager
+def mounted(place: Path, *options: str):
+    """Something mounted at `place`; the test is skipped where that is not allowed."""
+    if subprocess.run(["mount", *options, str(place)], capture_output=True).returncode:
+        pytest.skip("no right to mount")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 16 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    with mounted(place, "-t", "tmpfs", "-o", "size=16m", "tmpfs"):
+        yield place
+
+
+def fill(disk: Path) -> Path:
+    """Leave no byte free."""
+    filler = disk / "filler"
+    with open(filler, "ab", buffering=0) as file:
+        for size in (1 << 20, 1 << 12):
+            try:
+                while file.write(bytes(size)) == size:
+                    pass
+            except OSError:
+                pass
+    return filler
+
+
+def test_a_disk_that_fills_loses_nothing(small_disk, undisturbed):
+    out = small_disk / "p"
+    process = pretrain(out)
+    wait_for(lambda: rows(out / "log.csv") >= 3, process)
+    filler = fill(small_disk)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert re.fullmatch(
+        r"error: .*: cannot be written: No space left on device; what was there before is kept",
+        output.splitlines()[-1],
+    )
+    assert "Traceback" not in output
+    before = rows(out / "log.csv")
+    filler.unlink()
+    finished(pretrain(out))
+    check_continued(out, before, undisturbed)
+
+
+def test_a_disk_that_fills_in_mid_run_and_is_freed(small_disk, tmp_path, folder):
+    config = configuration()
+    config["results"] = str(small_disk / "results")
+    run = prepare(tmp_path / "run", config)
+    process = start(run, "--cores", 2, "quick")
+    wait_for(lambda: (small_disk / "results" / "one" / "pretrain" / "log.csv").exists(), process)
+    filler = fill(small_disk)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "Error in rule" in output
+    filler.unlink()
+    snakemake(run, "--rerun-incomplete", "quick")
+    os.symlink(small_disk / "results", run / "results")
+    assert results(run) == results(folder)
+
+
+def test_a_configuration_that_cannot_be_written(tmp_path):
+    run = prepare(tmp_path / "run")
+    config = run / "config.yaml"
+    config.chmod(0o444)
+    before = config.read_bytes()
+    with mounted(config, "--bind", str(config)):
+        subprocess.run(["mount", "-o", "remount,ro,bind", str(config)], check=True)
+        with pytest.raises(OSError, match="Read-only"):
+            config.write_bytes(b"")
+        snakemake(run, "results/one/pretrain/model.safetensors")
+    assert config.read_bytes() == before
+    assert (run / "results" / "one" / "pretrain" / "model.safetensors").exists()
+
+
+def test_a_configuration_that_is_not_there_is_named(tmp_path):
+    run = prepare(tmp_path / "run")
+    (run / "config.yaml").unlink()
+    output = snakemake(run, "-n", "quick", check=False)
+    assert "config.yaml" in output
+    assert "Traceback" not in output
