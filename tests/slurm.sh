@@ -91,7 +91,17 @@ CONFIGURATION
     done
 }
 
+# What a test run that was killed has left.
+clean() {
+    local before
+    before=$(readlink "$etc/slurm.conf" || true)
+    if [ -n "$before" ] && { [ ! -e "$before" ] || grep -q '^ClusterName=correctnet-test$' "$before"; }; then
+        (home=$(dirname "$before") && down)
+    fi
+}
+
 up() {
+    clean
     mkdir -p "$home"
     install_slurm
     configure

@@ -12,6 +12,8 @@ import pytest
 import yaml
 from workflows import PAIR, ROOT, configure, snakemake, stats
 
+from correctnet.config import Config
+
 pytest.importorskip("snakemake", reason="the workflow extra is not installed")
 
 
@@ -186,3 +188,32 @@ def test_the_shipped_workflow_plans_the_whole_paper():
     assert found["figure"] == 6
     assert found["sensitivity"] == 4 * 3
     assert found["search"] >= 4 * 2 * 3, "limits 1, 2 and 3 % are jobs of their own"
+
+
+def test_jobs_ask_for_more_than_was_measured():
+    """A third more memory and half as much time again as benchmark files of real runs say."""
+    measured = pd.read_csv(ROOT / "results" / "reference" / "resources.csv")
+    planned = snakemake(ROOT, "-n", "--forceall", "all") + snakemake(ROOT, "-n", "--forceall", "quick")
+    pattern = r"^rule (\w+):.*wildcards: pair=([\w-]+).*runtime=(\d+), gpu=0, mem_mb=(\d+)"
+    asked: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for job in re.split(r"\n\n|\[.*\]\n", planned):
+        if found := re.search(pattern, job, re.DOTALL):
+            asked.setdefault((found[2], found[1]), []).append((int(found[3]), int(found[4])))
+    assert len(measured) > 20
+    for row in measured.to_dict("records"):
+        jobs = asked[row["pair"], row["rule"]]
+        assert min(memory for _, memory in jobs) >= 1.35 * row["memory_mib"], row
+        if row["seconds"] > 0:
+            assert max(60 * minutes for minutes, _ in jobs) >= 1.5 * row["seconds"], row
+
+
+def test_a_retry_asks_for_more():
+    source = (ROOT / "workflow" / "rules" / "resources.smk").read_text()
+    settings = Config.load(ROOT / "config.yaml").settings("vgg16-cifar10")
+    functions = {"settings_of": lambda wildcards: settings, "GPUS": 0}
+    exec(compile(source, "resources.smk", "exec"), functions)
+    assert [functions["mem_mb"](None, attempt) for attempt in (1, 2, 3)] == [2800, 4200, 5600]
+    first, second, third = (functions["runtime"]("pretrain")(None, attempt) for attempt in (1, 2, 3))
+    assert (second, third) == (2 * first, 3 * first)
+    # 20 epochs of 45,000 images took 281 s each on two threads of the machine that is described there
+    assert 1.5 < 60 * first / (20 * 281) < 15
