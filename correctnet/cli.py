@@ -169,7 +169,7 @@ def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:
         **arguments: Any,
     ) -> Any:
         out: Path = arguments["out"]
-        work = work or out.parent / ".resume" / out.name
+        work = work or out.parent / storage.WORK / out.name
         _end_with(os.environ.get("CORRECTNET_HEAD"))
         with storage.exclusive(work, out):
             return function(runtime=_runtime(data_dir, device, threads, memory, work, quiet), **arguments)

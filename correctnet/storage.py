@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = 1
+WORK = ".resume"
+"""the folder, beside a stage's result, of what a killed stage needs to go on"""
 
 
 @contextlib.contextmanager
@@ -82,13 +84,15 @@ def exclusive(folder: str | Path, *cleaned: Path) -> Iterator[None]:
         file.close()
         with contextlib.suppress(OSError):  # something is kept there to go on from
             lock.parent.rmdir()
+            if lock.parent.parent.name == WORK:
+                lock.parent.parent.rmdir()
 
 
 def _locked(lock: Path) -> TextIO:
     """The lock file, open and locked. Raises BlockingIOError where another process has locked it."""
     while True:
-        lock.parent.mkdir(parents=True, exist_ok=True)
         try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
             file = open(lock, "a+")  # noqa: SIM115 (closed by the caller)
         except FileNotFoundError:
             continue  # whoever held it has just removed the folder

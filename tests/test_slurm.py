@@ -13,7 +13,7 @@ import time
 import pandas as pd
 import pytest
 from test_accidents import readme_block, rows, wait_for
-from workflows import ROOT, configuration, environment, prepare, results, snakemake, start, stats
+from workflows import ROOT, configuration, environment, prepare, results, short, snakemake, start, stats
 
 pytest.importorskip("snakemake_executor_plugin_slurm", reason="the cluster extra is not installed")
 pytestmark = [
@@ -74,19 +74,25 @@ def test_device_cuda_asks_for_a_gpu_and_says_where_there_is_none(cluster, tmp_pa
     assert log == "error: --device cuda: torch sees no CUDA device here; use --device cpu\n"
 
 
-def slow_pretraining(seconds: float, tmp_path) -> dict:
-    """A configuration whose pre-training takes about so long on this machine."""
+@pytest.fixture(scope="module")
+def slow_pretraining(tmp_path_factory):
+    """A function that gives a configuration whose pre-training takes about so many seconds on this machine."""
     config = configuration()
     config["pairs"]["one"]["pretrain"]["epochs"] = 12
-    probe = prepare(tmp_path / "probe", config)
+    probe = prepare(tmp_path_factory.mktemp("probe") / "run", config)
     snakemake(probe, "results/one/pretrain/model.safetensors")
     log = pd.read_csv(probe / "results" / "one" / "pretrain" / "log.csv")
-    config["pairs"]["one"]["pretrain"]["epochs"] = int(seconds / log["seconds"][2:].mean())
-    return config
+    an_epoch = log["seconds"][2:].mean()
+
+    def configured(seconds: float) -> dict:
+        config["pairs"]["one"]["pretrain"]["epochs"] = int(seconds / an_epoch)
+        return config
+
+    return configured
 
 
-def test_a_job_over_its_time_limit_goes_on_in_the_next(cluster, tmp_path):
-    config = slow_pretraining(110, tmp_path)
+def test_a_job_over_its_time_limit_goes_on_in_the_next(cluster, slow_pretraining, tmp_path):
+    config = slow_pretraining(80)
     epochs = config["pairs"]["one"]["pretrain"]["epochs"]
     run = prepare(tmp_path / "run", config)
     limit = ["--set-resources", "pretrain:runtime=attempt"]  # one minute, then two
@@ -101,11 +107,11 @@ def test_a_job_over_its_time_limit_goes_on_in_the_next(cluster, tmp_path):
     assert first > 5, "what the first job did was kept"
 
 
-def test_the_head_process_is_killed_while_jobs_run(cluster, tmp_path):
-    config = slow_pretraining(25, tmp_path)
+def test_the_head_process_is_killed_while_jobs_run(cluster, slow_pretraining, tmp_path):
+    config = short(slow_pretraining(25))
     run = prepare(tmp_path / "run", config)
     log = run / "results" / "one" / "pretrain" / "log.csv"
-    head = start(run, *PROFILE, "all", stdout=subprocess.DEVNULL)
+    head = start(run, *PROFILE, "--", "all", stdout=subprocess.DEVNULL)
     wait_for(lambda: rows(log) >= 3, head)
     head.kill()
     head.wait()

@@ -217,3 +217,35 @@ def test_a_retry_asks_for_more():
     assert (second, third) == (2 * first, 3 * first)
     # 20 epochs of 45,000 images took 281 s each on two threads of the machine that is described there
     assert 1.5 < 60 * first / (20 * 281) < 15
+
+
+@pytest.mark.parametrize(
+    ("storage", "expected"),
+    [
+        ("accounting_storage/slurmdbd", {"slurm-status-command": "sacct", "slurm-no-account": False}),
+        ("accounting_storage/none", {"slurm-status-command": "squeue", "slurm-no-account": True}),
+        ("(null)", {"slurm-status-command": "squeue", "slurm-no-account": True}),
+    ],
+)
+def test_the_slurm_profile_finds_out_about_accounting(tmp_path, monkeypatch, storage, expected):
+    yte = pytest.importorskip("yte")
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(
+        f"#!/bin/sh\necho 'AccountStorageUser      = root'\necho 'AccountingStorageType   = {storage}'\n"
+    )
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    profile = ROOT / "workflow" / "profiles" / "slurm" / "profile.yaml"
+    with open(profile) as file:
+        values = yte.process_yaml(file, require_use_yte=True)
+    assert {key: values[key] for key in expected} == expected
+    assert values["executor"] == "slurm"
+
+
+def test_the_gpu_profile_asks_for_one_gpu_at_a_time(folder):
+    profile = ROOT / "workflow" / "profiles" / "gpu"
+    output = snakemake(folder, "--profile", profile, "-n", "--forceall", "quick", cores=False)
+    assert stats(output)["pretrain"] == 1
+    assert yaml.safe_load((profile / "profile.yaml").read_text())["resources"] == {"gpu": 1}
+    heavy = re.findall(r"^rule (\w+):.*?gpu=(\d)", output, re.DOTALL | re.MULTILINE)
+    assert {gpu for _, gpu in heavy} == {"1"}

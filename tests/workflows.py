@@ -36,6 +36,13 @@ def configuration() -> dict:
     return config
 
 
+def short(config: dict) -> dict:
+    """With the original network alone: a few jobs."""
+    config["pairs"]["one"]["rows"] = ["unprotected"]
+    config["pairs"]["one"]["evaluate"]["sigmas"] = []
+    return config
+
+
 def prepare(folder: Path, config: dict | None = None) -> Path:
     """Put the workflow and a configuration into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -248,6 +248,8 @@ def table_sigma(wildcards):
 
 def print_estimate():
     """Say how long a full run may take, before it begins."""
+    if workflow.resource_settings.cores is None:
+        return  # jobs run on a cluster, and this machine says nothing of it
     for target in workflow.dag_settings.targets or ["all"]:
         run = "paper" if target == "all" else target
         if run in CONFIG.runs and run != "quick":

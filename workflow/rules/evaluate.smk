@@ -27,7 +27,7 @@ rule evaluate:
     shell:
         "correctnet evaluate --settings {params.settings:q} --quiet --threads {threads}"
         " --note pair={wildcards.pair} --note row={wildcards.row}"
-        " --model {input.model} --chips {params.chips} --start {wildcards.start} --out {output} > {log} 2>&1"
+        " --model {input.model:q} --chips {params.chips} --start {wildcards.start} --out {output:q} > {log:q} 2>&1"
 
 
 rule gather:
@@ -38,7 +38,7 @@ rule gather:
     log:
         f"{RESULTS}/.logs/{{pair}}/gather/{{row}}/sigma-{{sigma}}.log",
     shell:
-        "correctnet merge {input} --out {output} > {log} 2>&1"
+        "correctnet merge {input:q} --out {output:q} > {log:q} 2>&1"
 
 
 rule collect:
@@ -54,4 +54,4 @@ rule collect:
     log:
         f"{RESULTS}/.logs/{{pair}}/collect.log",
     shell:
-        "correctnet collect {input} --out {output} > {log} 2>&1"
+        "correctnet collect {input:q} --out {output:q} > {log:q} 2>&1"

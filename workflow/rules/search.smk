@@ -22,8 +22,8 @@ rule sweep:
         settings=stage_settings("sweep"),
     shell:
         "correctnet sweep --settings {params.settings:q} --quiet --threads {threads}"
-        " --pretrained {input.pretrained} --suppressed {input.suppressed}"
-        " --out $(dirname {output.accuracy}) > {log} 2>&1"
+        " --pretrained {input.pretrained:q} --suppressed {input.suppressed:q}"
+        ' --out "$(dirname {output.accuracy:q})" > {log:q} 2>&1'
 
 
 # What each layer alone costs: of the original network, the suppressed one, and the compensated one.
@@ -46,7 +46,7 @@ rule sensitivity:
         settings=stage_settings("sensitivity"),
     shell:
         "correctnet sensitivity --settings {params.settings:q} --quiet --threads {threads}"
-        " --model {input.model} --out {output} > {log} 2>&1"
+        " --model {input.model:q} --out {output:q} > {log:q} 2>&1"
 
 
 # With `search.population`, every state is trained in a job of its own: round 0 is the state without compensation, and
@@ -70,11 +70,11 @@ rule search_state:
         gpu=GPUS,
     params:
         settings=stage_settings("search"),
-        known=lambda wildcards, input: " ".join(f"--known {path}" for path in input.known),
+        known=lambda wildcards, input: " ".join(f"--known {shlex.quote(path)}" for path in input.known),
     shell:
         "correctnet search --settings {params.settings:q} --quiet --threads {threads} --limit {wildcards.limit}"
-        " --suppressed {input.suppressed} --candidates {input.candidates} {params.known}"
-        " --state {wildcards.state} --out {output} > {log} 2>&1"
+        " --suppressed {input.suppressed:q} --candidates {input.candidates:q} {params.known}"
+        " --state {wildcards.state} --out {output:q} > {log:q} 2>&1"
 
 
 rule search:
@@ -97,11 +97,11 @@ rule search:
         gpu=GPUS,
     params:
         settings=stage_settings("search"),
-        known=lambda wildcards, input: " ".join(f"--known {path}" for path in input.known),
+        known=lambda wildcards, input: " ".join(f"--known {shlex.quote(path)}" for path in input.known),
     shell:
         "correctnet search --settings {params.settings:q} --quiet --threads {threads} --limit {wildcards.limit}"
-        " --suppressed {input.suppressed} --candidates {input.candidates} {params.known}"
-        " --out $(dirname {output.best}) > {log} 2>&1"
+        " --suppressed {input.suppressed:q} --candidates {input.candidates:q} {params.known}"
+        ' --out "$(dirname {output.best:q})" > {log:q} 2>&1'
 
 
 rule compensate:
@@ -124,8 +124,8 @@ rule compensate:
         gpu=GPUS,
     params:
         settings=stage_settings("compensate"),
-        found=lambda wildcards, input: " ".join(f"--found {path}" for path in input.found),
+        found=lambda wildcards, input: " ".join(f"--found {shlex.quote(path)}" for path in input.found),
     shell:
         "correctnet compensate --settings {params.settings:q} --quiet --threads {threads}"
-        " --suppressed {input.suppressed} {params.found}"
-        " --out $(dirname {output.model}) > {log} 2>&1"
+        " --suppressed {input.suppressed:q} {params.found}"
+        ' --out "$(dirname {output.model:q})" > {log:q} 2>&1'

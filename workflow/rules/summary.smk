@@ -31,7 +31,7 @@ rule table1:
         sigma=table_sigma,
         labels=labels,
     shell:
-        "correctnet table {input} --sigma {params.sigma} {params.labels} --out {output.csv} > {log} 2>&1"
+        "correctnet table {input:q} --sigma {params.sigma} {params.labels} --out {output.csv:q} > {log:q} 2>&1"
 
 
 rule figure:
@@ -50,7 +50,7 @@ rule figure:
     wildcard_constraints:
         name=r"2|7|9|10|yield|sensitivity",
     shell:
-        "correctnet figure {wildcards.name} {input} --out {output.png} > {log} 2>&1"
+        "correctnet figure {wildcards.name} {input:q} --out {output.png:q} > {log:q} 2>&1"
 
 
 rule explore:
@@ -66,7 +66,7 @@ rule explore:
     log:
         f"{RESULTS}/.logs/summary/{{run}}/search.log",
     shell:
-        "correctnet explore {input} --out {output} > {log} 2>&1"
+        "correctnet explore {input:q} --out {output:q} > {log:q} 2>&1"
 
 
 # Made after everything else of the run, so that it is made anew whenever something of it was.
@@ -86,4 +86,4 @@ rule provenance:
     params:
         facts=run_facts,
     shell:
-        "correctnet provenance {wildcards.run} --results {RESULTS} {params.facts} --out {output.csv} > {log} 2>&1"
+        "correctnet provenance {wildcards.run} --results {RESULTS:q} {params.facts} --out {output.csv:q} > {log:q} 2>&1"

@@ -22,7 +22,7 @@ rule pretrain:
         settings=stage_settings("pretrain"),
     shell:
         "correctnet pretrain --settings {params.settings:q} --quiet --threads {threads}"
-        " --out $(dirname {output.model}) > {log} 2>&1"
+        ' --out "$(dirname {output.model:q})" > {log:q} 2>&1'
 
 
 rule suppress:
@@ -46,7 +46,7 @@ rule suppress:
         settings=stage_settings("suppress"),
     shell:
         "correctnet suppress --settings {params.settings:q} --quiet --threads {threads}"
-        " --pretrained {input.pretrained} --out $(dirname {output.model}) > {log} 2>&1"
+        ' --pretrained {input.pretrained:q} --out "$(dirname {output.model:q})" > {log:q} 2>&1'
 
 
 rule inject:
@@ -70,4 +70,4 @@ rule inject:
         settings=stage_settings("inject"),
     shell:
         "correctnet inject --settings {params.settings:q} --quiet --threads {threads}"
-        " --pretrained {input.pretrained} --out $(dirname {output.model}) > {log} 2>&1"
+        ' --pretrained {input.pretrained:q} --out "$(dirname {output.model:q})" > {log:q} 2>&1'
