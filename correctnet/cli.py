@@ -485,7 +485,13 @@ def explore(logs: tuple[Path, ...], out: Path) -> None:
 
 @main.command("provenance")
 @click.argument("run")
-@click.option("--results", type=PATH, default=Path("results"), show_default=True, help="Folder of all results.")
+@click.option(
+    "--results",
+    type=PATH,
+    envvar="CORRECTNET_RESULTS",
+    default=Path("results"),
+    help="Folder of all results.  [CORRECTNET_RESULTS, else: results]",
+)
 @click.option("--pair", "pairs", multiple=True, required=True, help="A pair of the run; may be repeated.")
 @click.option("--seed", "seeds", multiple=True, help="A seed of the run; may be repeated.")
 @click.option("--command", envvar="CORRECTNET_COMMAND", help="What was run.  [CORRECTNET_COMMAND, else this command]")

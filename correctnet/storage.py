@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import socket
@@ -90,12 +91,14 @@ def exclusive(folder: str | Path, *cleaned: Path) -> Iterator[None]:
 
 def _locked(lock: Path) -> TextIO:
     """The lock file, open and locked. Raises BlockingIOError where another process has locked it."""
-    while True:
+    for attempt in itertools.count():
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
             file = open(lock, "a+")  # noqa: SIM115 (closed by the caller)
         except FileNotFoundError:
-            continue  # whoever held it has just removed the folder
+            if attempt < 10:
+                continue  # whoever held it has just removed the folder
+            raise  # or it cannot be made at all
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -21,7 +21,7 @@ RUNS = [run for run in CONFIG.runs if run != "paper"]
 RESULTS = CONFIG.results
 # What every stage is told about where it runs goes through the environment: it changes no result, so it is no param.
 os.environ.setdefault("CORRECTNET_DATA", os.path.abspath(CONFIG.data_dir))
-os.environ.update(CORRECTNET_DEVICE=CONFIG.device)
+os.environ.update(CORRECTNET_DEVICE=CONFIG.device, CORRECTNET_RESULTS=RESULTS)
 # The process that its stages end with: if it is killed, they do not go on without it.
 os.environ.update(CORRECTNET_HEAD=str(os.getpid()))
 # For the page of provenance. A job that another Snakemake started keeps what that one says.

@@ -84,7 +84,6 @@ rule provenance:
     log:
         f"{RESULTS}/.logs/summary/{{run}}/provenance.log",
     params:
-        results=RESULTS,
         facts=run_facts,
     shell:
-        "correctnet provenance {wildcards.run} --results {params.results:q} {params.facts} --out {output.csv:q} > {log:q} 2>&1"
+        "correctnet provenance {wildcards.run} {params.facts} --out {output.csv:q} > {log:q} 2>&1"
