@@ -171,6 +171,7 @@ def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:
         out: Path = arguments["out"]
         work = work or out.parent / storage.WORK / out.name
         _end_with(os.environ.get("CORRECTNET_HEAD"))
+        storage.check_writable(out)
         with storage.exclusive(work, out):
             return function(runtime=_runtime(data_dir, device, threads, memory, work, quiet), **arguments)
 
