@@ -123,7 +123,7 @@ def test_python_on_a_modelled_device(tmp_path: Path) -> None:
         ignore=shutil.ignore_patterns("*.so", "__pycache__"),
         dirs_exist_ok=True,
     )
-    for name in ("test_gpu.py", "conftest.py"):
+    for name in ("test_gpu.py", "conftest.py", "workflows.py"):
         shutil.copy(ROOT / "tests" / name, tmp_path)
     code = NOT_EDITABLE + "import pytest; sys.exit(pytest.main(['-q', 'test_gpu.py', '-p', 'no:cacheprovider']))"
     output = run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)})
