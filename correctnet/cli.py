@@ -274,7 +274,9 @@ def main() -> None:
 
 out_option = click.option("--out", type=PATH, required=True, help="Folder that the result is written to.")
 pretrained_option = click.option("--pretrained", type=PATH, required=True, help="Model of `pretrain`.")
-suppressed_option = click.option("--suppressed", type=PATH, required=True, help="Model of `suppress`.")
+base_option = click.option(
+    "--base", type=PATH, required=True, help="Model to be compensated: of `suppress`, or of `pretrain` or `inject`."
+)
 
 
 @main.command()
@@ -316,13 +318,13 @@ def inject(settings: Settings, runtime: Runtime, pretrained: Path, out: Path) ->
 @settings_options("sweep")
 @runtime_options
 @pretrained_option
-@suppressed_option
+@base_option
 @out_option
-def sweep(settings: Settings, runtime: Runtime, pretrained: Path, suppressed: Path, out: Path) -> None:
+def sweep(settings: Settings, runtime: Runtime, pretrained: Path, base: Path, out: Path) -> None:
     """Find the candidate layers: variation from the last layer backwards."""
     from correctnet import stages
 
-    stages.sweep(settings, pretrained, suppressed, out, runtime)
+    stages.sweep(settings, pretrained, base, out, runtime)
 
 
 @main.command()
@@ -340,7 +342,7 @@ def sensitivity(settings: Settings, runtime: Runtime, model: Path, out: Path) ->
 @main.command()
 @settings_options("search")
 @runtime_options
-@suppressed_option
+@base_option
 @click.option("--candidates", type=PATH, required=True, help="candidates.json of `sweep`.")
 @click.option("--limit", type=float, default=0.03, show_default=True, help="Overhead allowed, a fraction.")
 @click.option("--known", type=PATH, multiple=True, help="A state that --state has scored; may be repeated.")
@@ -353,7 +355,7 @@ def sensitivity(settings: Settings, runtime: Runtime, model: Path, out: Path) ->
 def search(
     settings: Settings,
     runtime: Runtime,
-    suppressed: Path,
+    base: Path,
     candidates: Path,
     limit: float,
     known: tuple[Path, ...],
@@ -364,22 +366,22 @@ def search(
     from correctnet import stages
 
     if state is None:
-        stages.search(settings, suppressed, candidates, limit, out, runtime, known)
+        stages.search(settings, base, candidates, limit, out, runtime, known)
     else:
-        stages.search_state(settings, suppressed, candidates, limit, known, state, out, runtime)
+        stages.search_state(settings, base, candidates, limit, known, state, out, runtime)
 
 
 @main.command()
 @settings_options("compensate")
 @runtime_options
-@suppressed_option
+@base_option
 @click.option("--found", type=PATH, required=True, multiple=True, help="best.json of `search`; may be repeated.")
 @out_option
-def compensate(settings: Settings, runtime: Runtime, suppressed: Path, found: tuple[Path, ...], out: Path) -> None:
+def compensate(settings: Settings, runtime: Runtime, base: Path, found: tuple[Path, ...], out: Path) -> None:
     """Train the compensators of the best state that the searches found."""
     from correctnet import stages
 
-    stages.compensate(settings, suppressed, found, out, runtime)
+    stages.compensate(settings, base, found, out, runtime)
 
 
 @main.command()

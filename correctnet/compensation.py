@@ -191,6 +191,16 @@ def compensation_parameters(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
+def trained_parameters(model: nn.Module, section: Any) -> list[nn.Parameter]:
+    """What is trained with `section`, a `correctnet.config.Compensate`: the compensation's parameters, and with
+    `batchnorm: affine` the scales and shifts of BatchNorm; nothing where no layer is compensated."""
+    parameters = compensation_parameters(model)
+    if parameters and section.batchnorm == "affine":
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine]
+        parameters += [p for norm in norms for p in norm.parameters()]
+    return parameters
+
+
 def prepare(
     model: nn.Module, filters: Mapping[str, int], section: Any, variation: Variation, seed: int
 ) -> tuple[nn.Module, dict[str, Any], Hooks]:
@@ -213,7 +223,7 @@ def prepare(
         before_batch=lambda draw: program(analog, TRAINING_CHIPS + draw),
         draws_per_batch=section.chips_per_batch,
         frozen=True,
-        update_batchnorm=not section.freeze_batchnorm,
+        update_batchnorm=section.batchnorm == "updated",
     )
     return analog, plan, hooks
 
@@ -242,7 +252,7 @@ def fit_compensators(
     """
     section = validate(Compensate, settings, "fit_compensators")
     analog, plan, hooks = prepare(model, filters, section, variation, seed)
-    parameters = compensation_parameters(analog)
+    parameters = trained_parameters(analog, section)
     fit(analog, Split(images, labels), section, seed, parameters=parameters, hooks=hooks, quiet=quiet)
     compensated = compensate(model, **plan).eval()
     compensated.load_state_dict(analog.state_dict())

@@ -22,6 +22,8 @@ from correctnet.errors import UserError, one_line
 Stage = Literal["pretrain", "suppress", "inject", "sweep", "search", "compensate", "evaluate", "sensitivity"]
 # The stages whose model a row of Table I can evaluate.
 Weights = Literal["pretrain", "suppress", "inject", "compensate"]
+# Those whose model can be swept, searched and compensated.
+Base = Literal["pretrain", "suppress", "inject"]
 
 
 class Section(BaseModel):
@@ -108,6 +110,8 @@ class Suppress(Training):
     """weights to start from"""
     ramp: float = Field(0.0, ge=0, lt=1)
     """fraction of the steps over which beta rises from 0"""
+    fold_batchnorm: bool = False
+    """regularise each weight times its BatchNorm's scale, the matrix whose norm is the layer's Lipschitz constant"""
     temperature: float = Field(1.0, gt=0)
     """the logits are divided by this in the loss; below 1 it makes up for the small logits of suppressed networks"""
 
@@ -140,8 +144,9 @@ class Compensate(Training):
     """behind the analog layer itself, or behind its BatchNorm and ReLU"""
     pool: Literal["adaptive", "kernel"] = "adaptive"
     """average pooling of the layer's input to its output's size: adaptive, or with the layer's own window"""
-    freeze_batchnorm: bool = True
-    """keep the running statistics and normalise with them while the compensators train"""
+    batchnorm: Literal["frozen", "updated", "affine"] = "frozen"
+    """while the compensators train: keep the statistics and normalise with them, normalise with each batch and update
+    them, or keep them and train scale and shift (digital, there already: no overhead) with the compensators"""
     chips_per_batch: int = Field(1, ge=1)
     """fresh chip samples a batch, over which the gradient is averaged"""
 
@@ -253,6 +258,8 @@ class Settings(Section):
     data: Data = Data()
     network: Network = Network()
     variation: VariationSettings = VariationSettings()
+    base: Base = "suppress"
+    """the stage whose network is swept, searched and compensated; the paper's is suppress"""
     pretrain: Training = Training()
     suppress: Suppress = Suppress()
     inject: Inject = Inject()
@@ -326,15 +333,14 @@ READS: dict[Stage, tuple[str, ...]] = {
 }
 # Raised when a stage's code changes what it computes.
 VERSIONS: dict[Stage, int] = dict.fromkeys(get_args(Stage), 2) | {"search": 4}
-# What a stage's model is made from, for each stage whose model a row can evaluate.
-UPSTREAM: dict[Stage, tuple[Stage, ...]] = {
-    "pretrain": (),
-    "suppress": ("pretrain",),
-    "inject": ("pretrain",),
-    "sweep": ("pretrain", "suppress"),
-    "search": ("pretrain", "suppress", "sweep"),
-    "compensate": ("pretrain", "suppress", "sweep", "search"),
-}
+
+
+def lineage(settings: Settings, stage: Stage) -> tuple[Stage, ...]:
+    """The stages that what `stage` makes depends on, in order, itself the last."""
+    if stage in ("pretrain", "suppress", "inject"):
+        return tuple(dict.fromkeys(("pretrain", stage)))
+    own: tuple[Stage, ...] = ("sweep", "search", "compensate")
+    return tuple(dict.fromkeys(("pretrain", settings.base, *own[: own.index(stage) + 1])))
 
 
 class Row(Section):
@@ -446,7 +452,7 @@ class Config(Section):
         """
 
         def chain(settings: Settings) -> tuple[str, ...]:
-            return tuple(settings.canonical(s) for s in (*UPSTREAM[stage], stage))
+            return tuple(f"{s} {settings.canonical(s)}" for s in lineage(settings, stage))
 
         wanted = chain(self.settings(pair, row))
         if wanted == chain(self.settings(pair)):

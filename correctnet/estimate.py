@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from correctnet import models, variation
 from correctnet.analog import analog_candidates, convert, program, programmed
-from correctnet.config import UPSTREAM, Config, Settings, Stage
+from correctnet.config import Config, Settings, Stage, lineage
 from correctnet.engine import Engine, Precision, Unsupported
 from correctnet.errors import UserError
 from correctnet.workload import Costs, stage_seconds
@@ -89,9 +89,8 @@ def pair_seconds(config: Config, pair: str) -> dict[str, float]:
 
     for name in config.rows_of(pair):
         s, row = config.settings(pair, name), config.rows[name]
-        chain: tuple[Stage, ...] = (*UPSTREAM[row.evaluate], row.evaluate)
-        for stage in chain:
-            key = " ".join(s.canonical(before) for before in (*UPSTREAM[stage], stage))
+        for stage in lineage(s, row.evaluate):
+            key = " ".join(f"{before} {s.canonical(before)}" for before in lineage(s, stage))
             add(stage, s, key, len(s.search.limits) if stage == "search" else 1)
         add(
             "evaluate",

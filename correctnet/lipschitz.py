@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from correctnet.analog import analog_candidates
+from correctnet.models import Block
 
 
 def bound(sigma: float, k: float = 1.0) -> float:
@@ -60,9 +61,26 @@ def penalty(weights: Iterable[Tensor], lam: float, form: Literal["orthogonal", "
     return torch.stack(terms).sum()
 
 
-def analog_weights(model: nn.Module) -> list[Tensor]:
-    """The nominal weights of all conv and linear layers, the set W of (11)."""
-    return [layer.weight for _, layer in analog_candidates(model)]
+def analog_weights(model: nn.Module, fold_batchnorm: bool = False) -> list[Tensor]:
+    """The nominal weights of all conv and linear layers, the set W of (11).
+
+    Args:
+        model: the network.
+        fold_batchnorm: multiply each output's weights by gamma / sqrt(running variance + eps) of the BatchNorm in the
+            same `correctnet.models.Block`. That is the matrix the layer applies, whatever the scale of its weight:
+            BatchNorm hides that scale, and with it what (11) does to the weight alone. As ReLU keeps the sign, the
+            Lipschitz constant is the same with BatchNorm behind it, for gamma >= 0.
+    """
+    blocks = {id(m.layer): m for m in model.modules() if isinstance(m, Block) and hasattr(m, "norm")}
+    weights = []
+    for _, layer in analog_candidates(model):
+        weight = layer.weight
+        if fold_batchnorm and id(layer) in blocks:
+            norm = blocks[id(layer)].norm
+            scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+            weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+        weights.append(weight)
+    return weights
 
 
 @torch.no_grad()

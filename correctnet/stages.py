@@ -144,7 +144,9 @@ def suppress(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) 
     lam = lipschitz.bound(s.variation.sigma, s.suppress.k)
     ramp, beta = s.suppress.ramp, s.suppress.beta
     hooks = Hooks(
-        penalty=lambda: lipschitz.penalty(lipschitz.analog_weights(model), lam, s.suppress.form),
+        penalty=lambda: lipschitz.penalty(
+            lipschitz.analog_weights(model, s.suppress.fold_batchnorm), lam, s.suppress.form
+        ),
         penalty_weight=lambda done: beta * min(1.0, done / ramp) if ramp else beta,
         temperature=s.suppress.temperature,
     )
@@ -162,12 +164,12 @@ def inject(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) ->
     _train("inject", analog, base, runtime.load(s), settings, hooks, out, runtime, [weights])
 
 
-def sweep(settings: Settings, pretrained: Path, suppressed: Path, out: Path, runtime: Runtime) -> None:
+def sweep(settings: Settings, pretrained: Path, base: Path, out: Path, runtime: Runtime) -> None:
     """Find the candidate layers on the validation images. Writes out/accuracy.csv and out/candidates.json."""
     s = settings.of("sweep")
     images = runtime.load(s).validation.take(s.sweep.images)
     original, _ = read_network(pretrained, runtime.device)
-    model, _ = read_network(suppressed, runtime.device)
+    model, _ = read_network(base, runtime.device)
     found = sweeping.sweep(
         convert(model, variation.make(s.variation), s.seed),
         images,
@@ -209,7 +211,7 @@ def _last_stage(description: dict[str, Any]) -> str:
 
 def search(
     settings: Settings,
-    suppressed: Path,
+    base: Path,
     candidates: Path,
     limit: float,
     out: Path,
@@ -223,7 +225,7 @@ def search(
     """
     s = settings.of("search")
     if s.search.strategy == "all":
-        model, _ = read_network(suppressed, runtime.device)
+        model, _ = read_network(base, runtime.device)
         names = _candidate_names(candidates, dict(analog_candidates(model)))
         filters = compensation.filters_of(model, [1.0] * len(names))
         best = {"strategy": "all", "limit": None, "filters": filters}
@@ -232,11 +234,11 @@ def search(
         storage.write_csv(out / "log.csv", pd.DataFrame(columns=[*searching.COLUMNS, "candidates"]))
         return best
 
-    problem, names = _search_problem(settings, suppressed, candidates, limit, runtime)
+    problem, names = _search_problem(settings, base, candidates, limit, runtime)
     log_path = None
     if runtime.work:
         # A log of other settings or inputs has another name, and is not resumed from.
-        weights, _ = storage.model_files(suppressed)
+        weights, _ = storage.model_files(base)
         identity = f"{settings.canonical('search')} {limit} {storage.sha256(weights)} {storage.sha256(candidates)}"
         log_path = _resumable(runtime.work, "search", identity)
     log = searching.search(problem, s.search, s.seed, log_path, not runtime.quiet, _read_states(known))
@@ -252,7 +254,7 @@ def search(
 
 def search_state(
     settings: Settings,
-    suppressed: Path,
+    base: Path,
     candidates: Path,
     limit: float,
     known: Sequence[Path],
@@ -266,7 +268,7 @@ def search_state(
     number `slot`. Where there are not so many, or the search is over, the file says `null`.
     """
     s = settings.of("search")
-    problem, _ = _search_problem(settings, suppressed, candidates, limit, runtime)
+    problem, _ = _search_problem(settings, base, candidates, limit, runtime)
     try:
         searching.search(replace(problem, score=None), s.search, s.seed, None, False, _read_states(known))
         waiting: tuple[searching.Filters, ...] = ()
@@ -282,13 +284,13 @@ def search_state(
 
 
 def _search_problem(
-    settings: Settings, suppressed: Path, candidates: Path, limit: float, runtime: Runtime
+    settings: Settings, base: Path, candidates: Path, limit: float, runtime: Runtime
 ) -> tuple[searching.Problem, list[str]]:
     """What is searched within one overhead limit, and the names of the candidate layers."""
     s = settings.of("search")
     if not 0 < limit <= 1:
         raise UserError(f"search: --limit is a fraction above 0 and at most 1, not {limit}")
-    model, _ = read_network(suppressed, runtime.device)
+    model, _ = read_network(base, runtime.device)
     layers = dict(analog_candidates(model))
     names = _candidate_names(candidates, layers)
     data = runtime.load(s)
@@ -298,7 +300,7 @@ def _search_problem(
 
     def score(filters: searching.Filters) -> tuple[float, float]:
         analog, _, hooks = compensation.prepare(model, _named(names, filters), section, device, s.seed)
-        parameters = compensation.compensation_parameters(analog)
+        parameters = compensation.trained_parameters(analog, section)
         if parameters:
             hooks.augment = s.data.augment
             title = "compensators " + " ".join(map(str, filters))
@@ -353,29 +355,29 @@ def _candidate_names(path: Path, layers: dict[str, nn.Module]) -> list[str]:
     return names
 
 
-def compensate(settings: Settings, suppressed: Path, found: Sequence[Path], out: Path, runtime: Runtime) -> None:
+def compensate(settings: Settings, base: Path, found: Sequence[Path], out: Path, runtime: Runtime) -> None:
     """Train the compensators of the best state that the searches found. Writes a model and its log to `out`.
 
     Args:
-        settings, suppressed, out, runtime: as elsewhere.
+        settings, base, out, runtime: as elsewhere.
         found: best.json of each limit; the one with the best mean validation accuracy is taken, of equals the one
-            with the least overhead. Where no layer is a candidate the result is the suppressed network itself.
+            with the least overhead. Where no layer is a candidate the result is that network itself.
     """
     s = settings.of("compensate")
     results = [storage.read_json(path) for path in found]
     best = max(results, key=lambda r: (r["mean"] if r["mean"] is not None else 1.0, -r["overhead"]))
-    model, base = read_network(suppressed, runtime.device)
+    model, described = read_network(base, runtime.device)
     device = variation.make(s.variation)
     analog, plan, hooks = compensation.prepare(model, best["filters"], s.compensate, device, s.seed)
-    base = {**base, "compensation": plan, "overhead": compensation.overhead(model, plan["filters"]), "search": best}
-    parameters = compensation.compensation_parameters(analog)
+    described |= {"compensation": plan, "overhead": compensation.overhead(model, plan["filters"]), "search": best}
+    parameters = compensation.trained_parameters(analog, s.compensate)
     if not parameters:
         metrics = {"epochs": 0, "validation": clean_accuracy(analog, runtime.load(s).validation)}
-        _write_network(out, analog, base, "compensate", settings, metrics)
+        _write_network(out, analog, described, "compensate", settings, metrics)
         storage.write_text(out / "log.csv", "epoch\n")
         return
-    inputs = [storage.model_files(suppressed)[0], *found]
-    _train("compensate", analog, base, runtime.load(s), settings, hooks, out, runtime, inputs, parameters)
+    inputs = [storage.model_files(base)[0], *found]
+    _train("compensate", analog, described, runtime.load(s), settings, hooks, out, runtime, inputs, parameters)
 
 
 def evaluate_chips(

@@ -107,7 +107,7 @@ def searched(folder, tmp_path_factory):
     one = folder / "results" / "one"
     arguments = ["search", "--config", folder / "config.yaml", "--pair", "one", "--evaluations", 5, "--episodes", 30]
     arguments += ["--limit", 1.0, "--train-images", 1200, "--train-epochs", 2]
-    arguments += ["--suppressed", one / "suppress", "--candidates", one / "sweep" / "candidates.json"]
+    arguments += ["--base", one / "suppress", "--candidates", one / "sweep" / "candidates.json"]
     out = tmp_path_factory.mktemp("search") / "s"
     finished(stage(*arguments, "--out", out))
     return arguments, out

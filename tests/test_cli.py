@@ -48,7 +48,7 @@ def chain(tmp_path_factory):
     pre = ("--pretrained", folder / "pretrain")
     succeed("suppress", *FAST, "--epochs", 1, *pre, "--out", folder / "suppress")
     succeed("inject", *FAST, "--epochs", 1, *pre, "--out", folder / "inject")
-    sup = ("--suppressed", folder / "suppress")
+    sup = ("--base", folder / "suppress")
     few = ["--quiet", "--threads", "1", "--chips", 3]
     succeed("sweep", *few, "--images", 50, "--threshold", 1, *pre, *sup, "--out", folder / "sweep")
     (folder / "candidates.json").write_text('{"candidates": ["conv1.layer", "conv2.layer"]}')
@@ -152,13 +152,13 @@ def test_unknown_network_and_pair(tmp_path):
 
 @pytest.mark.parametrize("limit", ["0", "-0.01", "1.5"])
 def test_a_limit_of_zero(chain, tmp_path, limit):
-    given = ["--suppressed", chain / "suppress", "--candidates", chain / "candidates.json", "--out", tmp_path]
+    given = ["--base", chain / "suppress", "--candidates", chain / "candidates.json", "--out", tmp_path]
     assert "--limit is a fraction above 0" in fail("search", *given, "--limit", limit)
 
 
 def test_candidates_of_another_network(chain, tmp_path):
     (tmp_path / "c.json").write_text('{"candidates": ["conv7"]}')
-    given = ["--suppressed", chain / "suppress", "--candidates", tmp_path / "c.json", "--out", tmp_path, "--quiet"]
+    given = ["--base", chain / "suppress", "--candidates", tmp_path / "c.json", "--out", tmp_path, "--quiet"]
     assert "names no candidate layers of this network" in fail("search", *given)
 
 
@@ -263,7 +263,7 @@ def test_cuda_that_is_not_there(tmp_path, monkeypatch):
 
 def test_no_candidates_gives_the_suppressed_network(chain, tmp_path):
     (tmp_path / "c.json").write_text('{"candidates": []}')
-    sup = ("--suppressed", chain / "suppress")
+    sup = ("--base", chain / "suppress")
     options = ["--quiet", "--threads", "1", "--chips", 2, "--images", 50]
     succeed("search", *options, *sup, "--candidates", tmp_path / "c.json", "--out", tmp_path / "search")
     found = ("--found", tmp_path / "search" / "best.json")

@@ -129,3 +129,21 @@ def test_compensators_win_accuracy_back(tiny, blobs):
     assert all(torch.equal(after[k], v) for k, v in before.items()), "the original weights stay as they were"
     with pytest.raises(UserError, match=r"fit_compensators: epoch: unknown key .did you mean 'epochs'"):
         compensation.fit_compensators(tiny, {"0.layer": 4}, blobs.images, blobs.labels, variation, epoch=3)
+
+
+@pytest.mark.parametrize(
+    ("batchnorm", "changed"),
+    [("frozen", set()), ("updated", {"running_mean", "running_var"}), ("affine", {"weight", "bias"})],
+)
+def test_what_of_batchnorm_changes_while_compensators_train(tiny, blobs, batchnorm, changed):
+    compensated = compensation.fit_compensators(
+        tiny, {"0.layer": 2}, blobs.images, blobs.labels, LogNormalVariation(0.3), epochs=1, batch=64, quiet=True,
+        batchnorm=batchnorm,
+    )  # fmt: skip
+    before, after = tiny[0].norm.state_dict(), compensated[0].norm.state_dict()
+    different = {name for name in before if not torch.equal(before[name], after[name])}
+    assert different - {"num_batches_tracked"} == changed
+    for name, layer in analog_candidates(tiny):
+        kept = compensated.get_submodule(name.replace("0.layer", "0.layer.original"))
+        assert torch.equal(kept.weight, layer.weight)
+        assert torch.equal(kept.bias, layer.bias)

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from correctnet import lipschitz, models
+from correctnet.analog import analog_candidates
 
 
 def test_lambda_of_the_paper_s_setting():
@@ -70,3 +71,27 @@ def test_spectral_norm_of_a_convolution_is_that_of_its_matrix():
     network = models.build("lenet5", 10, 1, seed=0)
     kernel = network.conv2.layer.weight.detach().numpy().reshape(16, -1).astype(np.float64)
     assert lipschitz.spectral_norms(network)["conv2.layer"] == pytest.approx(np.linalg.norm(kernel, 2), rel=1e-5)
+
+
+@pytest.mark.parametrize("batchnorm", ["before", "after"])
+def test_folded_weights_are_the_matrices_that_the_layers_apply(batchnorm):
+    model = models.build("vgg16", classes=10, channels=3, seed=0, batchnorm=batchnorm).eval()
+    generator = torch.Generator().manual_seed(1)
+    for name, value in model.state_dict().items():
+        if "norm" in name and value.is_floating_point():
+            value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
+    folded = dict(zip(dict(analog_candidates(model)), lipschitz.analog_weights(model, True), strict=True))
+    plain = dict(zip(folded, lipschitz.analog_weights(model), strict=True))
+    assert folded["linear2.layer"] is plain["linear2.layer"]  # without BatchNorm
+    for name, shape in {"conv2": (1, 64, 5, 5), "linear1": (1, 512)}.items():
+        x = torch.randn(shape, generator=generator)
+        block = model.get_submodule(name)
+        linear = torch.nn.functional.conv2d(x, folded[f"{name}.layer"], padding=1) if x.dim() == 4 else None
+        if linear is None:
+            linear = x @ folded[f"{name}.layer"].T
+        # A slope through the layer and its BatchNorm, by a difference that their shifts drop out of.
+        whole = lambda z, b=block: b.norm(b.layer(z))  # noqa: E731
+        torch.testing.assert_close(whole(x) - whole(torch.zeros_like(x)), linear, atol=1e-4, rtol=1e-4)
+    total = lipschitz.penalty(lipschitz.analog_weights(model, True), 0.34)
+    total.backward()
+    assert model.conv2.norm.weight.grad.abs().sum() > 0

@@ -18,7 +18,7 @@ FILES = [ROOT / "MNIST" / "raw" / f.name for f in (*data.SOURCES["mnist"].train,
 def test_the_chain_on_mnist(tmp_path):
     common = ["--config", "config.yaml", "--pair", "lenet5-mnist", "--row", "correctnet-t99", "--quiet"]
     common += ["--data-dir", ROOT]
-    pre, sup = ("--pretrained", tmp_path / "pretrain"), ("--suppressed", tmp_path / "suppress")
+    pre, sup = ("--pretrained", tmp_path / "pretrain"), ("--base", tmp_path / "suppress")
     succeed("pretrain", *common, "--epochs", 2, "--out", tmp_path / "pretrain")
     succeed("suppress", *common, "--epochs", 1, *pre, "--out", tmp_path / "suppress")
     succeed("sweep", *common, "--chips", 10, "--images", 1000, *pre, *sup, "--out", tmp_path / "sweep")

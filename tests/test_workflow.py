@@ -113,6 +113,8 @@ FROM_SEARCH = {"search": 1, "compensate": 1, "explore": 1, "sensitivity": 1, "ev
         # a row's name for people: the table alone
         ("rows/correctnet/label", "our method", {"table1": 1, "provenance": 1}),
         ("pairs/one/rows", ["unprotected", "suppressed", "correctnet"], {"figure": 3, **END}),
+        # compensation on other weights: they are trained, and everything from the sweep on is made again
+        ("pairs/one/base", "inject", {"inject": 1, "sweep": 1, **FROM_SEARCH, "figure": 6, **END}),
         # settings of other stages, other pairs, and of where things run
         ("pairs/one/inject", {"epochs": 7}, {}),
         ("pairs/two/pretrain/epochs", 9, {}),
@@ -140,7 +142,7 @@ def test_a_search_spread_over_jobs_is_the_search_of_one_job(folder, tmp_path):
     assert 2 <= len(trained) <= 4
 
     command = ["correctnet.cli", "search", "--config", "config.yaml", "--pair", "one", "--limit", "0.02"]
-    command += ["--suppressed", "results/one/suppress", "--candidates", "results/one/sweep/candidates.json"]
+    command += ["--base", "results/one/suppress", "--candidates", "results/one/sweep/candidates.json"]
     command += ["--threads", "1", "--quiet", "--out", tmp_path / "alone"]
     subprocess.run([sys.executable, "-m", *map(str, command)], cwd=copied, check=True)
     assert (tmp_path / "alone" / "best.json").read_text() == (copied / place / "best.json").read_text()

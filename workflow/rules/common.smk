@@ -80,6 +80,11 @@ def result(stage, name="model.safetensors"):
     return path
 
 
+def base_model(wildcards):
+    """The model that a row sweeps, searches and compensates."""
+    return result(settings_of(wildcards).base)(wildcards)
+
+
 def evaluated_model(wildcards):
     """The model that a row of Table I evaluates."""
     stage = CONFIG.rows[wildcards.row].evaluate

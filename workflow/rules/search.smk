@@ -5,7 +5,7 @@ rule sweep:
     input:
         data=ancient(dataset_ready),
         pretrained=result("pretrain"),
-        suppressed=result("suppress"),
+        base=base_model,
     output:
         accuracy=f"{RESULTS}/{{pair}}/sweep{{variant}}/accuracy.csv",
         candidates=f"{RESULTS}/{{pair}}/sweep{{variant}}/candidates.json",
@@ -22,7 +22,7 @@ rule sweep:
         settings=stage_settings("sweep"),
     shell:
         "correctnet sweep --settings {params.settings:q} --quiet --threads {threads}"
-        " --pretrained {input.pretrained:q} --suppressed {input.suppressed:q}"
+        " --pretrained {input.pretrained:q} --base {input.base:q}"
         ' --out "$(dirname {output.accuracy:q})" > {log:q} 2>&1'
 
 
@@ -54,7 +54,7 @@ rule sensitivity:
 rule search_state:
     input:
         data=ancient(dataset_ready),
-        suppressed=result("suppress"),
+        base=base_model,
         candidates=result("sweep", "candidates.json"),
         known=earlier_states,
     output:
@@ -73,14 +73,14 @@ rule search_state:
         known=lambda wildcards, input: " ".join(f"--known {shlex.quote(path)}" for path in input.known),
     shell:
         "correctnet search --settings {params.settings:q} --quiet --threads {threads} --limit {wildcards.limit}"
-        " --suppressed {input.suppressed:q} --candidates {input.candidates:q} {params.known}"
+        " --base {input.base:q} --candidates {input.candidates:q} {params.known}"
         " --state {wildcards.state} --out {output:q} > {log:q} 2>&1"
 
 
 rule search:
     input:
         data=ancient(dataset_ready),
-        suppressed=result("suppress"),
+        base=base_model,
         candidates=result("sweep", "candidates.json"),
         known=all_states,
     output:
@@ -100,14 +100,14 @@ rule search:
         known=lambda wildcards, input: " ".join(f"--known {shlex.quote(path)}" for path in input.known),
     shell:
         "correctnet search --settings {params.settings:q} --quiet --threads {threads} --limit {wildcards.limit}"
-        " --suppressed {input.suppressed:q} --candidates {input.candidates:q} {params.known}"
+        " --base {input.base:q} --candidates {input.candidates:q} {params.known}"
         ' --out "$(dirname {output.best:q})" > {log:q} 2>&1'
 
 
 rule compensate:
     input:
         data=ancient(dataset_ready),
-        suppressed=result("suppress"),
+        base=base_model,
         found=found_states,
     output:
         model=f"{RESULTS}/{{pair}}/compensate{{variant}}/model.safetensors",
@@ -127,5 +127,5 @@ rule compensate:
         found=lambda wildcards, input: " ".join(f"--found {shlex.quote(path)}" for path in input.found),
     shell:
         "correctnet compensate --settings {params.settings:q} --quiet --threads {threads}"
-        " --suppressed {input.suppressed:q} {params.found}"
+        " --base {input.base:q} {params.found}"
         ' --out "$(dirname {output.model:q})" > {log:q} 2>&1'
