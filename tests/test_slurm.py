@@ -50,7 +50,9 @@ def test_the_same_bits_as_on_this_machine(cluster, folder, tmp_path):
     run = prepare(tmp_path / "run")
     planned = stats(snakemake(run, "-n", "quick"))
     output = snakemake(run, *PROFILE, "--set-resources", "pretrain:gpu=1", "--", "quick", cores=False)
-    assert results(run) == results(folder)
+    # The folder may hold other targets' pages by now, which tests before this one asked for.
+    local = results(folder)
+    assert results(run) == {name: local[name] for name in local if not name.startswith("summary/paper")}
     jobs = cluster(run)
     assert len(jobs) == sum(n for rule, n in planned.items() if rule not in LOCAL), output
     assert {job["JobState"] for job in jobs} == {"COMPLETED"}

@@ -217,8 +217,8 @@ def test_a_retry_asks_for_more():
     assert [functions["mem_mb"](None, attempt) for attempt in (1, 2, 3)] == [2800, 4200, 5600]
     first, second, third = (functions["runtime"]("pretrain")(None, attempt) for attempt in (1, 2, 3))
     assert (second, third) == (2 * first, 3 * first)
-    # 20 epochs of 45,000 images took 281 s each on two threads of the machine that is described there
-    assert 1.5 < 60 * first / (20 * 281) < 15
+    # an epoch of 45,000 images took 281 s on two threads of the machine that is described there
+    assert 1.5 < 60 * first / (settings.pretrain.epochs * 281) < 15
 
 
 @pytest.mark.parametrize(
