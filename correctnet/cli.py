@@ -459,14 +459,14 @@ def table(samples: tuple[Path, ...], sigma: float, label: tuple[str, ...], out: 
 
 
 @main.command()
-@click.argument("name", type=click.Choice(["2", "7", "9", "10", "yield", "sensitivity"]))
+@click.argument("name", type=click.Choice(["2", "7", "9", "10", "rows", "yield", "sensitivity"]))
 @click.argument("files", type=PATH, nargs=-1, required=True)
 @click.option("--out", type=PATH, required=True, help="PNG; an SVG of the same name is written beside it.")
 def figure(name: str, files: tuple[Path, ...], out: Path) -> None:
-    """One figure: 2, 7, 9 or 10 of the paper, the yield over accuracy, or each layer's sensitivity.
+    """One figure: 2, 7, 9 or 10 of the paper, all rows, the yield over accuracy, or each layer's sensitivity.
 
-    FILES are per-sample results for 2, 7 and yield, accuracy.csv of `sweep` for 9, log.csv of `search` for 10, and what
-    `sensitivity` wrote for sensitivity; a file's panel is titled with the name of its pair's folder.
+    FILES are per-sample results for 2, 7, rows and yield, accuracy.csv of `sweep` for 9, log.csv of `search` for 10, what
+    `sensitivity` wrote for sensitivity; the panel of a file is titled with the name of its pair's folder.
     """
     import matplotlib
 

@@ -155,7 +155,7 @@ class Search(Section):
     """Where to compensate and with how many filters: REINFORCE over the candidates, reward (12)."""
 
     strategy: Literal["reinforce", "random", "all"] = "reinforce"
-    """REINFORCE with an LSTM policy, random states, or every candidate with S = 1 (no search, no limit)"""
+    """REINFORCE with an LSTM policy, random states, or every candidate with the largest S (no search, no limit)"""
     limits: tuple[float, ...] = (0.01, 0.02, 0.03)
     """overhead limits, a search each; the most accurate result of all is taken"""
     ratios: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -226,6 +226,8 @@ class Evaluate(Section):
     """further sigmas for the curves of Figures 2 and 7"""
     curve_chips: int = Field(50, ge=1)
     """chip samples at each of those"""
+    curve_images: int | None = Field(None, ge=1)
+    """images at each of those; empty: as many as at the row's own sigma"""
     chunk: int = Field(125, ge=1)
     """chip samples a job"""
     recalibrate: Literal["none", "simulated", "chip"] = "none"
@@ -372,7 +374,8 @@ class Config(Section):
     defaults: dict[str, Any] = {}
     """settings of every pair"""
     pairs: dict[str, dict[str, Any]]
-    """network-data pairs: settings that differ from the defaults, and `rows`, the rows that are evaluated"""
+    """network-data pairs: settings that differ from the defaults, and `rows`: those that are evaluated, as a list, or
+    as a mapping from rows to settings that differ for the row in this pair"""
 
     @model_validator(mode="before")
     @classmethod
@@ -411,7 +414,10 @@ class Config(Section):
             if not row.replace("-", "").replace(".", "").isalnum() or not row.islower():
                 yield f"{source}: rows.{row}: a name of lower-case letters, digits, '-' and '.' is expected"
         layers = [("defaults", self.defaults), *((f"rows.{n}.set", r.set) for n, r in self.rows.items())]
-        layers += [(f"pairs.{n}", {k: v for k, v in p.items() if k != "rows"}) for n, p in self.pairs.items()]
+        for name, pair in self.pairs.items():
+            layers.append((f"pairs.{name}", {k: v for k, v in pair.items() if k != "rows"}))
+            if isinstance(pair.get("rows"), Mapping):
+                layers += [(f"pairs.{name}.rows.{row}", own or {}) for row, own in pair["rows"].items()]
         wrong = False
         for place, values in layers:
             try:
@@ -420,7 +426,12 @@ class Config(Section):
                 wrong = True
                 yield str(error)
         for pair in self.pairs:
-            for row in self.pairs[pair].get("rows", ()) or ():
+            rows = self.pairs[pair].get("rows") or ()
+            if not isinstance(rows, list | tuple | Mapping):
+                wrong = True
+                yield f"{source}: pairs.{pair}.rows: a list of rows, or a mapping from rows to settings is expected"
+                continue
+            for row in rows:
                 if row not in self.rows:
                     wrong = True
                     yield f"{source}: pairs.{pair}.rows: no row {row!r}{_suggest(row, self.rows)}"
@@ -439,7 +450,10 @@ class Config(Section):
     def settings(self, pair: str, row: str | None = None) -> Settings:
         """The settings of a pair, or of one of its rows."""
         own = {k: v for k, v in self.pairs[pair].items() if k != "rows"}
-        layers = [self.defaults, own, self.rows[row].set if row else {}]
+        layers = [self.defaults, own]
+        if row:
+            rows = self.pairs[pair].get("rows")
+            layers += [self.rows[row].set, (rows.get(row) or {}) if isinstance(rows, Mapping) else {}]
         merged: dict[str, Any] = {}
         for layer in layers:
             merged = merge(merged, layer)

@@ -92,12 +92,12 @@ def pair_seconds(config: Config, pair: str) -> dict[str, float]:
         for stage in lineage(s, row.evaluate):
             key = " ".join(f"{before} {s.canonical(before)}" for before in lineage(s, stage))
             add(stage, s, key, len(s.search.limits) if stage == "search" else 1)
-        add(
-            "evaluate",
-            s,
-            name,
-            chips=s.evaluate.chips + 1 + row.curve * len(s.evaluate.sigmas) * s.evaluate.curve_chips,
-        )
+        add("evaluate", s, name, chips=s.evaluate.chips + 1)
+        if row.curve:
+            images = s.evaluate.curve_images or s.evaluate.images
+            at_others = s.evaluate.model_copy(update={"images": images})
+            chips = len(s.evaluate.sigmas) * s.evaluate.curve_chips
+            add("evaluate", s.model_copy(update={"evaluate": at_others}), f"{name} curve", chips=chips)
         if name == "correctnet":
             add("sensitivity", s, name, runs=3)
     return total

@@ -1,11 +1,10 @@
-"""Figures 2, 7, 9 and 10 of the paper, with the paper's values where they are known; yield; sensitivities."""
+"""Figures 2, 7, 9 and 10 of the paper, with the paper's values where they are known; all rows; yield; sensitivities."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,15 +14,18 @@ from matplotlib.ticker import PercentFormatter
 
 from correctnet import storage, tables
 from correctnet.errors import UserError, one_line
-
-if TYPE_CHECKING:
-    from correctnet.results import Result
+from correctnet.results import Result
 
 # Okabe and Ito's palette, which people with any kind of colour blindness can tell apart.
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"
 YELLOW, SKY = "#E69F00", "#56B4E9"
 SEARCH_COLOURS = (BLUE, GREEN, PINK, ORANGE)  # by overhead limit
-ROW_STYLE = {"unprotected": (ORANGE, "s", "original network"), "correctnet": (BLUE, "o", "CorrectNet")}
+ANEW = "correctnet-sigma-"
+ROW_STYLE = {
+    "unprotected": (ORANGE, "s", "original network"),
+    "correctnet": (BLUE, "o", "CorrectNet"),
+    ANEW: (GREEN, "^", "CorrectNet, trained anew for each σ"),
+}
 SENSITIVITY_STYLE = {
     "pretrain": (ORANGE, "original network"),
     "suppress": (GREEN, "Lipschitz regularisation alone"),
@@ -85,19 +87,30 @@ def figure2(files: Sequence[Path]) -> plt.Figure:
 
 
 def figure7(files: Sequence[Path]) -> plt.Figure:
-    """Accuracy of CorrectNet, trained once at its own sigma, and of the unprotected network, over sigma."""
+    """Accuracy of CorrectNet, trained once at its own sigma, and of the unprotected network, over sigma.
+
+    Rows named "correctnet-sigma-S" are CorrectNet trained for S: each gives the point at S of a curve of its own.
+    """
     samples = tables.read_samples(files)
-    return _over_sigma(samples, ["correctnet", "unprotected"])
+    trained_for = pd.to_numeric(samples["row"].str.removeprefix(ANEW), errors="coerce")
+    anew = samples["row"].str.startswith(ANEW) & (samples["sigma"] == trained_for)
+    # The one of Table I is the one that was trained for the table's own sigma.
+    own = (samples["row"] == "correctnet") & (samples["sigma"] == samples["sigma"].max())
+    with_anew = samples["pair"].isin(samples["pair"][anew].unique())
+    curve = samples[(anew | own) & with_anew].assign(row=ANEW)
+    return _over_sigma(pd.concat([samples, curve]), ["correctnet", "unprotected"], [ANEW])
 
 
-def _over_sigma(samples: pd.DataFrame, rows: Sequence[str]) -> plt.Figure:
+def _over_sigma(samples: pd.DataFrame, rows: Sequence[str], optional: Sequence[str] = ()) -> plt.Figure:
     pairs = list(samples["pair"].unique())
     figure, axes = _panels(pairs)
     for ax, pair in zip(axes, pairs, strict=True):
-        of_pair = samples[(samples["pair"] == pair) & samples["row"].isin(rows)]
-        for row in rows:
+        of_pair = samples[(samples["pair"] == pair) & samples["row"].isin([*rows, *optional])]
+        for row in [*rows, *optional]:
             of_row = of_pair[of_pair["row"] == row]
             if of_row.empty:
+                if row in optional:
+                    continue
                 raise UserError(f"figure: pair {pair} has no row {row!r}")
             colour, marker, label = ROW_STYLE[row]
             _curve(ax, of_row, colour, marker, label)
@@ -182,6 +195,37 @@ def yield_curve(files: Sequence[Path]) -> plt.Figure:
     return figure
 
 
+def rows(files: Sequence[Path]) -> plt.Figure:
+    """Every row of Table I at the largest sigma: its clean accuracy, its chips, their mean with its 95 % interval."""
+    samples = tables.read_samples(files)
+    pairs = list(samples["pair"].unique())
+    counts = samples.groupby("pair")["row"].nunique()
+    figure, axes = plt.subplots(
+        len(pairs),
+        1,
+        figsize=(7, sum(1.5 + 0.24 * counts[p] for p in pairs)),
+        squeeze=False,
+        height_ratios=[1.5 + 0.24 * counts[p] for p in pairs],
+    )
+    for ax, pair in zip(axes.flat, pairs, strict=True):
+        of_pair = samples[samples["pair"] == pair]
+        varied = of_pair[of_pair["sigma"] == of_pair["sigma"].max()]
+        names = list(varied["row"].unique())
+        for y, row in enumerate(names):
+            result = Result(varied[varied["row"] == row])
+            interval, colour = result.interval(), ROW_STYLE[row][0] if row in ROW_STYLE else GREEN
+            ax.plot(result.accuracies, np.full(result.chips, y), "|", color=colour, alpha=0.15, markersize=9)
+            error = [[result.mean - interval.low], [interval.high - result.mean]]
+            ax.errorbar([result.mean], [y], xerr=error, fmt="o", color=colour, markersize=5, capsize=3)
+            clean = of_pair[(of_pair["row"] == row) & (of_pair["sigma"] == 0)]["accuracy"]
+            ax.plot(clean, np.full(len(clean), y), "D", color=colour, markerfacecolor="none", markersize=5)
+        ax.set(
+            title=pair, yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6), xlabel="accuracy"
+        )
+        ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    return figure
+
+
 def sensitivity(files: Sequence[Path]) -> plt.Figure:
     """Points of accuracy that variation in one layer alone costs, by layer and network, on validation images."""
     by_pair: dict[str, list[Path]] = {}
@@ -238,6 +282,7 @@ FIGURES: dict[str, Callable[[Sequence[Path]], plt.Figure]] = {
     "7": figure7,
     "9": figure9,
     "10": figure10,
+    "rows": rows,
     "yield": yield_curve,
     "sensitivity": sensitivity,
 }

@@ -220,14 +220,14 @@ def search(
 ) -> dict[str, Any]:
     """Search the states within one overhead limit. Writes out/log.csv (as it goes) and out/best.json, and gives it.
 
-    With `strategy: all` nothing is searched: every candidate gets S = 1, whatever that costs. `known`: states that
-    `search_state` has scored.
+    With `strategy: all` nothing is searched: every candidate gets the largest ratio, whatever that costs. `known`:
+    states that `search_state` has scored.
     """
     s = settings.of("search")
     if s.search.strategy == "all":
         model, _ = read_network(base, runtime.device)
         names = _candidate_names(candidates, dict(analog_candidates(model)))
-        filters = compensation.filters_of(model, [1.0] * len(names))
+        filters = compensation.filters_of(model, [max(s.search.ratios)] * len(names))
         best = {"strategy": "all", "limit": None, "filters": filters}
         best |= {"overhead": compensation.overhead(model, filters), "mean": None, "std": None, "evaluations": 0}
         storage.write_json(out / "best.json", best)

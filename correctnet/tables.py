@@ -48,8 +48,9 @@ def table1(samples: pd.DataFrame, sigma: float, labels: Mapping[str, str] | None
     epochs, seed, paper (its mean at sigma 0.5, where it is known), difference. `labels` names the rows for people.
 
     Raises:
-        UserError: a row lacks its clean accuracy, or rows of a pair differ in chips, images, seeds or split and must
-            not stand in one table.
+        UserError: a row lacks its clean accuracy, or rows of a pair differ in split, seed or first chip and must not
+            stand in one table. They may differ in how many chips and images they have: each says it, and a smaller
+            number of chips is the first of the larger one.
     """
     rows = []
     for pair, of_pair in samples.groupby("pair", sort=False):
@@ -96,10 +97,8 @@ def table1(samples: pd.DataFrame, sigma: float, labels: Mapping[str, str] | None
 
 
 def _shape(rows: pd.DataFrame) -> str:
-    images = "/".join(str(n) for n in sorted(rows["images"].unique()))
     seeds = "/".join(str(n) for n in sorted(rows["seed"].unique()))
-    chips = f"{len(rows)} chips from {rows['sample'].min()} on"
-    return f"{chips}, {images} {rows['split'].iloc[0]} images, seed {seeds}"
+    return f"chips from {rows['sample'].min()} on, {rows['split'].iloc[0]} images, seed {seeds}"
 
 
 def markdown(table: pd.DataFrame, sigma: float) -> str:

@@ -57,6 +57,7 @@ def chain(tmp_path_factory):
     succeed("search", *small, *sup, *found, "--limit", 0.02, "--out", folder / "search")
     # With so small a budget the search may well find nothing worth its cost; compensate all candidates instead.
     succeed("search", *small, *sup, *found, "--strategy", "all", "--out", folder / "all")
+    succeed("search", *small, *sup, *found, "--strategy", "all", "--ratios", "0,0.5", "--out", folder / "half")
     best = ("--found", folder / "all" / "best.json")
     succeed("compensate", *FAST, "--epochs", 1, *sup, *best, "--out", folder / "compensate")
     return folder
@@ -71,6 +72,14 @@ def test_help_names_every_setting_with_its_default():
     assert "--beta FLOAT weight of the regulariser in the loss [suppress.beta; default: 0.0001]" in text
     for name in (*READS, "table", "figure", "merge", "collect", "fetch", "check", "show"):
         assert name in succeed("--help").output
+
+
+def test_all_candidates_get_the_largest_ratio(chain):
+    # LeNet-5 has 6 and 16 filters.
+    for name, filters in (("all", [6, 16]), ("half", [3, 8])):
+        best = json.loads((chain / name / "best.json").read_text())
+        assert list(best["filters"].values()) == filters
+        assert best["limit"] is None
 
 
 def test_the_chain_leaves_what_it_says(chain):

@@ -51,6 +51,12 @@ def test_the_shipped_configuration_is_right():
         ("pairs/lenet5-mnist/rows", ["unprotected", "corectnet"], "no row 'corectnet' (did you mean 'correctnet'?)"),
         ("pairs/lenet5-mnist/rows", ["correctnet"], "the first row must evaluate the original network"),
         ("pairs/lenet5-mnist/rows", ["unprotected", "recalibrated"], "'recalibrated' recalibrates BatchNorm"),
+        ("pairs/lenet5-mnist/rows", 3, "pairs.lenet5-mnist.rows: a list of rows, or a mapping"),
+        (
+            "pairs/lenet5-mnist/rows",
+            {"unprotected": None, "correctnet": {"evaluate": {"chip": 3}}},
+            "pairs.lenet5-mnist.rows.correctnet.evaluate.chip: unknown key (did you mean 'chips'?)",
+        ),
         ("rows/unprotected/evaluate", "prune", "rows.unprotected.evaluate: Input should be 'pretrain'"),
         ("rows/Bad_Row", {"evaluate": "pretrain", "label": "x"}, "rows.Bad_Row: a name of lower-case letters"),
         ("device", "tpu", "device: Input should be 'cpu' or 'cuda'"),
@@ -104,6 +110,17 @@ def test_a_stage_s_string_changes_with_what_it_reads_only():
     assert {s for s in READS if before.canonical(s) != after.canonical(s)} == {"suppress"}
     after = Config.check(changed("defaults/variation/sigma", 0.4)).settings("lenet5-mnist", "correctnet")
     assert {s for s in READS if before.canonical(s) != after.canonical(s)} == set(READS) - {"pretrain"}
+
+
+def test_a_pair_can_change_a_row():
+    few = {"evaluate": {"chips": 50}, "sweep": {"threshold": 0.8}}
+    config = Config.check(changed("pairs/lenet5-mnist/rows", {"unprotected": None, "correctnet-t99": few}))
+    assert config.rows_of("lenet5-mnist") == ("unprotected", "correctnet-t99")
+    assert config.settings("lenet5-mnist", "unprotected").evaluate.chips == 250
+    settings = config.settings("lenet5-mnist", "correctnet-t99")
+    assert settings.evaluate.chips == 50
+    assert settings.sweep.threshold == 0.8, "the pair's row comes last"
+    assert config.settings("vgg16-cifar10", "correctnet-t99").sweep.threshold == 0.99
 
 
 def test_rows_share_the_stages_in_which_they_agree():

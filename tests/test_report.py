@@ -82,7 +82,9 @@ def test_table1_is_shown(report, browser):
 
 
 @needs_browser
-@pytest.mark.parametrize("figure", ["Figure 2:", "Figure 7:", "Figure 9:", "Figure 10:", "Yield", "Sensitivity"])
+@pytest.mark.parametrize(
+    "figure", ["Figure 2:", "Figure 7:", "Figure 9:", "Figure 10:", "All rows", "Yield", "Sensitivity"]
+)
 def test_figures_are_drawn(report, browser, figure):
     show(browser, report, "2. Figures", figure)
     picture = browser.find_element("xpath", "//img[contains(@src, 'figure-')]")

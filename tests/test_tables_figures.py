@@ -55,13 +55,23 @@ def test_the_paper_s_values_stand_beside_its_sigma_and_pairs_only():
     assert other_pair["paper"].isna().all()
 
 
-@pytest.mark.parametrize("change", [{"images": 50}, {"accuracies": [0.6] * 4}, {"split": "validation"}])
-def test_rows_that_differ_in_chips_or_images_are_refused(change):
+def with_another_row(**change):
     mixed = complete()
     mixed = mixed[~((mixed["row"] == "correctnet") & (mixed["sigma"] == 0.5))]
-    other = samples(**{"accuracies": [0.66, 0.68, 0.67], **change})
+    return pd.concat([mixed, samples(**{"accuracies": [0.66, 0.68, 0.67], **change})])
+
+
+def test_rows_of_other_images_are_refused():
     with pytest.raises(UserError, match="rows of vgg16-cifar100 are not comparable"):
-        tables.table1(pd.concat([mixed, other]), 0.5)
+        tables.table1(with_another_row(split="validation"), 0.5)
+
+
+@pytest.mark.parametrize(("change", "shown"), [({"images": 50}, (3, 50)), ({"accuracies": [0.6] * 4}, (4, 100))])
+def test_rows_may_have_fewer_chips_or_images_and_say_so(change, shown):
+    table = tables.table1(with_another_row(**change), 0.5).set_index("row")
+    assert tuple(table.loc["correctnet", ["chips", "images"]]) == shown
+    assert tuple(table.loc["unprotected", ["chips", "images"]]) == (3, 100)
+    assert f"| {shown[0]} × {shown[1]} |" in tables.markdown(table.reset_index(), 0.5)
 
 
 def test_missing_results():
@@ -112,6 +122,7 @@ def files(tmp_path):
         "7": sample_file,
         "9": [pair / "sweep" / "accuracy.csv"],
         "10": [pair / "search" / "limit-0.02" / "log.csv"],
+        "rows": sample_file,
         "yield": sample_file,
         "sensitivity": [pair / "sensitivity" / f"{stage}.csv" for stage in ("pretrain", "compensate")],
     }
@@ -142,6 +153,29 @@ def test_figures_show_the_data(files):
     assert drawn["95% of the original accuracy"][1] == pytest.approx([0.665, 0.665])
     stars = [c for c in figures.figure2(files["2"]).axes[0].collections if c.get_label() == "paper, original network"]
     assert stars[0].get_offsets().tolist() == [[0.5, 0.0169]]
+    plt.close("all")
+
+
+def test_figure_7_shows_what_was_trained_anew_for_each_sigma(tmp_path):
+    anew = [
+        samples(row="correctnet-sigma-0.3", sigma=sigma, accuracies=accuracies)
+        for sigma, accuracies in ((0.0, [0.6]), (0.3, [0.5, 0.7]), (0.5, [0.1, 0.2]))
+    ]
+    pd.concat([complete(), *anew]).to_csv(tmp_path / "s.csv", index=False)
+    drawn = lines(figures.figure7([tmp_path / "s.csv"]))
+    assert drawn["CorrectNet, trained anew for each σ"] == ([0.3, 0.5], pytest.approx([0.6, 0.67]))
+    assert drawn["CorrectNet"][0] == [0.0, 0.3, 0.5]
+    plt.close("all")
+
+
+def test_all_rows_show_their_mean_interval_and_clean_accuracy(files):
+    ax = figures.rows(files["rows"]).axes[0]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["unprotected", "correctnet"]
+    shown = [(line.get_marker(), list(line.get_xdata()), list(line.get_ydata())) for line in ax.lines]
+    assert ("o", [pytest.approx(0.67)], [1]) in shown
+    assert ("D", [0.69], [1]) in shown
+    (low, _), (high, _) = ax.collections[1].get_segments()[0]
+    assert (low, high) == (pytest.approx(0.67 - 4.3027 * 0.01 / 3**0.5, rel=1e-4), pytest.approx(0.67 * 2 - low))
     plt.close("all")
 
 

@@ -39,7 +39,7 @@ def changed(folder):
 
 def test_everything_is_there(folder):
     summary = folder / "results" / "summary" / "quick"
-    figures = (2, 7, 9, 10, "yield", "sensitivity")
+    figures = (2, 7, 9, 10, "rows", "yield", "sensitivity")
     names = {f"figure-{n}.{kind}" for n in figures for kind in ("png", "svg")}
     names |= {"table1.csv", "table1.md", "table1.html", "search.html", "provenance.csv", "provenance.html"}
     assert {p.name for p in summary.iterdir()} == names
@@ -76,7 +76,7 @@ def test_nothing_reruns_when_nothing_changed(folder):
 # What follows the results of any row.
 END = {"collect": 1, "table1": 1, "provenance": 1}
 # The networks from the suppressed one on, and the search of the compensated one.
-FROM_SUPPRESS = {"suppress": 1, "sweep": 1, "search": 1, "compensate": 1, "explore": 1, "figure": 6}
+FROM_SUPPRESS = {"suppress": 1, "sweep": 1, "search": 1, "compensate": 1, "explore": 1, "figure": 7}
 FROM_SEARCH = {"search": 1, "compensate": 1, "explore": 1, "sensitivity": 1, "evaluate": 4, "gather": 3}
 
 
@@ -96,10 +96,10 @@ FROM_SEARCH = {"search": 1, "compensate": 1, "explore": 1, "sensitivity": 1, "ev
             {"pretrain": 1, **FROM_SUPPRESS, "evaluate": 14, "gather": 10, "sensitivity": 3, **END},
         ),
         # training of the compensators, which the search does too; all figures but the sweep's
-        ("pairs/one/compensate/learning_rate", 0.002, {**FROM_SEARCH, "figure": 5, **END}),
+        ("pairs/one/compensate/learning_rate", 0.002, {**FROM_SEARCH, "figure": 6, **END}),
         # a further limit: its search alone, and what stands on the best state
-        ("pairs/one/search/limits", [0.02, 0.01], {**FROM_SEARCH, "figure": 5, **END}),
-        ("pairs/one/sweep/threshold", 0.9, {"sweep": 1, **FROM_SEARCH, "figure": 6, **END}),
+        ("pairs/one/search/limits", [0.02, 0.01], {**FROM_SEARCH, "figure": 6, **END}),
+        ("pairs/one/sweep/threshold", 0.9, {"sweep": 1, **FROM_SEARCH, "figure": 7, **END}),
         # sigma: all but the original network and its clean accuracy
         (
             "pairs/one/variation",
@@ -107,14 +107,15 @@ FROM_SEARCH = {"search": 1, "compensate": 1, "explore": 1, "sensitivity": 1, "ev
             {**FROM_SUPPRESS, "evaluate": 11, "gather": 7, "sensitivity": 3, **END},
         ),
         # more chips: only chunks that are not there; the chunks before were temporary, so those of 0.5 all rerun
-        ("pairs/one/evaluate/chips", 4, {"evaluate": 8, "gather": 4, "figure": 3, **END}),
-        ("pairs/one/evaluate/sigmas", [0.2, 0.3], {"evaluate": 2, "gather": 2, "figure": 3, **END}),
+        ("pairs/one/evaluate/chips", 4, {"evaluate": 8, "gather": 4, "figure": 4, **END}),
+        ("pairs/one/evaluate/sigmas", [0.2, 0.3], {"evaluate": 2, "gather": 2, "figure": 4, **END}),
+        ("pairs/one/evaluate/curve_images", 20, {"evaluate": 2, "gather": 2, "figure": 4, **END}),
         ("pairs/one/sensitivity/chips", 3, {"sensitivity": 3, "figure": 1, "provenance": 1}),
         # a row's name for people: the table alone
         ("rows/correctnet/label", "our method", {"table1": 1, "provenance": 1}),
-        ("pairs/one/rows", ["unprotected", "suppressed", "correctnet"], {"figure": 3, **END}),
+        ("pairs/one/rows", ["unprotected", "suppressed", "correctnet"], {"figure": 4, **END}),
         # compensation on other weights: they are trained, and everything from the sweep on is made again
-        ("pairs/one/base", "inject", {"inject": 1, "sweep": 1, **FROM_SEARCH, "figure": 6, **END}),
+        ("pairs/one/base", "inject", {"inject": 1, "sweep": 1, **FROM_SEARCH, "figure": 7, **END}),
         # settings of other stages, other pairs, and of where things run
         ("pairs/one/inject", {"epochs": 7}, {}),
         ("pairs/two/pretrain/epochs", 9, {}),
@@ -187,7 +188,7 @@ def test_the_shipped_workflow_plans_the_whole_paper():
     assert found["pretrain"] == len(config["runs"]["paper"]) == 4
     assert found["inject"] == 4
     assert found["table1"] == 1
-    assert found["figure"] == 6
+    assert found["figure"] == 7
     assert found["sensitivity"] == 4 * 3
     assert found["search"] >= 4 * 2 * 3, "limits 1, 2 and 3 % are jobs of their own"
 

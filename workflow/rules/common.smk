@@ -134,8 +134,12 @@ def sigmas(pair, row):
 def chunk_settings(wildcards):
     """The settings of `evaluate` at the sigma of the wildcards."""
     settings = settings_of(wildcards)
-    varied = settings.variation.model_copy(update={"sigma": float(wildcards.sigma)})
-    return settings.model_copy(update={"variation": varied}).canonical("evaluate")
+    sigma, own = float(wildcards.sigma), CONFIG.settings(wildcards.pair).variation.sigma
+    changed = {"variation": settings.variation.model_copy(update={"sigma": sigma})}
+    if sigma not in (0.0, own) and settings.evaluate.curve_images:
+        images = {"images": settings.evaluate.curve_images}
+        changed["evaluate"] = settings.evaluate.model_copy(update=images)
+    return settings.model_copy(update=changed).canonical("evaluate")
 
 
 def chunks(wildcards):
@@ -185,6 +189,7 @@ FIGURES = {
     "7": "Figure 7: CorrectNet, over σ",
     "9": "Figure 9: candidate layers",
     "10": "Figure 10: the search",
+    "rows": "All rows",
     "yield": "Yield",
     "sensitivity": "Sensitivity of each layer",
 }
@@ -207,6 +212,7 @@ def figure_inputs(wildcards):
         "7": samples(wildcards.run, "correctnet"),
         "9": sweeps(wildcards.run),
         "10": search_logs(wildcards.run),
+        "rows": samples(wildcards.run),
         "yield": samples(wildcards.run),
         "sensitivity": sensitivities(wildcards.run),
     }[wildcards.name]
@@ -219,7 +225,7 @@ def has(run, row):
 
 def figures(run):
     first = ["2"] if has(run, "unprotected") else []
-    return [*first, "yield", *(["7", "9", "10", "sensitivity"] if has(run, "correctnet") else [])]
+    return [*first, "rows", "yield", *(["7", "9", "10", "sensitivity"] if has(run, "correctnet") else [])]
 
 
 def targets(run):

@@ -48,7 +48,7 @@ rule figure:
     log:
         f"{RESULTS}/.logs/summary/{{run}}/figure-{{name}}.log",
     wildcard_constraints:
-        name=r"2|7|9|10|yield|sensitivity",
+        name="|".join(FIGURES),
     shell:
         "correctnet figure {wildcards.name} {input:q} --out {output.png:q} > {log:q} 2>&1"
 
