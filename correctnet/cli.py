@@ -465,8 +465,8 @@ def table(samples: tuple[Path, ...], sigma: float, label: tuple[str, ...], out: 
 def figure(name: str, files: tuple[Path, ...], out: Path) -> None:
     """One figure: 2, 7, 9 or 10 of the paper, all rows, the yield over accuracy, or each layer's sensitivity.
 
-    FILES are per-sample results for 2, 7, rows and yield, accuracy.csv of `sweep` for 9, log.csv of `search` for 10, what
-    `sensitivity` wrote for sensitivity; the panel of a file is titled with the name of its pair's folder.
+    FILES are per-sample results (2, 7, rows, yield), accuracy.csv of `sweep` (9), log.csv of `search` (10), or what
+    `sensitivity` wrote; the panel of a file is titled with the name of its pair's folder.
     """
     import matplotlib
 
