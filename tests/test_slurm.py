@@ -94,7 +94,7 @@ def slow_pretraining(tmp_path_factory):
 
 
 def test_a_job_over_its_time_limit_goes_on_in_the_next(cluster, slow_pretraining, tmp_path):
-    # Slurm looks at time limits twice a minute and the probe's estimate is a third off at times: 140 s outlast the first.
+    # Slurm looks at time limits twice a minute and the probe's estimate can be a third off: 140 s outlast one job.
     config = slow_pretraining(140)
     epochs = config["pairs"]["one"]["pretrain"]["epochs"]
     run = prepare(tmp_path / "run", config)
