@@ -78,6 +78,7 @@ class Engine:
 
     Attributes:
         report: what runs in the core.
+        whole: whether that is all of the network, in one piece.
 
     Raises:
         Unsupported: the core can run nothing of the network; `describe` gives a `Report` with the `reason` instead.
@@ -105,6 +106,7 @@ class Engine:
         self.on_gpu = cuda.reaches(graph.device)
         self._device = graph.device
         self._whole = self._steps[0] if len(self._steps) == 1 and isinstance(self._steps[0], PlanStep) else None
+        self.whole = self._whole is not None
         self._check(graph, example, precision)
 
     def _check(self, graph: Lowering, example: Tensor, precision: Precision) -> None:

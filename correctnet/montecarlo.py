@@ -10,9 +10,11 @@ goes through torch, and a warning names it.
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -121,8 +123,8 @@ def evaluate(
             seconds in the core, and one in torch.
         save: a file for the rows of the chips that are done, written after every chunk. Chips that it holds already
             are not evaluated again; whether they were of the same model and data is the caller's to know.
-        prepare: called with the model after each chip is programmed (e.g. to recalibrate its BatchNorm); then torch
-            runs the network, as its weights are not the same on all chips.
+        prepare: called with the model after each chip is programmed (e.g. to recalibrate its BatchNorm). As the model
+            is not the same on all chips then, each has an engine of its own.
         progress: show a progress bar, and warn of what runs through torch.
         title: of the bar.
 
@@ -143,10 +145,12 @@ def evaluate(
     if todo:
         images = sum(len(labels) for _, labels in _batches(data, BLOCK)())
         count, size = None, 1
-        if engine == "auto" and not prepare:
+        if engine == "auto":
             count, size = _engine_counter(model, _batches(data, BLOCK), images, first_layer, precision, memory)
         if count is None:
             count = _torch_counter(model, _batches(data, batch), first_layer, prepare)
+        elif prepare is not None:
+            count, size = _prepared_counter(model, _batches(data, BLOCK), first_layer, precision, memory, prepare), 1
         total, size = images * chips, chunk or size
         with tqdm(desc=title, unit="image", unit_scale=True, total=total, disable=not progress, mininterval=1) as bar:
             bar.update(images * (chips - len(todo)))
@@ -185,6 +189,42 @@ def _torch_counter(
                 correct, total = _count(model, batches())
                 counts.append(correct)
                 done(total)
+        return counts
+
+    return count
+
+
+def _prepared_counter(
+    model: nn.Module,
+    batches: Callable[[], Iterator[tuple[Tensor, Tensor]]],
+    first_layer: int,
+    precision: Precision,
+    memory: int,
+    prepare: Callable[[nn.Module], None],
+) -> Counter:
+    """Through an engine for each chip, whose images are shared out among the threads, as the core's are chips."""
+
+    def count(samples: Sequence[int], done: Callable[[int], object]) -> list[int]:
+        counts = []
+        threads = torch.get_num_threads()
+        with programmed(model, None), ThreadPoolExecutor(threads) as pool:
+            for sample in samples:
+                program(model, sample, first_layer)
+                prepare(model)
+                first = next(batches())[0][:1]
+                engine = Engine(model, first.to(next(model.parameters()).device), first_layer, precision, memory)
+                # What runs through torch programs the model, which one thread at a time may do.
+                parts = 1 if engine.on_gpu or not engine.whole else threads
+                total = 0
+
+                def part(block: tuple[Tensor, Tensor], engine: Engine = engine, sample: int = sample) -> int:
+                    return engine.count_correct(*block, [sample])[0]
+
+                for x, y in _blocks(batches(), GPU_BLOCK if engine.on_gpu else BLOCK):
+                    n = math.ceil(len(y) / parts)
+                    total += sum(pool.map(part, zip(x.split(n), y.split(n), strict=True)))
+                    done(len(y))
+                counts.append(total)
         return counts
 
     return count

@@ -9,10 +9,13 @@ from torch import Tensor, nn
 
 from correctnet.analog import programmed
 from correctnet.errors import UserError
+from correctnet.lowering import Precision
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, images: Tensor, samples: Sequence[int] | None = None) -> None:
+def recalibrate(
+    model: nn.Module, images: Tensor, samples: Sequence[int] | None = None, precision: Precision = "float32"
+) -> None:
     """Replace the running mean and variance of every BatchNorm by those of `images`, in place.
 
     Args:
@@ -20,6 +23,8 @@ def recalibrate(model: nn.Module, images: Tensor, samples: Sequence[int] | None 
         images: (N, C, H, W), training images.
         samples: None: on the chip that is programmed now, which a real chip's owner can do only by measuring that
             chip; else the average over these simulated chips, which needs no chip.
+        precision: of products, "float32" or "bfloat16"; a chip's batch takes half the time in the latter on CPUs that
+            have it. Statistics are summed in float32.
 
     Raises:
         UserError: the model has no BatchNorm.
@@ -32,12 +37,15 @@ def recalibrate(model: nn.Module, images: Tensor, samples: Sequence[int] | None 
         m.reset_running_stats()
         m.momentum = None  # a cumulative average
         m.train()
-    if samples is None:
-        model(images)
-    else:
-        for sample in samples:
-            with programmed(model, sample):
-                model(images)
+    if images.dim() == 4:
+        images = images.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        if samples is None:
+            model(images)
+        else:
+            for sample in samples:
+                with programmed(model, sample):
+                    model(images)
     for m, momentum in zip(norms, momenta, strict=True):
         m.momentum = momentum
         m.eval()

@@ -410,11 +410,11 @@ def evaluate_chips(
     prepare = None
     if s.evaluate.recalibrate == "simulated":
         chips_used = range(variation.TRAINING_CHIPS, variation.TRAINING_CHIPS + 20)
-        recalibration.recalibrate(analog, calibration, chips_used)
+        recalibration.recalibrate(analog, calibration, chips_used, s.montecarlo.precision)
     elif s.evaluate.recalibrate == "chip":
 
         def prepare(chip: nn.Module) -> None:
-            recalibration.recalibrate(chip, calibration)
+            recalibration.recalibrate(chip, calibration, None, s.montecarlo.precision)
 
     save = None
     if runtime.work:

@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,7 +11,8 @@ from torch import nn
 
 from correctnet.analog import analog_layers, chip_of, convert, program
 from correctnet.errors import UserError
-from correctnet.montecarlo import clean_accuracy, count_correct, evaluate
+from correctnet.montecarlo import EngineWarning, clean_accuracy, count_correct, evaluate
+from correctnet.recalibration import recalibrate
 from correctnet.results import COLUMNS, Result
 from correctnet.variation import LogNormalVariation
 
@@ -160,3 +163,28 @@ def test_plot():
     heights = [bar.get_height() for bar in ax.containers[0]]
     assert sum(heights) == 50
     plt.close(ax.figure)
+
+
+@pytest.mark.parametrize("network", ["whole", "in pieces"])
+def test_a_prepared_chip_is_evaluated_as_it_was_prepared(tiny, blobs, network):
+    model = tiny if network == "whole" else nn.Sequential(tiny[0], nn.Softplus(), *tiny[1:])
+    analog = convert(model, LogNormalVariation(0.5), seed=2)
+    prepared = []
+
+    def prepare(chip):
+        prepared.append(chip_of(chip).sample)
+        recalibrate(chip, blobs.images[:100])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EngineWarning)
+        found = evaluate(analog, blobs, 3, start=4, prepare=prepare, progress=False)
+    assert prepared == [4, 5, 6]
+    plain = evaluate(convert(model, LogNormalVariation(0.5), seed=2), blobs, 3, start=4, engine="torch", progress=False)
+    for sample in (4, 5, 6):
+        own = convert(model, LogNormalVariation(0.5), seed=2)
+        program(own, sample)
+        recalibrate(own, blobs.images[:100])
+        with torch.no_grad():
+            right = (own(blobs.images).argmax(1) == blobs.labels).sum().item()
+        assert found.table["correct"][sample - 4] == right
+    assert list(found.table["correct"]) != list(plain.table["correct"])

@@ -34,6 +34,16 @@ def test_simulated_statistics_are_the_average_over_chips(tiny, blobs):
     torch.testing.assert_close(analog[0].norm.running_var, (moments[0][1] + moments[1][1]) / 2)
 
 
+def test_bfloat16_products_and_float32_statistics(tiny, blobs):
+    exact, rounded = (convert(tiny, LogNormalVariation(0.5)) for _ in range(2))
+    for analog, precision in ((exact, "float32"), (rounded, "bfloat16")):
+        program(analog, 3)
+        recalibrate(analog, blobs.images, precision=precision)
+    a, b = exact[0].norm.running_var, rounded[0].norm.running_var
+    assert b.dtype == torch.float32
+    assert 0 < ((a - b).abs() / a).max() < 2**-6
+
+
 def test_a_network_without_batchnorm(lenet):
     with pytest.raises(UserError, match="no BatchNorm"):
         recalibrate(convert(lenet, LogNormalVariation(0.5)), torch.zeros(2, 1, 32, 32))
