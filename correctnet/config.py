@@ -97,6 +97,21 @@ class Training(Section):
     """arithmetic of forward and backward (bfloat16: autocast, the weights stay float32)"""
 
 
+class Pretrain(Training):
+    """Training of the original network."""
+
+    sizes: tuple[int, ...] = ()
+    """progressive resizing: the side of the images in the first epochs, a value an epoch; later ones see them whole.
+    An epoch at half the side takes about a quarter of the time"""
+
+    @field_validator("sizes")
+    @classmethod
+    def _sizes(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(not 1 <= n <= 32 for n in value):
+            raise ValueError("sides between 1 and 32 pixels are expected")
+        return value
+
+
 class Suppress(Training):
     """Error suppression: training under the modified Lipschitz regulariser, (10) and (11)."""
 
@@ -262,7 +277,7 @@ class Settings(Section):
     variation: VariationSettings = VariationSettings()
     base: Base = "suppress"
     """the stage whose network is swept, searched and compensated; the paper's is suppress"""
-    pretrain: Training = Training()
+    pretrain: Pretrain = Pretrain()
     suppress: Suppress = Suppress()
     inject: Inject = Inject()
     sweep: Sweep = Sweep()
@@ -442,6 +457,8 @@ class Config(Section):
                 settings = self.settings(pair, row)
                 if settings.evaluate.recalibrate != "none" and not _has_batchnorm(settings.network):
                     yield f"{source}: pairs.{pair}.rows: {row!r} recalibrates BatchNorm, which the network has not"
+                if mistake := resizing_mistake(settings):
+                    yield f"{source}: pairs.{pair}: {mistake}"
 
     def rows_of(self, pair: str) -> tuple[str, ...]:
         """The rows of a pair: its own list, else all."""
@@ -472,6 +489,13 @@ class Config(Section):
         if wanted == chain(self.settings(pair)):
             return ""
         return "@" + next(r for r in self.rows_of(pair) if chain(self.settings(pair, r)) == wanted)
+
+
+def resizing_mistake(settings: Settings) -> str | None:
+    """What is wrong with `pretrain.sizes` for this network."""
+    if settings.pretrain.sizes and settings.network.name == "lenet5":
+        return "pretrain.sizes: LeNet-5's linear layers fit images of 32 x 32 pixels only"
+    return None
 
 
 def _has_batchnorm(network: Network) -> bool:

@@ -363,3 +363,10 @@ def augment(images: Tensor, generator: torch.Generator, padding: int = 4, flip: 
     index = (torch.arange(n)[:, None, None].to(device), rows[:, :, None].to(device), columns[:, None, :].to(device))
     # Advanced indexing puts the indexed dimensions first: (N, H, W, C).
     return padded.permute(0, 2, 3, 1)[index].permute(0, 3, 1, 2).contiguous()
+
+
+def resize(images: Tensor, side: int) -> Tensor:
+    """(N, C, H, W) images as (N, C, side, side): bilinear, the filter as wide as the pixels that it averages."""
+    if images.shape[-2:] == (side, side):
+        return images
+    return F.interpolate(images, (side, side), mode="bilinear", antialias=True)

@@ -233,17 +233,21 @@ def _flatten(node: fx.Node, x: fx.Node) -> Op | None:
 def _pool(kind: Any, x: fx.Node, options: dict[str, Any]) -> Op | None:
     shape = shape_of(x)
     plain = (
-        not options.get("ceil_mode")
-        and not options.get("return_indices")
+        not options.get("return_indices")
         and options.get("count_include_pad", True)
         and options.get("divisor_override") is None
         and _pair(options.get("dilation", 1)) == (1, 1)
     )
     if not plain or shape is None or len(shape) != 3:
         return None
-    kernel = _pair(options["kernel_size"])
+    kernel, padding = _pair(options["kernel_size"]), _pair(options.get("padding", 0))
     stride = options.get("stride")
-    return Op(kind, (x,), (kernel, kernel if stride in (None, ()) else _pair(stride), _pair(options.get("padding", 0))))
+    stride = kernel if stride in (None, ()) else _pair(stride)
+    # Sizes that are rounded up are the core's own, rounded down, where the windows end with the map.
+    rests = [(n + 2 * p - k) % s for n, p, k, s in zip(shape[1:], padding, kernel, stride, strict=True)]
+    if options.get("ceil_mode") and any(rests):
+        return None
+    return Op(kind, (x,), (kernel, stride, padding))
 
 
 def _adaptive(node: fx.Node, x: fx.Node) -> Op | None:

@@ -85,7 +85,8 @@ def vgg16(
         parts[f"conv{i + 1}"] = block(nn.Conv2d(channels, width, 3, padding=1), width)
         channels = width
         if i in VGG16_POOLED:
-            parts[f"pool{VGG16_POOLED.index(i) + 1}"] = nn.MaxPool2d(2)
+            # Rounded up, so that maps of smaller images (correctnet.config.Pretrain.sizes) do not vanish.
+            parts[f"pool{VGG16_POOLED.index(i) + 1}"] = nn.MaxPool2d(2, ceil_mode=True)
     parts["flatten"] = nn.Flatten()
     parts["linear1"] = block(nn.Linear(512, 512), 512)
     parts["linear2"] = Block(nn.Linear(512, classes), relu=False)

@@ -28,7 +28,7 @@ from correctnet import data as datasets
 from correctnet import search as searching
 from correctnet import sweep as sweeping
 from correctnet.analog import analog_candidates, analog_layers, check_coverage, convert, program
-from correctnet.config import Settings, Stage
+from correctnet.config import Settings, Stage, resizing_mistake
 from correctnet.data import DataSet
 from correctnet.engine import MEMORY, describe
 from correctnet.errors import UserError, one_line
@@ -123,6 +123,8 @@ def _train(
 def pretrain(settings: Settings, out: Path, runtime: Runtime) -> None:
     """Train the network without any method. Writes out/model.{safetensors,json} and out/log.csv."""
     s = settings.of("pretrain")
+    if mistake := resizing_mistake(settings):
+        raise UserError(mistake)
     data = runtime.load(s)
     network: dict[str, Any] = {"name": s.network.name, "classes": data.classes, "channels": data.channels}
     network["dropout"] = s.network.dropout
@@ -131,7 +133,7 @@ def pretrain(settings: Settings, out: Path, runtime: Runtime) -> None:
     else:
         network["batchnorm"] = s.network.batchnorm
     model = _build(network, s.seed).to(runtime.device)
-    _train("pretrain", model, {"network": network}, data, settings, Hooks(), out, runtime)
+    _train("pretrain", model, {"network": network}, data, settings, Hooks(sizes=s.pretrain.sizes), out, runtime)
 
 
 def suppress(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from correctnet import storage
-from correctnet.data import Split, augment
+from correctnet.data import Split, augment, resize
 from correctnet.errors import UserError
 
 
@@ -48,6 +48,8 @@ class Hooks:
     """with `frozen`: BatchNorm normalises with each batch and updates its statistics all the same"""
     augment: str = "none"
     """how images are varied, as `data.augment`"""
+    sizes: Sequence[int] = ()
+    """side that images are resized to in the first epochs, a value an epoch"""
 
 
 @dataclass
@@ -254,6 +256,8 @@ def _epoch(
         images, labels = train.images[batch], train.labels[batch]
         if hooks.augment != "none":
             images = augment(images, generator, flip=hooks.augment == "crop-flip")
+        if epoch < len(hooks.sizes):
+            images = resize(images, hooks.sizes[epoch])
         if images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         optimizer.zero_grad(set_to_none=True)

@@ -11,6 +11,7 @@ from correctnet.config import Settings, Stage
 
 # Images of the training and test sets; what a setting leaves open means all of them.
 SIZES = {"digits": (1438, 359), "mnist": (60000, 10000), "cifar10": (50000, 10000), "cifar100": (50000, 10000)}
+SIDE = 32  # pixels; all data sets are brought to it
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ def stage_seconds(stage: Stage, s: Settings, cost: Costs, chips: int | None = No
     compensating = s.compensate.chips_per_batch * (cost.train + cost.sample / s.compensate.batch)
     match stage:
         case "pretrain":
-            return s.pretrain.epochs * train_images * cost.train
+            sides = [*s.pretrain.sizes, *[SIDE] * s.pretrain.epochs][: s.pretrain.epochs]
+            return sum((side / SIDE) ** 2 for side in sides) * train_images * cost.train
         case "suppress":
             return s.suppress.epochs * train_images * cost.train
         case "inject":
