@@ -44,4 +44,5 @@ include: "workflow/rules/summary.smk"
 
 
 onstart:
+    note_place()
     print_estimate()

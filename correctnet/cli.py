@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import sys
 import threading
@@ -221,6 +222,8 @@ class Stopped(BaseException):
 
 
 def _stop(number: int, _frame: Any) -> None:
+    for further in (signal.SIGTERM, signal.SIGINT):  # the process is ending: the next one shall not cut that short
+        signal.signal(further, signal.SIG_IGN)
     raise Stopped(number)
 
 
@@ -232,8 +235,11 @@ def _end_with(head: str | None) -> None:
         return
 
     def watch() -> None:
-        while head_folder.exists():
-            time.sleep(1)
+        try:  # tells of a process that has ended though nobody has asked after it (a zombie), and of no other
+            select.select([os.pidfd_open(int(head))], [], [])
+        except OSError:  # it is gone by now, or the kernel is older than 5.3
+            while head_folder.exists():
+                time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -477,18 +478,45 @@ class Config(Section):
         return validate(Settings, merged, f"pair {pair}")
 
     def variant(self, pair: str, row: str, stage: Stage) -> str:
-        """Where a stage of a row stands: '' where it is the pair's own, else '@' and the first row with equal settings.
+        """Where a stage of a row stands: '' where it is the pair's own, else '@' and the settings that differ.
 
-        Rows that agree in all that a stage and the stages before it read share one run of it.
+        Rows that agree in all that a stage and the stages before it read share one run of it, and its folder's name
+        depends on nothing else: other rows may come and go.
         """
+        own, changed = self.settings(pair), self.settings(pair, row)
+        stages = lineage(changed, stage)
 
-        def chain(settings: Settings) -> tuple[str, ...]:
-            return tuple(f"{s} {settings.canonical(s)}" for s in lineage(settings, stage))
+        def read(settings: Settings) -> dict[str, Any]:
+            return dict(leaf for s in stages for leaf in _leaves(settings._read_by(s)))
 
-        wanted = chain(self.settings(pair, row))
-        if wanted == chain(self.settings(pair)):
+        before, after = read(own), read(changed)
+        differing = {key: value for key, value in after.items() if value != before[key]}
+        if lineage(own, stage) != stages:
+            differing = {"base": changed.base, **differing}
+        if not differing:
             return ""
-        return "@" + next(r for r in self.rows_of(pair) if chain(self.settings(pair, r)) == wanted)
+        name = "+".join(f"{key}-{_plain(value)}" for key, value in differing.items())
+        if len(name) > LONGEST:
+            name = f"{name[:LONGEST]}+{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        return f"@{name}"
+
+
+# Letters of a folder's name that tell what differs; file systems take 255 in all.
+LONGEST = 120
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested mappings."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _plain(value: Any) -> str:
+    """A setting's value in letters that file names and the workflow's wildcards take."""
+    return "_".join(map(_plain, value)) if isinstance(value, list) else json.dumps(value).strip('"')
 
 
 def resizing_mistake(settings: Settings) -> str | None:

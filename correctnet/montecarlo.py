@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -139,7 +139,7 @@ def evaluate(
     if engine not in ("auto", "torch"):
         raise UserError(f"evaluate: engine must be 'auto' or 'torch', not {engine!r}")
     chip = chip_of(model)
-    rows = pd.read_csv(save).to_dict("records") if save and Path(save).exists() else []
+    rows = storage.resume(save, _read_rows, [])
     have = {row["sample"] for row in rows}
     todo = [sample for sample in range(start, start + chips) if sample not in have]
     if todo:
@@ -165,6 +165,11 @@ def evaluate(
                     storage.write_csv(Path(save), pd.DataFrame(rows, columns=COLUMNS))
     table = pd.DataFrame(rows, columns=COLUMNS).sort_values("sample", ignore_index=True)
     return Result(table[table["sample"].between(start, start + chips - 1)].reset_index(drop=True))
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of chips that `save` holds."""
+    return pd.read_csv(path)[COLUMNS].to_dict("records")
 
 
 # From chip samples, and a function that is told how many images were classified, the correct ones of each chip.

@@ -122,8 +122,7 @@ class Log:
         self.problem, self.path = problem, path
         self.states: dict[Filters, Explored] = {}
         self.known = {s.filters: s for s in known}
-        if path is not None and path.exists():
-            self.known |= {s.filters: s for s in read_log(path)}
+        self.known |= {s.filters: s for s in storage.resume(path, read_log, [])}
 
     @property
     def evaluations(self) -> int:

@@ -16,9 +16,9 @@ import os
 import socket
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import safetensors
 
@@ -160,6 +160,28 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}: no such file") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({_reason(error)}); delete it to have it made again") from error
+
+
+T = TypeVar("T")
+
+
+def resume(path: str | Path | None, read: Callable[[Path], T], nothing: T) -> T:
+    """What `read` makes of a text file that a killed stage left to go on from.
+
+    `nothing` where there is none, and, with a warning, where it is damaged: beginning again costs time, and half a
+    number would be a wrong one. All such files end with a line's end.
+    """
+    path = Path(path or "")
+    if not path.is_file():
+        return nothing
+    try:
+        if not path.read_bytes().endswith(b"\n"):
+            raise UserError("cut short")
+        return read(path)
+    except (UserError, OSError, ValueError, KeyError) as error:
+        reason = one_line(error).removeprefix(f"{path}: ")
+        warnings.warn(f"{path}: not usable, what it held is done again ({reason})", stacklevel=2)
+        return nothing
 
 
 def sha256(path: str | Path) -> str:

@@ -47,7 +47,7 @@ configure() {
     memory=$(slurmd -C | sed -n 's/.*RealMemory=\([0-9]*\).*/\1/p')
     mkdir -p "$home"/{log,run,state,spool}
     : >"$home/gpu0"
-    cat >"$home/slurm.conf" <<CONFIGURATION
+    cat >"$home/correctnet-slurm.conf" <<CONFIGURATION
 ClusterName=correctnet-test
 SlurmctldHost=$host
 SlurmctldPort=26817
@@ -80,22 +80,22 @@ NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$((memory * 9 / 10)) 
 PartitionName=main Nodes=$host Default=YES MaxTime=INFINITE State=UP
 PartitionName=gpu Nodes=$host MaxTime=INFINITE State=UP
 CONFIGURATION
-    echo "NodeName=$host Name=gpu File=$home/gpu0" >"$home/gres.conf"
+    echo "NodeName=$host Name=gpu File=$home/gpu0" >"$home/correctnet-gres.conf"
     mkdir -p "$etc"
     for file in slurm.conf gres.conf; do
-        if [ -e "$etc/$file" ] && [ "$(readlink "$etc/$file")" != "$home/$file" ]; then
+        if { [ -e "$etc/$file" ] || [ -L "$etc/$file" ]; } && [ "$(readlink "$etc/$file")" != "$home/correctnet-$file" ]; then
             echo "$etc/$file is there already: this machine has a Slurm, and it is left alone" >&2
             exit 1
         fi
-        ln -sfn "$home/$file" "$etc/$file"
+        ln -sfn "$home/correctnet-$file" "$etc/$file"
     done
 }
 
-# What a test run that was killed has left.
+# What a test run that was killed has left; a configuration that has another name is somebody else's.
 clean() {
     local before
     before=$(readlink "$etc/slurm.conf" || true)
-    if [ -n "$before" ] && { [ ! -e "$before" ] || grep -q '^ClusterName=correctnet-test$' "$before"; }; then
+    if [ "$(basename "$before")" = correctnet-slurm.conf ]; then
         (home=$(dirname "$before") && down)
     fi
 }
@@ -129,7 +129,7 @@ down() {
     stop "$home/run/slurmctld.pid"
     if [ -e "$home/run/munged" ]; then stop /run/munge/munged.pid; fi
     for file in slurm.conf gres.conf; do
-        if [ "$(readlink "$etc/$file" 2>/dev/null)" = "$home/$file" ]; then rm "$etc/$file"; fi
+        if [ "$(readlink "$etc/$file" 2>/dev/null)" = "$home/correctnet-$file" ]; then rm "$etc/$file"; fi
     done
     rm -rf "$home"
 }

@@ -15,7 +15,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 from workflows import ROOT, configuration, configure, environment, prepare, results, short, snakemake, start, stats
+
+from correctnet import LogNormalVariation, convert, evaluate
 
 pytest.importorskip("snakemake", reason="the workflow extra is not installed")
 pytestmark = pytest.mark.slow
@@ -167,6 +170,38 @@ def test_a_checkpoint_that_is_cut_short_is_named_and_made_again(tmp_path, undist
     assert digest(out / "model.safetensors") == digest(undisturbed / "model.safetensors")
 
 
+def cut(path: Path) -> None:
+    """Cut a CSV short in the middle of its last row's last number."""
+    text = path.read_text()
+    path.write_text(text.rstrip("\n")[:-2])
+
+
+def test_a_search_log_that_is_cut_short_is_named_and_made_again(tmp_path, searched):
+    arguments, undisturbed = searched
+    out = tmp_path / "s"
+    process = stage(*arguments, "--out", out)
+    folder = tmp_path / ".resume" / "s"
+    wait_for(lambda: any(rows(p) >= 2 for p in folder.glob("search-*.csv")), process)
+    process.kill()
+    process.communicate()
+    (log,) = folder.glob("search-*.csv")
+    cut(log)
+    output = finished(stage(*arguments, "--out", out))
+    assert f"warning: {log}: not usable, what it held is done again (cut short)" in output
+    assert (out / "best.json").read_text() == (undisturbed / "best.json").read_text()
+
+
+def test_chips_that_are_cut_short_are_named_and_made_again(tmp_path, tiny, blobs):
+    analog = convert(tiny, LogNormalVariation(0.5))
+    save = tmp_path / "chips.csv"
+    expected = evaluate(analog, blobs, 3, save=save, progress=False).table
+    for damage in (cut, lambda path: path.write_text(""), lambda path: path.write_text("a,b\n1,2\n")):
+        damage(save)
+        with pytest.warns(UserWarning, match="chips.csv: not usable, what it held is done again"):
+            again = evaluate(analog, blobs, 3, save=save, progress=False)
+        pd.testing.assert_frame_equal(again.table, expected)
+
+
 # --- the workflow
 
 
@@ -284,23 +319,41 @@ def test_a_folder_that_is_moved_goes_on(copied, tmp_path):
     assert "pretrain" not in planned
 
 
-def test_results_that_are_moved_in_mid_run_go_on(copied, folder, tmp_path):
+def test_results_that_are_moved_in_mid_run_go_on(tmp_path):
+    run = long_run(tmp_path)
+    log = run / "results" / "one" / "pretrain" / "log.csv"
+    head = start(run, "--cores", 2, stdout=subprocess.DEVNULL)
+    wait_for(lambda: rows(log) >= 3, head)
+    head.kill()
+    head.wait()
+    said = run / "results" / ".logs" / "one" / "pretrain.log"
+    wait_for(lambda: "stopped by SIGTERM" in said.read_text(), seconds=20)
     elsewhere = tmp_path / "large disk" / "results"
     elsewhere.parent.mkdir()
-    shutil.move(copied / "results", elsewhere)
-    config = configuration()
-    config["results"] = str(elsewhere)
-    configure(copied, config)
-    assert stats(snakemake(copied, "-n", "quick")) == {}
-    # as if it had been moved before the rows of the compensated network were there
-    shutil.rmtree(elsewhere / "summary")
-    (elsewhere / "one" / "samples.csv").unlink()
-    shutil.rmtree(elsewhere / "one" / "evaluate" / "correctnet")
-    planned = stats(snakemake(copied, "-n", "quick"))
-    assert (planned["evaluate"], planned["gather"]) == (4, 3)
-    assert not {"pretrain", "suppress", "sweep", "search", "compensate"} & set(planned)
-    snakemake(copied, elsewhere / "one" / "samples.csv")
-    assert (elsewhere / "one" / "samples.csv").read_bytes() == results(folder)["one/samples.csv"]
+    shutil.move(run / "results", elsewhere)
+
+    # Under another name nothing would know what they were made with: refused, and the line says what to do.
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    configure(run, {**config, "results": str(elsewhere)})
+    before = snapshot(elsewhere)
+    output = snakemake(run, "quick", check=False)
+    line = f"results: {elsewhere} holds what was made as 'results', and Snakemake's records go by that name"
+    assert line in output
+    assert f"ln -s {elsewhere} results" in output
+    assert snapshot(elsewhere) == before
+
+    configure(run, config)
+    (run / "results").symlink_to(elsewhere)
+    snakemake(run, "--unlock")
+    snakemake(run, "--rerun-incomplete", "quick")
+    epochs = pd.read_csv(log)
+    assert list(epochs["epoch"]) == list(range(1, 41))
+    assert list(epochs["process"][:3]) == [1] * 3
+    assert epochs["process"].iloc[-1] == 2
+    assert stats(snakemake(run, "-n", "quick")) == {}
+    config["pairs"]["one"]["pretrain"]["batch"] = 99
+    configure(run, config)
+    assert stats(snakemake(run, "-n", "quick"))["pretrain"] == 1, "what changes later is noticed"
 
 
 @contextmanager

@@ -1,11 +1,14 @@
 import copy
 import json
+import re
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
-from correctnet.config import READS, VERSIONS, Config, Settings
+from correctnet.config import READS, VERSIONS, Config, Settings, lineage
 from correctnet.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +54,8 @@ def test_the_shipped_configuration_is_right():
         ("pairs/lenet5-mnist/rows", ["unprotected", "corectnet"], "no row 'corectnet' (did you mean 'correctnet'?)"),
         ("pairs/lenet5-mnist/rows", ["correctnet"], "the first row must evaluate the original network"),
         ("pairs/lenet5-mnist/rows", ["unprotected", "recalibrated"], "'recalibrated' recalibrates BatchNorm"),
+        ("pairs/lenet5-mnist/pretrain", {"sizes": [16]}, "pretrain.sizes: LeNet-5's linear layers fit"),
+        ("pairs/vgg16-cifar10/pretrain/sizes", [0], "sides between 1 and 32 pixels"),
         ("pairs/lenet5-mnist/rows", 3, "pairs.lenet5-mnist.rows: a list of rows, or a mapping"),
         (
             "pairs/lenet5-mnist/rows",
@@ -128,17 +133,95 @@ def test_rows_share_the_stages_in_which_they_agree():
     pair = "lenet5-mnist"
     assert config.variant(pair, "correctnet", "compensate") == ""
     assert config.variant(pair, "correctnet-t99", "suppress") == ""
-    assert config.variant(pair, "correctnet-t99", "sweep") == "@correctnet-t99"
-    assert config.variant(pair, "correctnet-t99", "compensate") == "@correctnet-t99"
-    assert config.variant(pair, "random-t99", "sweep") == "@correctnet-t99"
-    assert config.variant(pair, "random-t99", "search") == "@random-t99"
-    assert config.variant(pair, "random-t99", "compensate") == "@random-t99", "its input differs"
-    # Two rows that make the same change share one run of it, under the name of the first.
+    assert config.variant(pair, "correctnet-t99", "sweep") == "@sweep.threshold-0.99"
+    assert config.variant(pair, "correctnet-t99", "compensate") == "@sweep.threshold-0.99"
+    assert config.variant(pair, "random-t99", "sweep") == "@sweep.threshold-0.99"
+    both = "@sweep.threshold-0.99+search.strategy-random"
+    assert config.variant(pair, "random-t99", "search") == both
+    assert config.variant(pair, "random-t99", "compensate") == both, "its input differs"
+    assert config.variant(pair, "combined", "sweep") == "@base-inject+sweep.threshold-0.99"
+    # Two rows that make the same change share one run of it.
     twins = changed("rows/b", {"evaluate": "suppress", "label": "b", "set": {"suppress": {"beta": 9.0}}})
     twins = changed("rows/a", {"evaluate": "suppress", "label": "a", "set": {"suppress": {"beta": 9.0}}}, twins)
     twins["pairs"][pair]["rows"] = ["unprotected", "b", "a"]
     config = Config.check(twins)
-    assert config.variant(pair, "a", "suppress") == config.variant(pair, "b", "suppress") == "@b"
+    assert config.variant(pair, "a", "suppress") == config.variant(pair, "b", "suppress") == "@suppress.beta-9.0"
+
+
+def test_folders_are_named_by_what_differs_whatever_other_rows_there_are():
+    config = Config.check(SHIPPED)
+    for pair in config.pairs:
+        names: dict[str, str] = {}
+        for row in config.rows_of(pair):
+            alone = Config.check(changed(f"pairs/{pair}/rows", ["unprotected", row]))
+            settings = config.settings(pair, row)
+            for stage in lineage(settings, config.rows[row].evaluate):
+                variant = config.variant(pair, row, stage)
+                assert re.fullmatch(r"(@[A-Za-z0-9._+-]{1,130})?", variant)
+                assert variant == alone.variant(pair, row, stage)
+                made_with = " ".join(settings.canonical(s) for s in lineage(settings, stage))
+                assert names.setdefault(f"{stage}{variant}", made_with) == made_with, "one name, one run"
+
+
+# Which stages read what, by hand: a setting in a stage's own section is its own; these are shared.
+SHARED = {
+    "seed": set(READS),
+    "data.dataset": set(READS),
+    "data.validation": set(READS),
+    "data.augment": {"pretrain", "suppress", "inject", "search", "compensate"},
+    "network": {"pretrain"},
+    "variation": {"inject", "sweep", "search", "compensate", "evaluate", "sensitivity"},
+    "variation.sigma": set(READS) - {"pretrain"},
+    "montecarlo": {"sweep", "search", "evaluate", "sensitivity"},
+    "compensate": {"search", "compensate"},
+    # which stages run, not what they do: the workflow reads them
+    "base": set(),
+    "search.limits": set(),
+    "evaluate.chips": set(),
+    "evaluate.sigmas": set(),
+    "evaluate.curve_chips": set(),
+    "evaluate.curve_images": set(),
+    "evaluate.chunk": set(),
+}
+OTHER = {"seed": 7, "base": "inject", "data.dataset": "mnist", "network.name": "vgg16", "network.widths": [8, 8, 8, 8]}
+OTHER |= {"pretrain.sizes": [16], "search.limits": [0.5], "search.ratios": [0.0, 0.3], "evaluate.sigmas": [0.7]}
+OTHER |= {"data.augment": "crop", "variation.centre": "mean", "network.batchnorm": "none"}
+
+
+def leaves(model, prefix=""):
+    for name, field in model.model_fields.items():
+        value = field.annotation
+        if isinstance(value, type) and issubclass(value, BaseModel):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+@pytest.mark.parametrize(
+    ("key", "field"), list(leaves(Settings)), ids=lambda value: value if type(value) is str else ""
+)
+def test_every_setting_is_read_by_exactly_the_stages_that_depend_on_it(key, field):
+    default = field.get_default(call_default_factory=True)
+    if key in OTHER:
+        value = OTHER[key]
+    elif get_origin(field.annotation) is Literal:
+        values = [v for v in get_args(field.annotation) if v != default]
+        if not values:
+            pytest.skip("there is no other value yet")
+        value = values[0]
+    elif isinstance(default, bool):
+        value = not default
+    elif isinstance(default, int) or default is None:
+        value = (default or 3) + 1
+    else:
+        value = default / 2 or 0.25
+    nested = value
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    before, after = Settings(), Settings.model_validate(nested)
+    found = {stage for stage in READS if before.canonical(stage) != after.canonical(stage)}
+    section = key.split(".")[0]
+    assert found == SHARED.get(key, SHARED.get(section, {section}))
 
 
 def test_swapped_numbers_are_noticed():

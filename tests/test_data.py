@@ -9,6 +9,7 @@ import numpy as np
 import pooch
 import pytest
 import torch
+from PIL import Image
 
 from correctnet import data
 from correctnet.errors import UserError
@@ -303,3 +304,13 @@ def test_augmentation_is_a_crop_and_a_flip_of_each_image(flip):
     assert {s[2] for s in seen} == ({False, True} if flip else {False})
     again = data.augment(images, torch.Generator().manual_seed(1), padding=4, flip=flip)
     assert torch.equal(found, again)
+
+
+def test_resizing_averages_the_pixels_that_a_smaller_one_covers():
+    # PIL's bilinear filter with its support scaled by the reduction is the independent reference.
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = data.resize(images, 16)
+    for image, small in zip(images.flatten(0, 1), found.flatten(0, 1), strict=True):
+        expected = Image.fromarray(image.numpy(), mode="F").resize((16, 16), Image.Resampling.BILINEAR)
+        torch.testing.assert_close(small, torch.from_numpy(np.array(expected)), rtol=0, atol=1e-5)
+    assert data.resize(images, 32) is images

@@ -149,6 +149,15 @@ def test_a_network_of_functions_and_shortcuts_is_fused_whole() -> None:
     assert str(engine.report) == "4 of 4 analog layers fused, in 1 piece"
 
 
+@pytest.mark.parametrize(("side", "pool", "in_core"), [(10, (2,), True), (11, (2,), False), (11, (3, 2, 0), True)])
+def test_pools_that_round_up_are_fused_where_the_windows_end_with_the_map(side, pool, in_core) -> None:
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(*pool, ceil_mode=True), nn.Conv2d(4, 4, 3), nn.Flatten()
+    )
+    engine = check(network, inputs(9, 3, side, side))
+    assert engine.report.torch == (() if in_core else ("_1 (MaxPool2d)",))
+
+
 class Mixed(nn.Module):
     """What no plan can express (GELU, circular padding, softmax) between what it can."""
 

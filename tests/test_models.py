@@ -28,6 +28,11 @@ def test_vgg16_layers(batchnorm, norms):
     assert network.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 100)
 
 
+@pytest.mark.parametrize("side", [16, 20, 24, 31, 32])
+def test_vgg16_takes_smaller_images(side):
+    assert models.vgg16(10).eval()(torch.zeros(2, 3, side, side)).shape == (2, 10)
+
+
 @pytest.mark.parametrize(("batchnorm", "order"), [("before", ["norm", "relu"]), ("after", ["relu", "norm"])])
 def test_vgg16_batchnorm_order(batchnorm, order):
     block = models.vgg16(10, batchnorm=batchnorm).conv1

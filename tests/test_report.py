@@ -24,7 +24,11 @@ def report(folder):
 def test_the_report_holds_captions_and_results(report):
     text = report.read_text()
     for caption in (
+        "Figure 2: accuracy of the unprotected networks",
         "Figure 7: accuracy of CorrectNet",
+        "Figure 9: accuracy of the network trained under",
+        "Figure 10: the states that the search explored",
+        "Every row of Table I at its",
         "Yield: the fraction of chips",
         "Sensitivity: the accuracy lost",
         "Table I: accuracy of each network-data pair",

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+from torch import nn
 
 from correctnet import training
 from correctnet.analog import convert, program
@@ -153,6 +154,15 @@ def test_learning_rate_schedule():
     assert rates[60] == pytest.approx(0.05)  # half way down the cosine
     assert rates[-1] < 1e-4
     assert all(math.isfinite(r) and r > 0 for r in rates)
+
+
+def test_the_first_epochs_see_smaller_images():
+    seen = []
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    model.register_forward_pre_hook(lambda module, images: seen.append(tuple(images[0].shape[1:])))
+    images = Split(torch.rand(64, 1, 32, 32), torch.randint(0, 3, (64,)))
+    fit(model, images, section(epochs=4), seed=0, hooks=Hooks(sizes=(8, 20)), quiet=True)
+    assert seen == [(1, n, n) for n in (8, 20, 32, 32) for _ in range(2)]
 
 
 def test_no_epochs_is_no_change(tiny, blobs, tmp_path):

@@ -33,8 +33,8 @@ wildcard_constraints:
     pair="|".join(map(re.escape, CONFIG.pairs)),
     row="|".join(map(re.escape, CONFIG.rows)),
     run="|".join(map(re.escape, CONFIG.runs)),
-    # '' for a pair's own stage, '@row' for one whose settings a row changes (Config.variant)
-    variant=r"(@[a-z0-9.-]+)?",
+    # '' for a pair's own stage, '@' and what differs for one whose settings a row changes (Config.variant)
+    variant=r"(@[A-Za-z0-9._+-]+)?",
     limit=r"[0-9.]+",
     round=r"\d+",
     state=r"\d+",
@@ -42,6 +42,33 @@ wildcard_constraints:
     model=r"pretrain|suppress|compensate",
     start=r"\d+",
     stop=r"\d+",
+
+
+def check_place():
+    """Refuse results that were made under another name.
+
+    Snakemake's records of what they were made with go by that name: under a new one, changed settings would go
+    unnoticed.
+    """
+    try:
+        with open(f"{RESULTS}/.place") as file:
+            before = file.read().strip()
+    except FileNotFoundError:
+        return
+    if before != RESULTS:
+        raise WorkflowError(
+            f"results: {RESULTS} holds what was made as {before!r}, and Snakemake's records go by that name; "
+            f"say 'results: {before}' and put a link there: ln -s {os.path.abspath(RESULTS)} {before}"
+        )
+
+
+def note_place():
+    os.makedirs(RESULTS, exist_ok=True)
+    with open(f"{RESULTS}/.place", "w") as file:
+        file.write(f"{RESULTS}\n")
+
+
+check_place()
 
 
 def row_of(wildcards):
