@@ -350,7 +350,7 @@ READS: dict[Stage, tuple[str, ...]] = {
     "sensitivity": ("seed", "data.dataset", "data.validation", "variation", "montecarlo", "sensitivity"),
 }
 # Raised when a stage's code changes what it computes.
-VERSIONS: dict[Stage, int] = dict.fromkeys(get_args(Stage), 2) | {"search": 4}
+VERSIONS: dict[Stage, int] = dict.fromkeys(get_args(Stage), 2) | {"suppress": 3, "search": 4}
 
 
 def lineage(settings: Settings, stage: Stage) -> tuple[Stage, ...]:
