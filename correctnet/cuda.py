@@ -108,24 +108,30 @@ class Plan:
         """Bytes that a run of `count` images on `samples` chips takes at once."""
         return self._engine.workspace(count, samples, self._materialise)
 
-    def outputs(self, images: Tensor, seed: int, samples: Sequence[int], memory: int) -> Tensor:
+    def outputs(self, images: Tensor, seed: int | Tensor, samples: Sequence[int] | Tensor, memory: int) -> Tensor:
         """The plan's output (samples, N, C, H, W), float32, for images (N, C, H, W) of the same device.
 
-        At most about `memory` bytes are taken beside it: chips are done in as many groups as that needs.
+        Seed and samples as int64 tensors () and (S,) on the device are read there and then: a CUDA graph that captured
+        this is replayed with what stands in them. At most about `memory` bytes are taken beside it: chips are done in
+        as many groups as that needs.
         """
         shape = self._engine.output_shape
         outputs = torch.empty(len(samples), len(images), *shape, device=images.device)
         self._run(images, seed, samples, memory, outputs=outputs)
         return outputs
 
-    def count_correct(self, images: Tensor, labels: Tensor, seed: int, samples: Sequence[int], memory: int) -> Tensor:
+    def count_correct(
+        self, images: Tensor, labels: Tensor, seed: int | Tensor, samples: Sequence[int] | Tensor, memory: int
+    ) -> Tensor:
         """(samples,) int64 on the device: on how many images the first largest output is at the label's place."""
         correct = torch.zeros(len(samples), dtype=torch.int64, device=images.device)
         labels = labels.to(device=images.device, dtype=torch.int64).contiguous()
         self._run(images, seed, samples, memory, labels=labels, correct=correct)
         return correct
 
-    def _run(self, images: Tensor, seed: int, samples: Sequence[int], memory: int, **tensors: Tensor) -> None:
+    def _run(
+        self, images: Tensor, seed: int | Tensor, samples: Sequence[int] | Tensor, memory: int, **tensors: Tensor
+    ) -> None:
         images = images.detach().contiguous()
         least, all_of_them = self.workspace(len(images), 1), self.workspace(len(images), len(samples))
         if least > memory:
@@ -138,8 +144,8 @@ class Plan:
             workspace = torch.empty(size, dtype=torch.uint8, device=images.device)
         except torch.cuda.OutOfMemoryError as error:
             raise UserError(f"engine: the device has no {size >> 20} MiB left; allow less memory") from error
-        numbers = torch.tensor([native._as_int64(seed)]).to(images.device)
-        chips = torch.tensor(list(samples), dtype=torch.int64).to(torch.uint32).to(images.device)
+        numbers = on_device(seed, images.device)
+        chips = on_device(samples, images.device).to(torch.uint32)
         self._engine.run(
             images=images.data_ptr(),
             count=len(images),
@@ -180,8 +186,8 @@ def noisy_weight(
     last = weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
     order = torch.channels_last if last else torch.contiguous_format
     nominal = weight.detach().float().contiguous(memory_format=order)
-    chips = samples.to(torch.uint32).to(weight.device)
-    seed = seed.to(weight.device)
+    chips = on_device(samples, weight.device).to(torch.uint32)
+    seed = on_device(seed, weight.device)
     out, inputs, *kernel = weight.shape
     taps = nominal[0, 0].numel() if kernel else 1
     memory = (len(chips), out, *kernel, inputs) if last else (len(chips), *weight.shape)
@@ -242,8 +248,8 @@ def convolve(
     else:
         out = (height, width, inputs * groups)
     nominal = weight.detach().float().permute(0, 2, 3, 1).contiguous()
-    chips = samples.to(torch.uint32).to(x.device)
-    seed = seed.to(x.device)
+    chips = on_device(samples, x.device).to(torch.uint32)
+    seed = on_device(seed, x.device)
     added = None if bias is None else bias.detach().float().contiguous()
     y = torch.empty(len(chips), x.shape[-4], *out, dtype=x.dtype, device=x.device)
     _kernels().convolve(
@@ -272,6 +278,21 @@ def convolve(
         cuda_stream=stream(x.device),
     )
     return y.movedim(-1, 2).contiguous()
+
+
+def on_device(numbers: int | Sequence[int] | Tensor, device: torch.device) -> Tensor:
+    """A seed or the numbers of chips as a tensor on the device; int64, or what the tensor was.
+
+    What is there already stays. The rest is written by a kernel or copied from pinned memory: a copy from memory that
+    is not pinned would wait until the device has done all that it was given before.
+    """
+    if isinstance(numbers, int):
+        return torch.full((), native._as_int64(numbers), dtype=torch.int64, device=device)
+    if not isinstance(numbers, Tensor):
+        numbers = torch.tensor(list(numbers), dtype=torch.int64)
+    if numbers.device.type == "cpu" and device.type == "cuda":
+        return numbers.pin_memory().to(device, non_blocking=True)
+    return numbers.to(device)
 
 
 def stream(device: torch.device) -> int:

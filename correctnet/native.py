@@ -103,9 +103,9 @@ def lognormal(
 
 def noisy_weight(
     weight: Tensor,
-    seed: int,
+    seed: int | Tensor,
     layer: int,
-    sample: int,
+    sample: int | Tensor,
     sigma: float,
     shift: float = 0.0,
     order: Literal["contiguous", "channels_last"] | None = None,
@@ -119,7 +119,8 @@ def noisy_weight(
     Args:
         weight: (out, in, *kernel), floating point. On a GPU the CUDA kernels draw; where they cannot be used, the
             factors are made on the CPU and copied there.
-        seed, layer, sample, sigma, shift: see `reference.lognormal`.
+        seed, layer, sample, sigma, shift: see `reference.lognormal`. Seed and sample may be 0-d int64 tensors; on a GPU
+            those are read when the kernel runs, so that a CUDA graph can be replayed with others.
         order: memory order of the result; that of `weight` if not given. "channels_last" takes four dimensions.
         dtype: of the result; that of `weight` if not given.
 
@@ -147,8 +148,11 @@ def noisy_weight(
 
         if cuda.reaches(weight.device):
             rounded = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-            address = torch.tensor(_as_int64(seed)), torch.tensor([sample]), layer
+            if not isinstance(seed, Tensor) and not isinstance(sample, Tensor):
+                reference.address(seed, layer, sample, weight.numel(), 0, 0)
+            address = cuda.on_device(seed, weight.device), cuda.on_device(sample, weight.device).view(1), layer
             return cuda.noisy_weight(weight, *address, sigma, shift, rounded)[0].to(dtype)
+    seed, sample = int(seed), int(sample)
     if core is None or weight.device.type != "cpu":
         flat = lognormal(seed, layer, sample, weight.numel(), sigma, shift).to(weight.device)
         factor = flat.view(out, *kernel, channels).movedim(-1, 1)

@@ -6,6 +6,11 @@ Three operators, `torch.ops.correctnet.noisy_weight`, `.noisy_linear` and `.nois
 torch.compile: seed and samples are tensors in them, so that another seed or other chips do not compile again. The noise
 is a function of its address (`correctnet.reference`), so a backward pass draws it again; none is stored.
 
+Seed and samples on a GPU stay there: what the operators do can be captured in a CUDA graph and replayed with others.
+Products that torch computes (the gradient with respect to the weights, and all of them where a gradient is wanted) are
+torch's in every respect, so that its switches for TF32 hold for them: on a GPU convolutions round their float32 inputs
+to ten bits unless `torch.backends.cudnn.allow_tf32` is False.
+
 On the CPU, in float32 and bfloat16, the C++ core computes the layers (csrc/engine.h) and draws the weights of a chip
 while it packs them, panel by panel: no noisy weight tensor ever exists. Elsewhere, and in float64, the weights of one
 chip after the other are made as a tensor, and torch multiplies. So do the functions where a gradient is wanted, see
@@ -306,6 +311,8 @@ def _output_size(size: list[int], kernel: list[int], geometry: Geometry) -> list
 def _weights(weight: Tensor, *noise: Any) -> Tensor:
     """(S, *weight.shape): the weights of each chip."""
     _check_noise(weight, Noise(*noise))
+    if _kernels_draw(weight):
+        return _drawn_on_device(weight, Noise(*noise))
     return torch.stack(list(_chip_weights(weight, Noise(*noise)))).contiguous()
 
 
@@ -330,7 +337,8 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, noise: Noise, geometry
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, noise: Noise, geometry: Geometry | None) -> Tensor:
     _check_noise(weight, noise)
     shape = _check_layer(x, weight, bias, noise.samples, geometry)
-    if cuda.reaches(x.device) and x.dtype != torch.float64:
+    if _kernels_draw(x):
+        _check_numbers(weight, noise)
         return _on_device(x, weight, bias, noise, geometry).view(-1, *shape)
     if x.device.type != "cpu" or x.dtype == torch.float64 or not native.status().built:
         return _each_chip(x, _chip_weights(weight, noise), bias, geometry)
@@ -361,12 +369,30 @@ def _address(weight: Tensor, noise: Noise) -> tuple[int, list[int]]:
     return seed, chips
 
 
+def _check_numbers(weight: Tensor, noise: Noise) -> None:
+    """What `_address` checks, where no number stands on the device: to read one there would wait for all that the
+    device has to do, and cannot be captured in a CUDA graph. There a chip's number counts modulo 2^32."""
+    if noise.seed.device.type == noise.samples.device.type == "cpu":
+        _address(weight, noise)
+
+
+def _kernels_draw(tensor: Tensor) -> bool:
+    """Whether the CUDA kernels compute a layer of such tensors."""
+    return cuda.reaches(tensor.device) and tensor.dtype != torch.float64
+
+
+def _drawn_on_device(weight: Tensor, noise: Noise) -> Tensor:
+    """`_chip_weights` in one tensor and one launch."""
+    _check_numbers(weight, noise)
+    return cuda.noisy_weight(weight.contiguous(), *noise)
+
+
 def _chip_weights(weight: Tensor, noise: Noise) -> Iterator[Tensor]:
     """(1) and (2) of the paper for each chip, in the dtype of `weight`; the factors are float32 in any dtype."""
-    seed, chips = _address(weight, noise)
-    if cuda.reaches(weight.device) and weight.dtype != torch.float64:
-        yield from cuda.noisy_weight(weight.contiguous(), *noise)
+    if _kernels_draw(weight):
+        yield from _drawn_on_device(weight, noise)
         return
+    seed, chips = _address(weight, noise)
     for chip in chips:
         address = seed, noise.layer, chip, noise.sigma, noise.shift
         if weight.dtype == torch.float64:
@@ -436,7 +462,7 @@ def _layer_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     x_wanted, weight_wanted, bias_wanted, *_ = ctx.needs_input_grad
     shared = x.dim() == weight.dim()
     of_x, of_weight = [], []
-    if x_wanted and cuda.reaches(x.device) and x.dtype != torch.float64:
+    if x_wanted and _kernels_draw(x):
         # One launch for all chips; the noise is drawn again while weights are loaded.
         geometry = Geometry(*ctx.geometry) if ctx.geometry else None
         size = x.shape[-2:] if geometry else (1, 1)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
-from correctnet import native, ops, reference
+from correctnet import cuda, native, ops, reference
 from correctnet.ops import noisy_conv2d, noisy_linear
 
 OPS = torch.ops.correctnet
@@ -653,3 +653,28 @@ print(y[0].T.flatten().tolist())
     keep = {name: value for name, value in os.environ.items() if name != "CORRECTNET_ISA"}
     done = subprocess.run([sys.executable, "-c", code], env=keep, cwd=tmp_path, capture_output=True, text=True)
     assert str(reference.lognormal(1, 2, 5, 6, 0.5).tolist()) in done.stdout, done.stderr
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_on_a_device_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading one would wait for the device; tensors without memory show that nobody does."""
+    seen = []
+    monkeypatch.setattr(cuda, "reaches", lambda device: True)
+    monkeypatch.setattr(cuda, "noisy_weight", lambda weight, *noise: seen.append(noise) or weight[None])
+    monkeypatch.setattr(
+        cuda, "convolve", lambda x, weight, bias, *noise: seen.append(noise) or x.new_ones(1, 5, 4, 1, 1)
+    )
+    seed, samples = torch.empty((), dtype=torch.int64, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
+    x, weight = torch.ones(5, 3, requires_grad=True), torch.ones(4, 3, requires_grad=True)
+    ops._weights(weight.detach(), seed, samples, 0, 0.5, 0.0)
+    ops._forward(*ops._linear_arguments(x, weight, None, seed, samples, 0, 0.5, 0.0))
+    assert [noise[0] is seed and noise[1] is samples for noise in seen] == [True, True]
+    for address in ((seed, 0, samples[0]), (2**64 - 1, 0, 2**32 - 1)):
+        native.noisy_weight(weight.detach().to("meta"), *address, 0.5)
+        assert [n.device.type for n in seen[-1][:2]] == ["meta", "meta"]
+    with pytest.raises(ValueError, match="sample"):  # those at hand are checked
+        ops._weights(weight.detach(), torch.tensor(0), torch.tensor([-1]), 0, 0.5, 0.0)
+    with pytest.raises(ValueError, match="sample"):
+        native.noisy_weight(weight.detach().to("meta"), 0, 0, -1, 0.5)
