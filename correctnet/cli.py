@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import sys
@@ -210,7 +211,21 @@ def _runtime(data_dir: str | None, device: str, threads: int | None, memory: int
     set_threads(threads or available_cpus())
     if quiet:  # nobody is watching: this is a log
         click.echo(provenance.line(device, threads), err=True)
+    if device == "cuda":
+        _say_without_kernels()
     return Runtime(data_dir, device, quiet, work, memory << 20)
+
+
+def _say_without_kernels() -> None:
+    """Say it where a GPU is to compute and our kernels cannot, and keep every engine from saying it again."""
+    from correctnet import cuda
+    from correctnet.montecarlo import EngineWarning
+
+    status = cuda.status()
+    if not status.usable:
+        click.echo(f"--device cuda: torch computes everything: {status.reason}", err=True)
+        again = f"everything runs through torch: the model is on .*{re.escape(status.reason)}"
+        warnings.filterwarnings("ignore", again, EngineWarning)
 
 
 class Stopped(BaseException):
@@ -254,11 +269,12 @@ class Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """See the class."""
-        warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
         signal.signal(signal.SIGTERM, _stop)
         signal.signal(signal.SIGINT, _stop)
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():  # a command leaves no filter behind for the next one of the process
+                warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
+                return super().invoke(ctx)
         except UserError as error:
             for line in str(error).splitlines():
                 click.echo(f"error: {line}", err=True)

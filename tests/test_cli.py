@@ -11,23 +11,12 @@ import time
 import pandas as pd
 import pytest
 import torch
-from click.testing import CliRunner
+from by_hand import every_stage, run, succeed
 
-from correctnet import compensation, data, models, native, stages, storage, training
-from correctnet.cli import main
+from correctnet import compensation, cuda, data, models, native, stages, storage, sweep, training
 from correctnet.config import READS
 
 FAST = ["--quiet", "--threads", "1", "--batch", "64"]
-
-
-def run(*arguments):
-    return CliRunner().invoke(main, [str(a) for a in arguments])
-
-
-def succeed(*arguments):
-    result = run(*arguments)
-    assert result.exit_code == 0, result.output
-    return result
 
 
 def fail(*arguments):
@@ -44,22 +33,7 @@ def fail(*arguments):
 def chain(tmp_path_factory):
     """Every stage by hand on digits, with tiny budgets."""
     folder = tmp_path_factory.mktemp("chain")
-    succeed("pretrain", *FAST, "--epochs", 4, "--out", folder / "pretrain", "--work", folder / "work")
-    pre = ("--pretrained", folder / "pretrain")
-    succeed("suppress", *FAST, "--epochs", 1, *pre, "--out", folder / "suppress")
-    succeed("inject", *FAST, "--epochs", 1, *pre, "--out", folder / "inject")
-    sup = ("--base", folder / "suppress")
-    few = ["--quiet", "--threads", "1", "--chips", 3]
-    succeed("sweep", *few, "--images", 50, "--threshold", 1, *pre, *sup, "--out", folder / "sweep")
-    (folder / "candidates.json").write_text('{"candidates": ["conv1.layer", "conv2.layer"]}')
-    found = ("--candidates", folder / "candidates.json")
-    small = [*few, "--images", 50, "--train-images", 100, "--evaluations", 3]
-    succeed("search", *small, *sup, *found, "--limit", 0.02, "--out", folder / "search")
-    # With so small a budget the search may well find nothing worth its cost; compensate all candidates instead.
-    succeed("search", *small, *sup, *found, "--strategy", "all", "--out", folder / "all")
-    succeed("search", *small, *sup, *found, "--strategy", "all", "--ratios", "0,0.5", "--out", folder / "half")
-    best = ("--found", folder / "all" / "best.json")
-    succeed("compensate", *FAST, "--epochs", 1, *sup, *best, "--out", folder / "compensate")
+    every_stage(folder)
     return folder
 
 
@@ -268,6 +242,72 @@ def test_threads_stay_within_the_process_s_cpus(monkeypatch):
 def test_cuda_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "--device cuda: torch sees no CUDA device" in fail("pretrain", "--device", "cuda", "--out", tmp_path)
+
+
+def test_the_way_of_a_gpu_reaches_every_stage_that_simulates_chips(chain, tmp_path, monkeypatch):
+    seen = []
+    for module in (stages, sweep):
+
+        def evaluate(*args, evaluate=module.evaluate, **kwargs):
+            seen.append(kwargs.pop("gpu_method"))
+            return evaluate(*args, **kwargs)
+
+        monkeypatch.setattr(module, "evaluate", evaluate)
+    few = ["--quiet", "--threads", "1", "--images", 20, "--gpu-method", "library"]
+    model = ("--model", chain / "pretrain")
+    succeed("evaluate", *few, *model, "--chips", 1, "--out", tmp_path / "e.csv")
+    assert seen == ["library"]
+    succeed("sensitivity", *few, *model, "--chips", 1, "--out", tmp_path / "s.csv")
+    base = ("--base", chain / "suppress")
+    succeed("sweep", *few, "--pretrained", chain / "pretrain", *base, "--chips", 1, "--out", tmp_path / "sweep")
+    assert seen == ["library"] * 11, "five layers each"
+    small = ["--train-images", 50, "--evaluations", 2, "--candidates", chain / "candidates.json", "--chips", 2]
+    succeed("search", *few, *small, *base, "--out", tmp_path / "search")
+    assert set(seen) == {"library"}
+    assert len(seen) > 11
+
+
+@pytest.mark.parametrize("stage", READS)
+@pytest.mark.parametrize("built", [True, False])
+def test_a_gpu_without_kernels_is_said_once(stage, built, tmp_path, monkeypatch):
+    class Kernels:
+        device_type, architectures = "cuda", "90"
+        problem = staticmethod(lambda index: "the driver is too old; update it")
+
+    ran = []
+    function = "evaluate_chips" if stage == "evaluate" else stage
+    monkeypatch.setattr(stages, function, lambda *args, **kwargs: ran.append(args) or sys.exit(0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(cuda, "_problem", Kernels.problem)
+    monkeypatch.setattr(cuda, "_kernels", lambda: Kernels if built else None)
+    inputs = {"sweep": ["--pretrained", "p", "--base", "b"], "search": ["--base", "b", "--candidates", "c"]}
+    inputs |= {name: ["--pretrained", "p"] for name in ("suppress", "inject")}
+    inputs |= {name: ["--model", "m"] for name in ("sensitivity", "evaluate")}
+    inputs |= {"compensate": ["--base", "b", "--found", "f"]}
+    lines = succeed(stage, "--device", "cuda", "--quiet", *inputs.get(stage, []), "--out", tmp_path / "o").output
+    assert len(ran) == 1
+    said = [line for line in lines.splitlines() if "torch computes everything" in line]
+    assert len(said) == 1
+    assert ("the driver is too old; update it" if built else "the CUDA kernels were not built") in said[0]
+    assert lines.startswith("provenance: "), "the log's first line stays what the report reads"
+
+
+def test_the_engine_does_not_say_again_that_there_are_no_kernels(tmp_path):
+    reason = cuda.status().reason
+    code = f"""
+import warnings
+from correctnet import cli
+from correctnet.montecarlo import EngineWarning
+warnings.showwarning = lambda message, *_, **__: print(message)
+cli._say_without_kernels()
+warnings.warn("everything runs through torch: the model is on cuda:0, and " + {reason!r}, EngineWarning)
+warnings.warn("not all of the network runs in the C++ core", EngineWarning)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "not all of the network runs in the C++ core\n"
+    assert done.stderr.count(reason) == 1
 
 
 def test_no_candidates_gives_the_suppressed_network(chain, tmp_path):
