@@ -227,6 +227,9 @@ class MonteCarlo(Section):
 
     precision: Literal["float32", "bfloat16"] = "float32"
     """of weights and activations in the C++ core (sums are float32)"""
+    gpu_method: Literal["auto", "fused", "materialise", "library"] = "auto"
+    """how a GPU gets at a chip's noisy weights: while a kernel loads them, in memory for the same kernels (the same
+    bits), or in memory for cuBLAS and cuDNN (other bits). Of no effect on a CPU"""
 
 
 class Evaluate(Section):
@@ -294,7 +297,11 @@ class Settings(Section):
 
     def canonical(self, stage: Stage) -> str:
         """`of(stage)` as one JSON string with sorted keys: equal strings, equal results."""
-        return json.dumps({"version": VERSIONS[stage], **self._read_by(stage)}, sort_keys=True)
+        values = self._read_by(stage)
+        for group, key, default in LATER:
+            if values.get(group, {}).get(key) == default:
+                del values[group][key]
+        return json.dumps({"version": VERSIONS[stage], **values}, sort_keys=True)
 
     def _read_by(self, stage: Stage) -> dict[str, Any]:
         everything, cut = self.model_dump(mode="json"), {}
@@ -349,6 +356,9 @@ READS: dict[Stage, tuple[str, ...]] = {
     ),
     "sensitivity": ("seed", "data.dataset", "data.validation", "variation", "montecarlo", "sensitivity"),
 }
+# Keys that came when there were results already, with the value that those were made with: the string of settings says
+# nothing of it, so that they need not be made again.
+LATER = (("montecarlo", "gpu_method", "auto"),)
 # Raised when a stage's code changes what it computes.
 VERSIONS: dict[Stage, int] = dict.fromkeys(get_args(Stage), 2) | {"suppress": 3, "search": 4}
 

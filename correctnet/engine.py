@@ -1,4 +1,4 @@
-"""Runs a converted network on many chip samples in the C++ core.
+"""Runs a converted network on many chip samples in the C++ core, or on a GPU.
 
 engine = Engine(analog, images[:2])
 engine.count_correct(images, labels, samples=range(250))
@@ -8,13 +8,22 @@ The network is traced with torch.fx and cut into *plans* (csrc/engine.h): sequen
 without Python in between, each convolution or linear layer fused with its bias, BatchNorm, ReLU (either order) and
 2 x 2 max-pool, and its weights made noisy while they are packed. What a plan cannot express runs through torch, chip
 by chip; `Report` names it. A plan holds a copy of the weights: an engine is for the model as it is when it is made.
+
+On a GPU the weights become noisy by one of three ways (`method`):
+
+    fused         while a kernel loads them: nothing is stored, all chips in one launch
+    materialise   in memory, for some chips at a time, by the same kernels: the same bits in the outputs
+    library       in memory, chip by chip; then cuBLAS and cuDNN compute the layers, and torch all else
+
+The chips, that is the weights, are the same bits in all three. The outputs of "library" are not: sums are taken in
+another order, and in bfloat16 every layer's output is rounded before bias, BatchNorm and ReLU instead of behind them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +34,8 @@ from correctnet import cuda
 from correctnet.analog import AnalogLayer, analog_layers, chip_of, programmed
 from correctnet.errors import UserError
 from correctnet.graph import Unsupported, call, in_place, trace
-from correctnet.lowering import Lowering, PlanStep, Precision, TorchStep
+from correctnet.lowering import METHODS, Lowering, Method, PlanStep, Precision, TorchStep
+from correctnet.variation import LogNormalVariation
 
 BLOCK = 1024  # images that a plan holds at a time, at most: enough that drawing a chip's weights does not count
 GPU_BLOCK = 1 << 14  # the same on a GPU
@@ -45,6 +55,7 @@ class Report:
         torch: every operation that runs through torch, as "name (what it is)".
         plans: how many pieces the core runs.
         reason: why nothing runs in the core, in one line, or None.
+        library: whether nothing is to run in the core but the noise (`Engine`'s method "library").
     """
 
     fused: tuple[str, ...] = ()
@@ -52,8 +63,11 @@ class Report:
     torch: tuple[str, ...] = ()
     plans: int = 0
     reason: str | None = None
+    library: bool = False
 
     def __str__(self) -> str:
+        if self.library:
+            return f"{len(self.unfused)} analog layers: their weights by the CUDA kernels, the rest by cuBLAS and cuDNN"
         if self.reason:
             return f"everything runs through torch: {self.reason}"
         total = len(self.fused) + len(self.unfused)
@@ -74,11 +88,14 @@ class Engine:
         first_layer: layers of a smaller index stay nominal.
         precision: "float32", or "bfloat16" for weights and activations (sums are float32).
         memory: bytes that a run may take beside the images, about.
-        method: how CUDA kernels get at noisy weights, see `correctnet.cuda.Plan`; of no meaning on a CPU.
+        method: how a GPU gets at noisy weights, see above; "auto" is "fused", until another one was measured to be
+            faster. Of no meaning on a CPU.
 
     Attributes:
         report: what runs in the core.
         whole: whether that is all of the network, in one piece.
+        on_gpu: whether the CUDA kernels are used.
+        library: whether they make the weights alone.
 
     Raises:
         Unsupported: the core can run nothing of the network; `describe` gives a `Report` with the `reason` instead.
@@ -91,36 +108,46 @@ class Engine:
         first_layer: int = 0,
         precision: Precision = "float32",
         memory: int = MEMORY,
-        method: cuda.Method = "fused",
+        method: Method = "auto",
     ):
+        check_method(method)
         if precision not in ("float32", "bfloat16"):
             raise UserError(f"engine: precision must be 'float32' or 'bfloat16', not {precision!r}")
         self._model, self._first_layer, self._memory = model.eval(), first_layer, memory
         self._chip = chip_of(model)
         graph = Lowering(trace(model, example))
-        self._steps = graph.steps(first_layer, precision, method)
+        self.on_gpu = cuda.reaches(graph.device)
+        self.library = self.on_gpu and method == "library"
+        # "auto" never is "library": which chips are counted right shall not depend on what else there is to do.
+        way = method if self.on_gpu and method != "auto" else "fused"
+        self._steps = graph.steps(first_layer, precision, way)
         self._output = graph.output
         self._input = graph.input
         self._root = graph.root
-        self.report = _report(graph, self._steps)
-        self.on_gpu = cuda.reaches(graph.device)
-        self._device = graph.device
+        self._device, self._precision = graph.device, precision
+        self._dead = _last_uses(self._steps, graph.output)
+        self._layers = {s.node: graph.varied(s.node, first_layer) for s in self._steps} if self.library else {}
+        self._nominal = {m: _nominal(m, precision) for own in self._layers.values() for m in own.values()}
+        self.report = _report(graph, self._steps, self.library)
         self._whole = self._steps[0] if len(self._steps) == 1 and isinstance(self._steps[0], PlanStep) else None
         self.whole = self._whole is not None
-        self._check(graph, example, precision)
+        self._torch_cost = [(s.sampled, *graph.cost(s.node)) for s in self._steps] if self.library else []
+        self._live = _live_bytes(self._steps, self._dead, graph.input, precision) if self.library else 0
+        self._check(graph, example)
 
-    def _check(self, graph: Lowering, example: Tensor, precision: Precision) -> None:
+    def _check(self, graph: Lowering, example: Tensor) -> None:
         """Compare with torch on a chip of its own: a network that was misread must never give an accuracy."""
         sample = 0 if self._chip.sample is None else self._chip.sample
         images = example[:LANES]
-        steps = self._steps
+        steps, precision = self._steps, self._precision
         if precision == "bfloat16":
-            self._steps = graph.steps(self._first_layer, "float32")
+            self._steps = steps if self.library else graph.steps(self._first_layer, "float32")
+            self._precision = "float32"
         try:
             found = self.outputs(images, [sample])[0]
         finally:
-            self._steps = steps
-        with torch.no_grad(), programmed(self._model, sample, self._first_layer), _full_float32(self._device):
+            self._steps, self._precision = steps, precision
+        with torch.no_grad(), programmed(self._model, sample, self._first_layer), full_float32(self._device):
             wanted = self._model(images)
         scale = wanted.abs().max().item()
         error = (found - wanted).abs().max().item()
@@ -156,7 +183,8 @@ class Engine:
             if self._whole:
                 counts = self._whole.count_correct(x, y, self._chip.seed, samples, self._memory)
             else:
-                counts = [(o.argmax(1) == y).sum().item() for o in self._run(x, samples)]
+                # Read in one go: each look at a GPU waits for it.
+                counts = torch.stack([(o.argmax(1) == y).sum() for o in self._run(x, samples)]).tolist()
             correct = [a + int(b) for a, b in zip(correct, counts, strict=True)]
         return correct
 
@@ -168,7 +196,7 @@ class Engine:
         """
         size = min(GPU_BLOCK if self.on_gpu else BLOCK, _up(images, LANES))
         while True:
-            taken = sum(s.bytes(size, samples) for s in self._steps if isinstance(s, PlanStep))
+            taken = sum(s.bytes(size, samples) for s in self._steps if isinstance(s, PlanStep)) + self._live * size
             if taken <= self._memory:
                 break
             if size == LANES:
@@ -187,30 +215,76 @@ class Engine:
             # Bit by bit what several plans would give, and all chips in one call.
             yield from self._steps[0].run(images, self._chip.seed, samples, self._memory)
             return
+        if self.library and self._precision == "bfloat16" and images.dim() == 4:
+            images = images.contiguous(memory_format=torch.channels_last)  # as cuDNN's bfloat16 kernels take them
         shared: dict[fx.Node, Any] = {self._input: images}
+        with programmed(self._model, None), self._arithmetic():
+            for step in self._steps:
+                if not step.sampled:
+                    shared[step.node] = self._step(step, shared, 0, {})
+        numbers = self._numbers(samples) if self.library else None
+        for i, sample in enumerate(samples):
+            # A library's layers get their weights from here, so that none of theirs is programmed.
+            chip = None if self.library else sample
+            with programmed(self._model, chip, self._first_layer), self._arithmetic():
+                weights = self._weights(*numbers, i, sample) if numbers else {}
+                output = self._on_chip(dict(shared), sample, weights)
+            yield output.float() if self.library else output
+
+    def _on_chip(self, values: dict[fx.Node, Any], sample: int, weights: dict[AnalogLayer, Tensor]) -> Any:
+        """The output on one chip, given the values that are the same on all."""
         for step in self._steps:
             if not step.sampled:
-                shared[step.node] = self._step(step, shared, 0)
-        for sample in samples:
-            own = dict(shared)
-            with programmed(self._model, sample, self._first_layer):
-                for step in self._steps:
-                    if step.sampled:
-                        if not isinstance(step, PlanStep) and in_place(self._root, step.node):
-                            for n in step.node.all_input_nodes:  # the next chip wants it as it is
-                                own[n] = own[n].clone() if isinstance(own[n], Tensor) else own[n]
-                        own[step.node] = self._step(step, own, sample)
-            yield own[self._output]
+                continue
+            if not isinstance(step, PlanStep) and in_place(self._root, step.node):
+                for n in step.node.all_input_nodes:  # the next chip wants it as it is
+                    values[n] = values[n].clone() if isinstance(values[n], Tensor) else values[n]
+            values[step.node] = self._step(step, values, sample, weights)
+            for n in self._dead[step.node]:
+                del values[n]
+        return values[self._output]
 
-    def _step(self, step: TorchStep, values: dict[fx.Node, Any], sample: int) -> Any:
+    def _step(
+        self, step: TorchStep, values: dict[fx.Node, Any], sample: int, weights: dict[AnalogLayer, Tensor]
+    ) -> Any:
         if isinstance(step, PlanStep):
             return step.run(values[step.source], self._chip.seed, [sample], self._memory)[0]
-        return call(self._root, step.node, values)
+        layers = self._layers.get(step.node, {}) if weights else {}
+        own = {f"{name}.weight" if name else "weight": weights[layer] for name, layer in layers.items()}
+        return call(self._root, step.node, values, own)
+
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        """That of torch's products: float32 is not TF32, and bfloat16 is where a library is to compute."""
+        with ExitStack() as stack:
+            stack.enter_context(full_float32(self._device))
+            if self.library:
+                low = self._precision == "bfloat16"
+                stack.enter_context(torch.autocast(self._device.type, torch.bfloat16, enabled=low))
+            yield
+
+    def _numbers(self, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Seed and chips as the noise's kernel reads them: on the device, brought there once for all layers."""
+        return cuda.on_device(self._chip.seed, self._device), cuda.on_device(samples, self._device).to(torch.uint32)
+
+    def _weights(self, seed: Tensor, chips: Tensor, i: int, sample: int) -> dict[AnalogLayer, Tensor]:
+        """The noisy weights of chip number `i` of those, in the precision that is asked for."""
+        dtype, found = torch.bfloat16 if self._precision == "bfloat16" else torch.float32, {}
+        for layer, weight in self._nominal.items():
+            variation, index = layer.variation, layer.layer_index
+            if type(variation) is LogNormalVariation:
+                noise = seed, chips[i : i + 1], index, variation.sigma, variation.shift
+                found[layer] = cuda.noisy_weight(weight, *noise, dtype=dtype)[0]
+            else:
+                found[layer] = variation.sample(weight, self._chip.seed, index, sample)
+        return found
 
     @property
     def cost(self) -> tuple[float, float, int]:
-        """(FLOP an image once, FLOP an image on every chip, noisy weights of a chip) of what the core runs."""
+        """(FLOP an image once, FLOP an image on every chip, noisy weights of a chip) of what the core runs, or a
+        library in its place, which does not skip what padding multiplies."""
         costs = [s.plan.cost() for s in self._steps if isinstance(s, PlanStep)]
+        costs += [(0.0, flop, weights) if sampled else (flop, 0.0, 0) for sampled, flop, weights in self._torch_cost]
         return sum(c[0] for c in costs), sum(c[1] for c in costs), sum(c[2] for c in costs)
 
 
@@ -223,19 +297,32 @@ def describe(model: nn.Module, example: Tensor, first_layer: int = 0) -> Report:
         return Report(unfused=tuple(names[id(layer)] for layer in analog_layers(model)), reason=str(error))
 
 
+def check_method(method: str) -> None:
+    """Raises UserError where there is no such method."""
+    if method not in METHODS:
+        raise UserError(f"engine: method must be one of {', '.join(METHODS)}, not {method!r}")
+
+
 @contextmanager
-def _full_float32(device: torch.device) -> Iterator[None]:
-    """Torch without TF32, whose products have ten bits."""
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Torch without TF32, whose products have ten bits and which cuDNN takes unless it is told not to."""
     if device.type != "cuda":
         yield
         return
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    # Torch has two ways to say it, of which the old one is an error where a user has taken the new one.
+    conv = getattr(cudnn, "conv", None)
+    flags = [(matmul, "fp32_precision", "ieee"), (conv, "fp32_precision", "ieee")]
+    if not hasattr(matmul, "fp32_precision") or not hasattr(conv, "fp32_precision"):
+        flags = [(matmul, "allow_tf32", False), (cudnn, "allow_tf32", False)]
+    before = [getattr(where, name) for where, name, _ in flags]
+    for where, name, value in flags:
+        setattr(where, name, value)
     try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            yield
+        yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        for (where, name, _), value in zip(flags, before, strict=True):
+            setattr(where, name, value)
 
 
 def _check_samples(samples: Sequence[int]) -> None:
@@ -250,7 +337,48 @@ def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _report(graph: Lowering, steps: list[TorchStep]) -> Report:
+def _nominal(layer: AnalogLayer, precision: Precision) -> Tensor:
+    """A layer's weights as the noise's kernel reads them and a library wants them: in bfloat16 channels_last."""
+    weight = layer.weight.detach().float()
+    last = weight.dim() == 4 and precision == "bfloat16"
+    return weight.contiguous(memory_format=torch.channels_last) if last else weight.contiguous()
+
+
+def _last_uses(steps: list[TorchStep], output: fx.Node) -> dict[fx.Node, list[fx.Node]]:
+    """By each step's node, the values that no later step reads: they need not be kept."""
+    dead: dict[fx.Node, list[fx.Node]] = {s.node: [] for s in steps}
+    seen = {output}
+    for step in reversed(steps):
+        read = [step.source] if isinstance(step, PlanStep) else step.node.all_input_nodes
+        dead[step.node] = [n for n in read if n not in seen]
+        seen.update(read)
+    return dead
+
+
+def _live_bytes(
+    steps: list[TorchStep], dead: dict[fx.Node, list[fx.Node]], source: fx.Node, precision: Precision
+) -> int:
+    """Bytes an image that torch's values of one chip take at once, at most; what a library takes for itself is unknown.
+
+    The values that all chips share stay; an operation's input in the library's precision counts beside the one in its
+    own, as autocast makes it.
+    """
+
+    def size(node: fx.Node) -> int:
+        meta = node.meta.get("tensor_meta")
+        return math.prod(meta.shape[1:]) * (2 if precision == "bfloat16" else 4) if hasattr(meta, "shape") else 0
+
+    live = size(source) + sum(size(s.node) for s in steps if not s.sampled)
+    most = live
+    for step in steps:
+        live += size(step.node) if step.sampled else 0
+        most = max(most, live + max((size(n) for n in step.node.all_input_nodes), default=0))
+        sampled = {s.node for s in steps if s.sampled}
+        live -= sum(size(n) for n in dead[step.node] if n in sampled)
+    return most
+
+
+def _report(graph: Lowering, steps: list[TorchStep], library: bool) -> Report:
     fused = {name for s in steps if isinstance(s, PlanStep) for name in s.layers}
     analog = {n: m for n, m in graph.root.named_modules() if isinstance(m, AnalogLayer)}
     names = sorted(analog, key=lambda n: analog[n].layer_index)
@@ -260,6 +388,7 @@ def _report(graph: Lowering, steps: list[TorchStep]) -> Report:
         unfused=tuple(n for n in names if n not in fused),
         torch=tuple(f"{n.name} ({_what(graph.root, n)})" for n in through),
         plans=sum(isinstance(s, PlanStep) for s in steps),
+        library=library,
     )
 
 

@@ -113,12 +113,13 @@ def changed_by(root: nn.Module, node: fx.Node) -> fx.Node | None:
     return inputs[0] if inputs and len(inputs[0].users) > 1 and in_place(root, node) else None
 
 
-def call(root: nn.Module, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    """What torch gives for a node."""
+def call(root: nn.Module, node: fx.Node, values: dict[fx.Node, Any], weights: dict[str, Tensor] | None = None) -> Any:
+    """What torch gives for a node; `weights`: tensors in the place of parameters of the module that it calls."""
     args = fx.node.map_arg(node.args, values.__getitem__)
     kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
     if node.op == "call_module":
-        return root.get_submodule(node.target)(*args, **kwargs)
+        module = root.get_submodule(node.target)
+        return torch.func.functional_call(module, weights, args, kwargs) if weights else module(*args, **kwargs)
     if node.op == "call_method":
         return getattr(args[0], node.target)(*args[1:], **kwargs)
     if node.op == "get_attr":

@@ -6,9 +6,10 @@ pass: bias, BatchNorm and ReLU in either order, a 2 x 2 max-pool. Values that no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from correctnet.graph import Op, Traced, changed_by, op_of, shape_of
 from correctnet.variation import LogNormalVariation
 
 Precision = Literal["float32", "bfloat16"]
+Method = Literal["auto", "fused", "materialise", "library"]
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 @dataclass(frozen=True)
@@ -141,8 +144,11 @@ class Lowering:
             if len(sources) == 1 and _rank_fits(source := sources.pop()):
                 self.ops[node], self.sources[node] = op, source
 
-    def steps(self, first_layer: int, precision: Precision, method: cuda.Method = "fused") -> list[TorchStep]:
-        """What computes the output, in order; `method` is of CUDA plans."""
+    def steps(
+        self, first_layer: int, precision: Precision, method: cuda.Method | Literal["library"] = "fused"
+    ) -> list[TorchStep]:
+        """What computes the output, in order; `method` is of CUDA plans, "library" asks for none."""
+        planned = {n for n in self.root.graph.nodes if method != "library" and self._planned(n)}
         needed: set[fx.Node] = set()
         waiting = [self.output, *self.changed]
         while waiting:
@@ -150,15 +156,29 @@ class Lowering:
             if node in needed or node is self.input:
                 continue
             needed.add(node)
-            waiting += [self.sources[node]] if self._planned(node) else node.all_input_nodes
+            waiting += [self.sources[node]] if node in planned else node.all_input_nodes
         sampled = self._sampled(first_layer)
         return [
             self._plan(node, first_layer, precision, node in sampled, method)
-            if self._planned(node)
+            if node in planned
             else TorchStep(node, node in sampled)
             for node in self.root.graph.nodes
             if node in needed
         ]
+
+    def varied(self, node: fx.Node, first_layer: int) -> dict[str, AnalogLayer]:
+        """By name within the module that a step calls, its layers whose weights differ from chip to chip."""
+        if node.op != "call_module":
+            return {}
+        return {n: m for n, m in self.root.get_submodule(node.target).named_modules() if _noise(m, first_layer)}
+
+    def cost(self, node: fx.Node) -> tuple[float, int]:
+        """(FLOP an image, weights) of a step that is one convolution or linear layer; else zeros."""
+        module = self.root.get_submodule(node.target) if node.op == "call_module" else None
+        if not isinstance(module, (nn.Conv2d, nn.Linear)) or not shape_of(node):
+            return 0.0, 0
+        pixels = math.prod(shape_of(node)) // module.weight.shape[0]  # or vectors, for a linear layer
+        return 2.0 * module.weight.numel() * pixels, module.weight.numel()
 
     def _planned(self, node: fx.Node) -> bool:
         """Whether a plan is to compute the value: where no layer is in it, torch is as fast."""
@@ -168,10 +188,7 @@ class Lowering:
         """The nodes whose values differ from chip to chip."""
         sampled: set[fx.Node] = set()
         for node in self.root.graph.nodes:
-            own = node.op == "call_module" and any(
-                _noise(m, first_layer) for m in self.root.get_submodule(node.target).modules()
-            )
-            if own or any(n in sampled for n in node.all_input_nodes):
+            if self.varied(node, first_layer) or any(n in sampled for n in node.all_input_nodes):
                 sampled |= {node, self.changed.get(node, node)}
         return sampled
 

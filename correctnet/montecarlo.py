@@ -26,7 +26,7 @@ from tqdm import tqdm
 from correctnet import storage
 from correctnet.analog import chip_of, program, programmed
 from correctnet.data import Split
-from correctnet.engine import BLOCK, GPU_BLOCK, MEMORY, Engine, Precision, Unsupported
+from correctnet.engine import BLOCK, GPU_BLOCK, MEMORY, Engine, Method, Precision, Unsupported, check_method
 from correctnet.errors import UserError
 from correctnet.results import COLUMNS, Result
 
@@ -99,6 +99,7 @@ def evaluate(
     first_layer: int = 0,
     engine: Literal["auto", "torch"] = "auto",
     precision: Precision = "float32",
+    gpu_method: Method = "auto",
     memory: int = MEMORY,
     batch: int = 100,
     chunk: int | None = None,
@@ -117,6 +118,8 @@ def evaluate(
         first_layer: layers of a smaller index stay nominal.
         engine: "auto": the C++ core, and torch for what it cannot run, with an `EngineWarning`; "torch": torch alone.
         precision: of weights and activations in the core, "float32" or "bfloat16" (sums are float32).
+        gpu_method: how a GPU gets at noisy weights, see `correctnet.engine`; on a CPU, where there is one way, any but
+            "auto" has no effect, and an `EngineWarning` says so.
         memory: bytes that the core may take, about.
         batch: images a forward pass in torch.
         chunk: chips that are taken over all images before the next ones are begun; None: as many as take some twenty
@@ -138,6 +141,7 @@ def evaluate(
         raise UserError(f"evaluate: chips and chunk must be at least 1, not {chips} and {chunk}")
     if engine not in ("auto", "torch"):
         raise UserError(f"evaluate: engine must be 'auto' or 'torch', not {engine!r}")
+    check_method(gpu_method)
     chip = chip_of(model)
     rows = storage.resume(save, _read_rows, [])
     have = {row["sample"] for row in rows}
@@ -146,11 +150,12 @@ def evaluate(
         images = sum(len(labels) for _, labels in _batches(data, BLOCK)())
         count, size = None, 1
         if engine == "auto":
-            count, size = _engine_counter(model, _batches(data, BLOCK), images, first_layer, precision, memory)
+            how = precision, memory, gpu_method
+            count, size = _engine_counter(model, _batches(data, BLOCK), images, first_layer, *how)
         if count is None:
             count = _torch_counter(model, _batches(data, batch), first_layer, prepare)
         elif prepare is not None:
-            count, size = _prepared_counter(model, _batches(data, BLOCK), first_layer, precision, memory, prepare), 1
+            count, size = _prepared_counter(model, _batches(data, BLOCK), first_layer, *how, prepare), 1
         total, size = images * chips, chunk or size
         with tqdm(desc=title, unit="image", unit_scale=True, total=total, disable=not progress, mininterval=1) as bar:
             bar.update(images * (chips - len(todo)))
@@ -205,6 +210,7 @@ def _prepared_counter(
     first_layer: int,
     precision: Precision,
     memory: int,
+    method: Method,
     prepare: Callable[[nn.Module], None],
 ) -> Counter:
     """Through an engine for each chip, whose images are shared out among the threads, as the core's are chips."""
@@ -217,7 +223,8 @@ def _prepared_counter(
                 program(model, sample, first_layer)
                 prepare(model)
                 first = next(batches())[0][:1]
-                engine = Engine(model, first.to(next(model.parameters()).device), first_layer, precision, memory)
+                first = first.to(next(model.parameters()).device)
+                engine = Engine(model, first, first_layer, precision, memory, method)
                 # What runs through torch programs the model, which one thread at a time may do.
                 parts = 1 if engine.on_gpu or not engine.whole else threads
                 total = 0
@@ -242,17 +249,25 @@ def _engine_counter(
     first_layer: int,
     precision: Precision,
     memory: int,
+    method: Method,
 ) -> tuple[Counter | None, int]:
     """Through the core, and the chips of a chunk; None, with a warning, where it cannot run the network."""
     first = next(batches(), None)
     if first is None or len(first[0]) == 0:
         raise UserError("evaluate: the data holds no images")
     try:
-        engine = Engine(model, first[0].to(next(model.parameters()).device), first_layer, precision, memory)
+        engine = Engine(model, first[0].to(next(model.parameters()).device), first_layer, precision, memory, method)
     except Unsupported as error:
         warnings.warn(f"everything runs through torch: {error}", EngineWarning, stacklevel=3)
         return None, 1
-    if engine.report.unfused or engine.report.torch:
+    if method != "auto" and not engine.on_gpu:
+        warnings.warn(
+            f"gpu_method {method!r} has no effect: the model is on the CPU, whose core makes weights noisy while it "
+            "packs them",
+            EngineWarning,
+            stacklevel=3,
+        )
+    if (engine.report.unfused or engine.report.torch) and not engine.library:
         warnings.warn(f"not all of the network runs in the C++ core: {engine.report}", EngineWarning, stacklevel=3)
 
     threads = GPU_THREADS if engine.on_gpu else torch.get_num_threads()

@@ -180,6 +180,7 @@ def sweep(settings: Settings, pretrained: Path, base: Path, out: Path, runtime: 
         chips=s.sweep.chips,
         start=variation.VALIDATION_CHIPS,
         precision=s.montecarlo.precision,
+        gpu_method=s.montecarlo.gpu_method,
         memory=runtime.memory,
         progress=not runtime.quiet,
     )
@@ -200,6 +201,7 @@ def sensitivity(settings: Settings, path: Path, out: Path, runtime: Runtime) -> 
         chips=s.sensitivity.chips,
         start=variation.VALIDATION_CHIPS,
         precision=s.montecarlo.precision,
+        gpu_method=s.montecarlo.gpu_method,
         memory=runtime.memory,
         progress=not runtime.quiet,
     )
@@ -313,6 +315,7 @@ def _search_problem(
             s.search.chips,
             start=variation.VALIDATION_CHIPS,
             precision=s.montecarlo.precision,
+            gpu_method=s.montecarlo.gpu_method,
             memory=runtime.memory,
             progress=False,
         )
@@ -429,6 +432,7 @@ def evaluate_chips(
         chips,
         start=start,
         precision=s.montecarlo.precision,
+        gpu_method=s.montecarlo.gpu_method,
         memory=runtime.memory,
         prepare=prepare,
         save=save,

@@ -10,7 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from correctnet.analog import analog_candidates, analog_layers, convert
-from correctnet.engine import MEMORY, Precision
+from correctnet.engine import MEMORY, Method, Precision
 from correctnet.errors import UserError
 from correctnet.montecarlo import Batches, clean_accuracy, evaluate
 from correctnet.results import Result
@@ -63,6 +63,7 @@ def sweep(
     chips: int = 50,
     start: int = 0,
     precision: Precision = "float32",
+    gpu_method: Method = "auto",
     memory: int = MEMORY,
     progress: bool = True,
 ) -> Sweep:
@@ -74,7 +75,7 @@ def sweep(
         original: clean accuracy of the pre-trained network on them, in (0, 1].
         threshold: candidates are the first i layers for the first i (from the last layer backwards) whose mean
             accuracy is below threshold * original; 0.95 in the paper.
-        chips, start, precision, memory, progress: as in `correctnet.montecarlo.evaluate`.
+        chips, start, precision, gpu_method, memory, progress: as in `correctnet.montecarlo.evaluate`.
     """
     if not 0 < original <= 1:
         raise UserError(f"sweep: the original accuracy must lie in (0, 1], not {original}")
@@ -90,6 +91,7 @@ def sweep(
             start=start,
             first_layer=i - 1,
             precision=precision,
+            gpu_method=gpu_method,
             memory=memory,
             chunk=chips,
             progress=progress,
@@ -107,6 +109,7 @@ def sensitivity(
     chips: int = 20,
     start: int = 0,
     precision: Precision = "float32",
+    gpu_method: Method = "auto",
     memory: int = MEMORY,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -116,7 +119,7 @@ def sensitivity(
         model: an ordinary network, compensated or not; its digital layers stay as they are.
         variation, seed: as in `correctnet.analog.convert`. A layer carries the same weights on chip n here as on chip n
             of the whole network.
-        data, chips, start, precision, memory, progress: as in `correctnet.montecarlo.evaluate`.
+        data, chips, start, precision, gpu_method, memory, progress: as in `correctnet.montecarlo.evaluate`.
 
     Returns:
         One row a layer and chip: layer (1 is the first), name, weights (of the layer), sample, accuracy, ..., clean
@@ -134,6 +137,7 @@ def sensitivity(
             chips,
             start=start,
             precision=precision,
+            gpu_method=gpu_method,
             memory=memory,
             chunk=chips,
             progress=progress,

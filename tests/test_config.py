@@ -224,6 +224,17 @@ def test_every_setting_is_read_by_exactly_the_stages_that_depend_on_it(key, fiel
     assert found == SHARED.get(key, SHARED.get(section, {section}))
 
 
+@pytest.mark.parametrize("stage", ["sweep", "search", "evaluate", "sensitivity"])
+def test_a_key_that_came_later_changes_no_string_where_it_has_its_default(stage):
+    """Else the results of before it would all be made again."""
+    settings = Settings()
+    assert settings.of(stage).montecarlo.gpu_method == "auto"
+    assert "gpu_method" not in settings.canonical(stage)
+    assert json.loads(settings.canonical(stage))["montecarlo"] == {"precision": "float32"}
+    other = Settings.model_validate({"montecarlo": {"gpu_method": "library"}})
+    assert Settings.from_canonical(other.canonical(stage), stage).montecarlo.gpu_method == "library"
+
+
 def test_swapped_numbers_are_noticed():
     a = Settings.model_validate({"suppress": {"beta": 0.1, "k": 0.2}}).canonical("suppress")
     b = Settings.model_validate({"suppress": {"beta": 0.2, "k": 0.1}}).canonical("suppress")

@@ -3,13 +3,14 @@
     pytest -m gpu                     skipped, with the reason, where there is no GPU or no CUDA kernels
 
 In a build that models the device (csrc/cuda/shim.h) the same tests run on the CPU, all but those of torch's runtime;
-tests/test_shim.py makes one.
+tests/test_cuda_build.py makes one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -18,9 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from correctnet import LogNormalVariation, compensation, convert, cuda, evaluate, models, native, ops
+from correctnet.analog import analog_layers, program, programmed
 from correctnet.data import Split
-from correctnet.engine import Engine
+from correctnet.engine import Engine, full_float32
 from correctnet.errors import UserError
+from correctnet.lowering import METHODS
+from correctnet.montecarlo import EngineWarning
+from correctnet.variation import Variation
 
 MODELLED = cuda.status().built and not torch.cuda.is_available()
 DEVICE = torch.device("cpu" if MODELLED else "cuda")
@@ -28,6 +33,14 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda.status().usable, reas
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 
 SEED, SIGMA = 11, 0.5
+
+
+@pytest.fixture(autouse=True)
+def _float32_is_float32() -> Iterator[None]:
+    # Where torch computes (a gradient with respect to weights, layers whose weights are made first) cuDNN would round
+    # to TF32's ten bits, as it does by default in any network: these tests are about our arithmetic.
+    with full_float32(DEVICE):
+        yield
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -85,8 +98,6 @@ def made(name: str) -> tuple[nn.Module, Tensor]:
 
 def by_torch(analog: nn.Module, images: Tensor, samples: list[int]) -> Tensor:
     """Each chip by torch on the CPU, in float64, with the weights of the specification."""
-    from correctnet.analog import analog_layers, programmed
-
     outputs = []
     for sample in samples:
         with programmed(analog, sample), torch.no_grad():
@@ -134,7 +145,7 @@ def test_noise_of_many_weights_has_the_moments_of_its_distribution() -> None:
 # ---- the engine -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", cuda.METHODS)
+@pytest.mark.parametrize("method", ["fused", "materialise", "library"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_outputs_are_those_of_the_chips(name: str, precision: Any, method: Any) -> None:
@@ -143,11 +154,14 @@ def test_outputs_are_those_of_the_chips(name: str, precision: Any, method: Any) 
     wanted = by_torch(analog, images, samples)
     engine = Engine(analog.to(DEVICE), images[:2].to(DEVICE), precision=precision, method=method)
     assert engine.on_gpu
-    assert engine.report.unfused == ()
+    assert (engine.report.unfused == ()) == (method != "library")
+    assert engine.library == engine.report.library == (method == "library")
     got = engine.outputs(images.to(DEVICE), samples).double().cpu()
     scale = wanted.abs().max().item()
     # float32: sums of at most 400 products. bfloat16: 2^-9 of each number, over three to six layers.
     tolerance = 2e-6 if precision == "float32" else 0.04
+    if method == "library":  # which may take Winograd's way in float32, and rounds each operation's output in bfloat16
+        tolerance = 2e-5 if precision == "float32" else 0.08
     assert (got - wanted).abs().max().item() < tolerance * scale
 
 
@@ -168,19 +182,65 @@ def test_methods_chunks_and_single_chips_agree_to_the_bit(precision: Any) -> Non
     assert torch.equal(torch.cat([engine.outputs(images[:5], samples), engine.outputs(images[5:], samples)], 1), whole)
 
 
-def test_counts_are_those_of_the_outputs() -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_counts_are_those_of_the_outputs(method: Any) -> None:
     analog, images = made("lenet5")
-    engine = Engine(analog.to(DEVICE), images[:2].to(DEVICE))
+    engine = Engine(analog.to(DEVICE), images[:2].to(DEVICE), method=method)
     labels = torch.arange(37) % 10
     outputs = engine.outputs(images, range(6))
     assert engine.count_correct(images, labels, range(6)) == (outputs.argmax(2).cpu() == labels).sum(1).tolist()
 
 
-def test_evaluate_gives_the_accuracies_of_the_cpu() -> None:
+@pytest.mark.parametrize("first_layer", [0, 2])
+def test_libraries_get_the_weights_of_the_chip(first_layer: int) -> None:
+    """Layers in front of the first varied one, a device model of the user's own, a hook, an operation in place."""
+
+    class Doubling(Variation):
+        def sample(self, weight: Tensor, seed: int, layer: int, sample: int) -> Tensor:
+            return weight * (2 + sample)
+
+        def describe(self) -> dict[str, Any]:
+            return {}
+
+    analog, images = made("residual")
+    analog, images = analog.to(DEVICE), images.to(DEVICE)
+    analog.third.variation = Doubling()
+    analog.second.register_forward_hook(lambda module, args, output: output * 3)
+    analog.norm = nn.Sequential(analog.norm, nn.ReLU(inplace=True))
+    program(analog, 5)  # what is programmed now has no say
+    engine = Engine(analog, images[:2], first_layer, method="library")
+    shared, sampled, weights = engine.cost
+    assert (shared > 0) == (first_layer > 0)
+    assert weights == sum(m.weight.numel() for m in analog_layers(analog)[first_layer:])
+    assert sampled > 0
+    got = engine.outputs(images, [0, 137])
+    for found, sample in zip(got, [0, 137], strict=True):
+        with programmed(analog, sample, first_layer), torch.no_grad():
+            wanted = analog(images)
+        assert (found - wanted).abs().max() < 2e-5 * wanted.abs().max()
+    again = engine.outputs(images, [137])[0]
+    assert (again - got[1]).abs().max() < 2e-5 * again.abs().max()
+
+
+def test_libraries_take_as_many_images_as_fit() -> None:
+    analog, images = made("lenet5")
+    analog, images = analog.to(DEVICE), images.to(DEVICE)
+    engine = Engine(analog, images[:2], memory=1 << 20, method="library")
+    # An image, 6 x 28 x 28 numbers twice, and once more where an operation may make a copy of its input.
+    assert engine._live == 4 * (32 * 32 + 3 * 6 * 28 * 28)
+    assert engine.block(37, 2) == 16
+    whole = Engine(analog, images[:2], method="library").outputs(images, [3])
+    assert (engine.outputs(images, [3]) - whole).abs().max() < 2e-5 * whole.abs().max()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_evaluate_gives_the_accuracies_of_the_cpu(method: Any) -> None:
     analog, images = made("lenet5")
     labels = torch.arange(37) % 10
     on_cpu = evaluate(analog, (images, labels), 12, engine="torch", progress=False)
-    got = evaluate(analog.to(DEVICE), Split(images, labels), 12, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", EngineWarning)
+        got = evaluate(analog.to(DEVICE), Split(images, labels), 12, gpu_method=method, progress=False)
     assert got.table["correct"].tolist() == on_cpu.table["correct"].tolist()
 
 
@@ -234,6 +294,82 @@ def test_operators_and_their_gradients_are_those_of_the_specification(name: str,
         assert error <= 3e-6 * reference.abs().max().item()
     y = ops.noisy_conv2d(x, weight, bias, seed=SEED, samples=samples, layer=2, sigma=SIGMA, **geometry)
     assert (y - fused).abs().max().item() <= 3e-6 * references[0].abs().max().item()
+
+
+# ---- graphs ---------------------------------------------------------------------------------------------------------
+
+
+def captured(work: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], object], tuple[Tensor, ...]]:
+    """`work` as a CUDA graph: what replays it, and its results. A modelled device does the work again."""
+    if MODELLED:
+        results = work()
+
+        def again() -> None:
+            for result, new in zip(results, work(), strict=True):
+                result.copy_(new)
+
+        return again, results
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # libraries choose their kernels, and allocate
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = work()
+    return graph.replay, results
+
+
+NUMBERS = [(1, [4, 9]), (2, [4, 9]), (2**40 + 2, [137, 2**32 - 1])]
+
+
+@pytest.mark.parametrize("way", ["operator", "function"])
+def test_layers_and_gradients_are_captured_in_a_graph(way: str) -> None:
+    """With seed and samples on the device nothing waits for it, and a replay is about what stands in them then."""
+    x, weight, bias = (t.to(DEVICE) for t in (normal(3, 6, 9, 8), normal(9, 2, 3, 3, seed=1), normal(9, seed=2)))
+    tensors = [t.requires_grad_() for t in (x, weight, bias)]
+    seed, samples = torch.zeros((), dtype=torch.int64, device=DEVICE), torch.tensor([0, 1]).to(DEVICE)
+
+    def work(seed: Tensor = seed, samples: Tensor = samples) -> tuple[Tensor, ...]:
+        if way == "operator":
+            op = torch.ops.correctnet.noisy_conv2d
+            y = op(x, weight, bias, seed, samples, 2, SIGMA, 0.0, [1, 1], [1, 1], [1, 1], 3)
+        else:
+            noise = {"seed": seed, "samples": samples, "layer": 2, "sigma": SIGMA}
+            y = ops.noisy_conv2d(x, weight, bias, **noise, padding=1, groups=3)
+        return y.detach(), *torch.autograd.grad(y.square().sum(), tensors)
+
+    replay, results = captured(work)
+    for number, chips in NUMBERS:
+        seed.fill_(number)
+        samples.copy_(torch.tensor(chips))
+        replay()
+        wanted = work(torch.tensor(number), torch.tensor(chips))
+        for result, reference in zip(results, wanted, strict=True):
+            assert (result - reference).abs().max() <= 3e-6 * reference.abs().max()
+
+
+@pytest.mark.parametrize("method", cuda.METHODS)
+def test_a_plan_is_captured_in_a_graph(method: Any) -> None:
+    analog, images = made("lenet5")
+    analog, images = analog.to(DEVICE), images.to(DEVICE)
+    labels = (torch.arange(37) % 10).to(DEVICE)
+    (step,) = Engine(analog, images[:2], method=method)._steps
+    seed, samples = torch.zeros((), dtype=torch.int64, device=DEVICE), torch.tensor([0, 1]).to(DEVICE)
+    memory = step.gpu.workspace(len(images), 1)  # for one chip after the other
+
+    def work() -> tuple[Tensor, ...]:
+        outputs = step.gpu.outputs(images, seed, samples, memory)
+        return outputs, step.gpu.count_correct(images, labels, seed, samples, memory)
+
+    replay, (outputs, correct) = captured(work)
+    for number, chips in NUMBERS:
+        seed.fill_(number)
+        samples.copy_(torch.tensor(chips))
+        replay()
+        assert torch.equal(outputs, step.gpu.outputs(images, number, chips, memory))
+        assert torch.equal(correct, step.gpu.count_correct(images, labels, number, chips, memory))
 
 
 # ---- torch's runtime ------------------------------------------------------------------------------------------------

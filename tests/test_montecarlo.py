@@ -188,3 +188,14 @@ def test_a_prepared_chip_is_evaluated_as_it_was_prepared(tiny, blobs, network):
             right = (own(blobs.images).argmax(1) == blobs.labels).sum().item()
         assert found.table["correct"][sample - 4] == right
     assert list(found.table["correct"]) != list(plain.table["correct"])
+
+
+def test_the_ways_of_a_gpu_change_nothing_on_a_cpu_and_say_so(tiny, blobs):
+    analog = convert(tiny, LogNormalVariation(0.5))
+    wanted = evaluate(analog, blobs, 2, progress=False)
+    for method in ("fused", "materialise", "library"):
+        with pytest.warns(EngineWarning, match=f"gpu_method '{method}' has no effect: the model is on the CPU"):
+            found = evaluate(analog, blobs, 2, gpu_method=method, progress=False)
+        pd.testing.assert_frame_equal(found.table, wanted.table)
+    with pytest.raises(UserError, match="method must be one of auto, fused, materialise, library, not 'cudnn'"):
+        evaluate(analog, blobs, 2, gpu_method="cudnn", progress=False)
