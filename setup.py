@@ -5,8 +5,8 @@ computes the same in numpy; `correctnet.native.status()` says which. Where there
 error. CXX and CMAKE_ARGS are heeded.
 
 The CUDA kernels are a part of the core where nvcc is found (CUDACXX, PATH, or /usr/local/cuda), whether or not there is
-a GPU: CORRECTNET_CUDA=0 leaves them out, 1 demands them, and CORRECTNET_CUDA_ARCHS names architectures as CMake does
-("80;90-real;90-virtual").
+a GPU: CORRECTNET_CUDA=0 leaves them out, 1 demands them and with them the core, and CORRECTNET_CUDA_ARCHS names
+architectures as CMake does ("80;90-real;90-virtual").
 """
 
 import os
@@ -46,8 +46,16 @@ class CMakeBuild(build_ext):
                 settings["CORRECTNET_CUDA_ARCHS"] = os.environ["CORRECTNET_CUDA_ARCHS"]
         options = [f"-D{name}={value}" for name, value in settings.items()]
         options += shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        subprocess.run(["cmake", "-S", ROOT / "csrc", "-B", build, "-G", "Ninja", *options], check=True)
-        subprocess.run(["cmake", "--build", build], check=True)
+        try:
+            subprocess.run(["cmake", "-S", ROOT / "csrc", "-B", build, "-G", "Ninja", *options], check=True)
+            subprocess.run(["cmake", "--build", build], check=True)
+        except subprocess.CalledProcessError:
+            if not nvcc:
+                raise
+            sys.exit(
+                f"correctnet: the build with {nvcc} failed, see above: CORRECTNET_CUDA=0 installs without the CUDA "
+                "kernels, CORRECTNET_CUDA_ARCHS (e.g. 80;90) says for which GPUs they are compiled"
+            )
         if not module.exists():
             raise RuntimeError(f"the build ended without {module}")
 
@@ -76,6 +84,8 @@ def find_nvcc() -> str | None:
 
 nvcc = find_nvcc()
 reason = why_not()
+if reason and os.environ.get("CORRECTNET_CUDA") == "1":
+    sys.exit(f"correctnet: CORRECTNET_CUDA is 1, but the CUDA kernels are a part of the C++ core, and {reason}")
 if reason:
     print(f"correctnet: {reason}: installing without the C++ core", file=sys.stderr)
 setup(

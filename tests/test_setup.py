@@ -1,0 +1,55 @@
+"""setup.py, where what was asked for cannot be built: one line that says what to set."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+COMPILER = any(map(shutil.which, [os.environ.get("CXX", "c++"), "g++", "clang++"]))
+
+
+def setup(*arguments: str | Path, **environment: str) -> list[str]:
+    """The lines that a setup which must fail leaves on the error stream."""
+    ours = ("CORRECTNET_CUDA", "CORRECTNET_CUDA_ARCHS", "CORRECTNET_PURE_PYTHON", "CUDACXX")
+    env = {k: v for k, v in os.environ.items() if k not in ours} | environment
+    command = [sys.executable, ROOT / "setup.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode != 0, done.stdout
+    return done.stderr.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"CORRECTNET_PURE_PYTHON": "1", "CUDACXX": "nvcc"}, "CORRECTNET_PURE_PYTHON is 1"),
+        ({"PATH": "/nowhere", "CUDACXX": "nvcc"}, "no C++ compiler found (c++, g++, clang++; CXX not set)"),
+    ],
+)
+def test_kernels_that_are_demanded_without_the_core(environment: dict[str, str], reason: str) -> None:
+    lines = setup("--name", CORRECTNET_CUDA="1", **environment)
+    wanted = "correctnet: CORRECTNET_CUDA is 1, but the CUDA kernels are a part of the C++ core, and "
+    assert lines == [wanted + reason]
+
+
+def test_kernels_that_are_demanded_without_nvcc() -> None:
+    if Path("/usr/local/cuda/bin/nvcc").exists():
+        pytest.skip("nvcc is where setup.py looks for it last")
+    (line,) = setup("--name", CORRECTNET_CUDA="1", PATH="/nowhere")
+    assert line == "correctnet: CORRECTNET_CUDA is 1, but nvcc is not found; add it to PATH or set CUDACXX"
+
+
+@pytest.mark.skipif(not (COMPILER and shutil.which("cmake") and shutil.which("ninja")), reason="no C++ compiler, CMake")
+def test_an_nvcc_that_fails_names_the_ways_out(tmp_path: Path) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'nvcc fatal: broken' >&2\nexit 1\n")
+    nvcc.chmod(0o755)
+    out = ["--build-temp", tmp_path / "temp", "--build-lib", tmp_path / "lib"]
+    lines = setup("build_ext", *out, CORRECTNET_CUDA="1", CUDACXX=str(nvcc))
+    assert lines[-1].startswith(f"correctnet: the build with {nvcc} failed, see above: CORRECTNET_CUDA=0 installs")
+    assert "CORRECTNET_CUDA_ARCHS" in lines[-1]
