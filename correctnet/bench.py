@@ -402,11 +402,11 @@ def measure(
     return about | {"rows": [{**row, "cpu": about["cpu"], "threads": row.get("threads", threads)} for row in rows]}
 
 
-def _why_not_compiled() -> str | None:
+def _why_not_compiled(device: str = "cpu") -> str | None:
     """Why torch.compile does not work here, in one line, or None."""
     try:
         with torch.inference_mode():
-            torch.compile(nn.Linear(2, 2), dynamic=False)(torch.ones(1, 2))
+            torch.compile(nn.Linear(2, 2, device=device), dynamic=False)(torch.ones(1, 2, device=device))
     except Exception as error:  # whatever it is (no compiler, no headers, an unknown Python), the loops do without
         return one_line(error).partition(" Set TORCH")[0][:200] or type(error).__name__
     return None

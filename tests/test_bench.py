@@ -296,24 +296,117 @@ def test_without_a_gpu_the_bench_says_so() -> None:
         bench_gpu.measure(())
 
 
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    """The measurements of a GPU with the CPU in its place: all of them but CUDA graphs, and times that mean nothing."""
+
+    def seconds(work, at_least=0.0):
+        work()
+        return 1.0
+
+    def noisy_weight(weight, seed, samples, layer, sigma):
+        return native.noisy_weight(weight, seed, layer, samples[0], sigma)[None]
+
+    monkeypatch.setattr(bench_gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(bench_gpu, "seconds", seconds)
+    monkeypatch.setattr(bench_gpu, "CROSSOVER_IMAGES", (2, 4))
+    monkeypatch.setattr(bench_gpu.cuda, "noisy_weight", noisy_weight)
+
+
+MEASURED = {
+    "device": "a card",
+    "torch": "2",
+    "cuda": "13",
+    "architectures": "80-real, 90",
+    "sigma": 0.5,
+    "matmul_flop_per_s": {"bf16": 7e14, "float32": 4e14},
+}
+
+
+@needs_core
+def test_the_measurements_of_a_gpu_run(on_the_cpu) -> None:
+    said = []
+    rows = bench_gpu._work_rows(TINY, {"bf16": 1e12, "float32": 1e12}, 1, 0, False, said.append)
+    ways = [(p, m) for p in ("bf16", "float32") for m in ("fused", "materialise", "library")]
+    assert [(row["precision"], row["method"]) for row in rows] == ways
+    flop = 2 * (28 * 28 * 6 * 25 + 10 * 10 * 16 * 150 + 400 * 120 + 120 * 84 + 84 * 10)
+    assert all(row["images_per_s"] == 3 * 70 for row in rows)
+    assert all(row["fraction_of_peak"] == pytest.approx(3 * 70 * flop / 1e12) for row in rows)
+    rows += bench_gpu.crossover_rows(0, 1, said.append, chips=1)
+    assert [row["images_per_s"] for row in rows if row["work"] == "crossover"] == [2.0] * 3 + [4.0] * 3
+    text = bench_gpu.table({**MEASURED, "rows": rows})
+    assert "Crossover: library is faster than fused not up to the most images measured." in text
+
+
+@needs_core
+def test_ways_of_training_are_measured(on_the_cpu, monkeypatch) -> None:
+    made = bench_gpu.Trainer
+
+    def trainer(network, filters, x, y, way, seed):
+        if way.compiled and way.noise == "kernels":
+            raise RuntimeError("no compiler\nmore of it")
+        return made(network, filters, x, y, bench_gpu.Way(way.noise), seed)
+
+    monkeypatch.setattr(bench_gpu, "Trainer", trainer)
+    rows = bench_gpu.training_rows(0, 1, print, batch=2, steps=1)
+    assert [row["way"] for row in rows] == ["fit", "the kernels' noise, eager"]
+    assert set(rows[0]["plain"]) == {"torch's noise, eager", "torch's noise, torch.compile"}
+    assert rows[0]["ratio"] == 1
+    text = bench_gpu.table({**MEASURED, "rows": rows})
+    assert "| fit | 1.0 | 1.00 |" in text
+    assert "| the kernels' noise, torch.compile | does not work: no compiler" in text
+
+
+@needs_core
+@pytest.mark.parametrize("noise", ["kernels", "torch"])
+def test_a_step_of_training_is_on_a_fresh_chip_and_trains_compensators_alone(on_the_cpu, lenet, noise) -> None:
+    x, y = bench.Work("t", models.lenet5, (1, 32, 32), 1, 8).data(0)
+    trainer = bench_gpu.Trainer(lenet, {"conv1.layer": 3}, x, y, bench_gpu.Way(noise), seed=9)
+    before = [p.detach().clone() for p in trainer.parameters]
+    drawn = [w.detach().clone() for w in trainer.weights]
+    trainer.run(1)
+    assert all(not torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
+    theta = []
+    for i, (old, weight, nominal) in enumerate(zip(drawn, trainer.weights, weights(lenet), strict=True)):
+        assert not torch.equal(old, weight)
+        theta.append((weight.double() / nominal.double()).log().flatten())
+        if noise == "kernels":  # three steps to begin with, and one
+            assert torch.equal(weight, native.noisy_weight(nominal, 9, i, 4, bench.SIGMA))
+    theta = torch.cat(theta)
+    assert abs(theta.mean()) < 5 * bench.SIGMA / math.sqrt(len(theta))
+    assert abs(theta.std() / bench.SIGMA - 1) < 5 / math.sqrt(2 * len(theta))
+
+
+@pytest.mark.parametrize(
+    ("library", "wanted"),
+    [([1, 1, 1], None), ([3, 3, 3], 16), ([1, 3, 3], 64), ([3, 1, 3], 256), ([1, 3, 1], None), ([2, 2, 2.5], 256)],
+)
+def test_the_crossover_is_where_the_library_is_faster_from_then_on(library: list[float], wanted: int | None) -> None:
+    rows = [{"work": "vgg16-64x64", "method": "library", "images": 1, "images_per_s": 9.0}]
+    for images, rate in zip((64, 256, 16), (library[1], library[2], library[0]), strict=True):  # in any order
+        rows += [
+            {"work": "crossover", "method": m, "images": images, "images_per_s": r}
+            for m, r in (("fused", 2), ("materialise", 9), ("library", rate))
+        ]
+    assert bench_gpu.crossover(rows) == wanted
+    assert bench_gpu.crossover(rows, "materialise") == 16
+    assert bench_gpu.crossover([]) is None
+
+
 def test_the_table_of_a_gpu() -> None:
     row = {"work": "vgg16-64x64", "precision": "bf16", "method": "fused", "images_per_s": 1e5, "ratio": 3.0}
     row |= {"fraction_of_peak": 0.4, "plain": "bf16 network, CUDA graph", "plain_images_per_s": 33333.0}
     crossing = [
         {"work": "crossover", "method": m, "images": 64, "images_per_s": r}
-        for m, r in (("fused", 2e3), ("materialise", 1e3))
+        for m, r in (("fused", 2e3), ("materialise", 1e3), ("library", 3e3))
     ]
-    training = {"work": "training", "batch": 128, "steps_per_s": 90.0, "ratio": 1.5, "against": "torch's noise, eager"}
-    measured = {
-        "device": "a card",
-        "torch": "2",
-        "cuda": "13",
-        "architectures": "80-real, 90",
-        "sigma": 0.5,
-        "matmul_flop_per_s": {"bf16": 7e14, "float32": 4e14},
-        "rows": [row, *crossing, training | {"plain_steps_per_s": 60.0}],
-    }
-    text = bench_gpu.table(measured)
+    training = {"work": "training", "batch": 128, "way": "the kernels' noise, CUDA graph", "steps_per_s": 90.0}
+    training |= {"ratio": 1.5, "plain_steps_per_s": 60.0, "against": "torch's noise, CUDA graph", "failed": {}}
+    training |= {"plain": {"torch's noise, CUDA graph": 60.0, "torch's noise, eager": 30.0}}
+    text = bench_gpu.table({**MEASURED, "rows": [row, *crossing, training]})
     assert "| vgg16-64x64 | bf16, fused | 100,000 | 3.0 | 40% | bf16 network, CUDA graph | 33,333 |" in text
-    assert "| 64 | 2,000 | 1,000 |" in text
-    assert "90.0 steps/s, 1.50 x with torch's noise, eager (60.0)" in text
+    assert "| 64 | 2,000 | 1,000 | 3,000 |" in text
+    assert "Crossover: library is faster than fused from 64 images a chip on." in text
+    assert "Crossover: materialise is faster than fused not up to the most images measured." in text
+    assert "| the kernels' noise, CUDA graph | 90.0 | 1.50 |" in text
+    assert "| torch's noise, eager | 30.0 | 0.50 |" in text
