@@ -17,13 +17,14 @@ On a GPU the weights become noisy by one of three ways (`method`):
 
 The chips, that is the weights, are the same bits in all three. The outputs of "library" are not: sums are taken in
 another order, and in bfloat16 every layer's output is rounded before bias, BatchNorm and ReLU instead of behind them.
+What torch computes in float32 here is float32, whatever is set for TF32 outside.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -310,19 +311,28 @@ def full_float32(device: torch.device) -> Iterator[None]:
         yield
         return
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    # Torch has two ways to say it, of which the old one is an error where a user has taken the new one.
-    conv = getattr(cudnn, "conv", None)
-    flags = [(matmul, "fp32_precision", "ieee"), (conv, "fp32_precision", "ieee")]
-    if not hasattr(matmul, "fp32_precision") or not hasattr(conv, "fp32_precision"):
-        flags = [(matmul, "allow_tf32", False), (cudnn, "allow_tf32", False)]
-    before = [getattr(where, name) for where, name, _ in flags]
-    for where, name, value in flags:
-        setattr(where, name, value)
+    before = [*_turn_tf32_off(matmul, matmul), *_turn_tf32_off(cudnn, getattr(cudnn, "conv", None))]
     try:
         yield
     finally:
-        for (where, name, _), value in zip(flags, before, strict=True):
+        for where, name, value in reversed(before):
             setattr(where, name, value)
+
+
+def _turn_tf32_off(old: Any, new: Any) -> list[tuple[Any, str, Any]]:
+    """What was changed for it: where, the switch's name, and what it said.
+
+    Torch has two generations of switches. To read the old one is an error where a user has set the new one alone; and
+    it does not reach what the new one says of all of torch.
+    """
+    before = []
+    with suppress(RuntimeError):
+        before.append((old, "allow_tf32", old.allow_tf32))
+        old.allow_tf32 = False
+    if getattr(new, "fp32_precision", None) == "tf32":
+        before.append((new, "fp32_precision", "tf32"))
+        new.fp32_precision = "ieee"
+    return before
 
 
 def _check_samples(samples: Sequence[int]) -> None:

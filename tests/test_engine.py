@@ -338,6 +338,37 @@ def test_a_misread_network_gives_no_accuracy(monkeypatch: pytest.MonkeyPatch) ->
         Engine(convert(models.lenet5(), VARIATION), inputs(4, 1, 32, 32))
 
 
+@pytest.mark.parametrize("generation", ["old", "new", "all"])
+@pytest.mark.parametrize("on", [True, False])
+def test_tf32_is_off_where_float32_is_promised_and_then_as_it_was(generation: str, on: bool) -> None:
+    """The switches are there without a GPU, too. In a process of its own: what is set here cannot be taken back."""
+    code = f"""
+import torch
+from correctnet.engine import full_float32
+matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+if {generation == "old"}:
+    matmul.allow_tf32 = cudnn.allow_tf32 = {on}
+    now = lambda: (matmul.allow_tf32, cudnn.allow_tf32)
+    off, before = (False, False), ({on}, {on})
+elif hasattr(cudnn, "conv"):
+    if {generation == "new"}:
+        matmul.fp32_precision = cudnn.conv.fp32_precision = "tf32" if {on} else "ieee"
+    else:
+        torch.backends.fp32_precision = "tf32" if {on} else "ieee"
+    now = lambda: (matmul.fp32_precision == "tf32", cudnn.conv.fp32_precision == "tf32")
+    off, before = (False, False), ({on}, {on})
+else:
+    raise SystemExit
+assert now() == before, now()
+for _ in range(2):
+    with full_float32(torch.device("cuda")):
+        assert now() == off, now()
+    assert now() == before, now()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # ---- through evaluate -----------------------------------------------------------------------------------------------
 
 
