@@ -11,8 +11,10 @@ Where they were not built, or cannot run on the device at hand, torch computes e
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
@@ -73,13 +75,37 @@ def reaches(device: torch.device) -> bool:
     kernels = _kernels()
     if kernels is None or device.type != kernels.device_type:
         return False
-    return (device.type != "cuda" or torch.cuda.is_available()) and _problem(device.index or 0) is None
+    return (device.type != "cuda" or torch.cuda.is_available()) and _problem(_number(device)) is None
+
+
+def _number(device: torch.device) -> int:
+    """A device's number; "cuda" alone is torch's current one."""
+    if device.index is not None:
+        return device.index
+    return torch.cuda.current_device() if device.type == "cuda" else 0
 
 
 def _kernels() -> ModuleType | None:
     """The core's submodule, or None. Its `device_type` is "cuda", or "cpu" in a build that models the device."""
     core = native._checked_core()
     return getattr(core, "cuda", None)
+
+
+@contextlib.contextmanager
+def _memory(where: str, what: str) -> Iterator[None]:
+    """The end of the device's memory, found by torch or by the kernels, as a UserError."""
+    try:
+        yield
+    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+        raise UserError(
+            f"{where}: the device has no {what}; allow less memory, take fewer images or chips at once, or free what "
+            "torch keeps in reserve: torch.cuda.empty_cache()"
+        ) from error
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it is a view that begins between multiples of 16 bytes, what kernels read at once."""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 class Plan:
@@ -92,7 +118,7 @@ class Plan:
             are made in memory first, which is the better plan where a chip sees very many images. Same results.
 
     Raises:
-        UserError: a device that the kernels cannot use.
+        UserError: a device that the kernels cannot use, or without memory for the weights.
     """
 
     def __init__(self, plan: Any, device: torch.device, method: Method = "fused"):
@@ -102,7 +128,8 @@ class Plan:
         if kernels is None or not reaches(device):
             raise UserError(f"the CUDA kernels do not compute on {device}: {status().reason}")
         self.device, self._materialise = device, method == "materialise"
-        self._engine = kernels.Engine(plan, device.index or 0)
+        with _memory("engine", "memory left for the network's weights"):
+            self._engine = kernels.Engine(plan, _number(device))
 
     def workspace(self, count: int, samples: int) -> int:
         """Bytes that a run of `count` images on `samples` chips takes at once."""
@@ -116,7 +143,8 @@ class Plan:
         as many groups as that needs.
         """
         shape = self._engine.output_shape
-        outputs = torch.empty(len(samples), len(images), *shape, device=images.device)
+        with _memory("engine", "memory left for the outputs"):
+            outputs = torch.empty(len(samples), len(images), *shape, device=images.device)
         self._run(images, seed, samples, memory, outputs=outputs)
         return outputs
 
@@ -132,7 +160,8 @@ class Plan:
     def _run(
         self, images: Tensor, seed: int | Tensor, samples: Sequence[int] | Tensor, memory: int, **tensors: Tensor
     ) -> None:
-        images = images.detach().contiguous()
+        with _memory("engine", f"{4 * images.numel() >> 20} MiB left"):
+            images = images.detach().contiguous()
         least, all_of_them = self.workspace(len(images), 1), self.workspace(len(images), len(samples))
         if least > memory:
             raise UserError(
@@ -140,10 +169,8 @@ class Plan:
                 f"{memory >> 20} MiB allowed; allow more memory"
             )
         size = min(all_of_them, memory)
-        try:
+        with _memory("engine", f"{size >> 20} MiB left"):
             workspace = torch.empty(size, dtype=torch.uint8, device=images.device)
-        except torch.cuda.OutOfMemoryError as error:
-            raise UserError(f"engine: the device has no {size >> 20} MiB left; allow less memory") from error
         numbers = on_device(seed, images.device)
         chips = on_device(samples, images.device).to(torch.uint32)
         self._engine.run(
@@ -179,19 +206,23 @@ def noisy_weight(
 
     Returns:
         (S, *weight.shape) in the memory order of `weight`, rounded once from float32.
+
+    Raises:
+        UserError: the device's memory does not hold them.
     """
     reference.log2_scale(sigma, shift)
     kernels = _kernels()
     dtype = weight.dtype if dtype is None else dtype
     last = weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
     order = torch.channels_last if last else torch.contiguous_format
-    nominal = weight.detach().float().contiguous(memory_format=order)
     chips = on_device(samples, weight.device).to(torch.uint32)
     seed = on_device(seed, weight.device)
     out, inputs, *kernel = weight.shape
-    taps = nominal[0, 0].numel() if kernel else 1
+    taps = math.prod(kernel)
     memory = (len(chips), out, *kernel, inputs) if last else (len(chips), *weight.shape)
-    result = torch.empty(memory, dtype=dtype, device=weight.device)
+    with _memory("noisy weights", f"memory left for those of {len(chips)} chips"):
+        nominal = weight.detach().float().contiguous(memory_format=order)
+        result = torch.empty(memory, dtype=dtype, device=weight.device)
     kernels.noisy_weight(
         weight=nominal.data_ptr(),
         out=result.data_ptr(),
@@ -204,6 +235,7 @@ def noisy_weight(
         samples=chips.data_ptr(),
         sample_count=len(chips),
         noise=native._core.LayerNoise(layer, sigma, shift),
+        device=_number(weight.device),
         stream=stream(weight.device),
     )
     return result.movedim(-1, 2) if last else result
@@ -234,11 +266,17 @@ def convolve(
 
     Returns:
         (S, N, O, H', W'), or with `size` (S, N, C, H, W); the dtype of x.
+
+    Raises:
+        UserError: the device's memory does not hold it.
+        ValueError: more pixels at once than the kernels count.
     """
     stride, padding, dilation, groups = geometry
     outputs, inputs, *kernel = weight.shape
     shared = x.dim() == 4
-    pixels = x.movedim(-3, -1).contiguous()  # (..., H, W, C)
+    what = "convolution", f"memory left for {x.shape[-4]} images on {len(samples)} chips"
+    with _memory(*what):
+        pixels = _aligned(x.movedim(-3, -1).contiguous())  # (..., H, W, C)
     height, width = x.shape[-2:] if size is None else size
     if size is None:
         reach = [
@@ -247,11 +285,12 @@ def convolve(
         out = (*(r // s + 1 for r, s in zip(reach, stride, strict=True)), outputs)
     else:
         out = (height, width, inputs * groups)
-    nominal = weight.detach().float().permute(0, 2, 3, 1).contiguous()
     chips = on_device(samples, x.device).to(torch.uint32)
     seed = on_device(seed, x.device)
     added = None if bias is None else bias.detach().float().contiguous()
-    y = torch.empty(len(chips), x.shape[-4], *out, dtype=x.dtype, device=x.device)
+    with _memory(*what):
+        nominal = _aligned(weight.detach().float().permute(0, 2, 3, 1).contiguous())
+        y = torch.empty(len(chips), x.shape[-4], *out, dtype=x.dtype, device=x.device)
     _kernels().convolve(
         precision="bfloat16" if x.dtype == torch.bfloat16 else "float32",
         x=pixels.data_ptr(),
@@ -274,10 +313,11 @@ def convolve(
         sample_count=len(chips),
         noise=native._core.LayerNoise(layer, sigma, shift),
         backward=size is not None,
-        device=x.device.index or 0,
+        device=_number(x.device),
         cuda_stream=stream(x.device),
     )
-    return y.movedim(-1, 2).contiguous()
+    with _memory(*what):
+        return y.movedim(-1, 2).contiguous()
 
 
 def on_device(numbers: int | Sequence[int] | Tensor, device: torch.device) -> Tensor:

@@ -1,5 +1,9 @@
 // correctnet._native.cuda: the CUDA kernels (cuda/engine.h). Addresses are of device memory, as integers; made and kept
 // alive by correctnet/cuda.py.
+#if defined(CORRECTNET_SHIM)
+#include "cuda/device.cuh"
+#endif
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -25,9 +29,16 @@ void bind_cuda(py::module_& parent) {
   m.attr("architectures") = CORRECTNET_CUDA_ARCHS;
 #if defined(CORRECTNET_SHIM)
   m.attr("device_type") = "cpu";
+  // The next call of a function of the runtime finds no memory.
+  m.def("out_of_memory", [](const std::string& call) {
+    static std::string failing;
+    shim_failing = (failing = call).c_str();
+    shim_failure = cudaErrorMemoryAllocation;
+  });
 #else
   m.attr("device_type") = "cuda";
 #endif
+  py::register_exception<cuda::OutOfMemory>(m, "OutOfMemory", PyExc_MemoryError);
   // Why the kernels cannot run on a device, or None.
   m.def(
       "problem",
@@ -69,13 +80,13 @@ void bind_cuda(py::module_& parent) {
   m.def(
       "noisy_weight",
       [](Address weight, Address out, bool bfloat16, int64_t rows, int64_t taps, int64_t channels, bool channels_last,
-         Address seed, Address samples, int64_t sample_count, const LayerNoise& noise, Address stream) {
+         Address seed, Address samples, int64_t sample_count, const LayerNoise& noise, int device, Address stream) {
         cuda::noisy_weight({at<float>(weight), at<void>(out), bfloat16, channels_last, rows, taps, channels,
-                            at<uint64_t>(seed), at<uint32_t>(samples), sample_count, noise, at<void>(stream)});
+                            at<uint64_t>(seed), at<uint32_t>(samples), sample_count, noise, device, at<void>(stream)});
       },
       py::kw_only(), py::arg("weight"), py::arg("out"), py::arg("bfloat16"), py::arg("rows"), py::arg("taps"),
       py::arg("channels"), py::arg("channels_last"), py::arg("seed"), py::arg("samples"), py::arg("sample_count"),
-      py::arg("noise"), py::arg("stream") = 0, py::call_guard<py::gil_scoped_release>());
+      py::arg("noise"), py::arg("device"), py::arg("stream") = 0, py::call_guard<py::gil_scoped_release>());
 
   // Pairs are (vertical, horizontal).
   m.def(
@@ -115,5 +126,5 @@ void bind_cuda(py::module_& parent) {
       py::arg("channels_last"), py::arg("y"), py::arg("images"), py::arg("channels"), py::arg("outputs"),
       py::arg("size"), py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"),
       py::arg("shift") = 0, py::arg("seed"), py::arg("samples"), py::arg("sample_count"), py::arg("noise"),
-      py::arg("backward") = false, py::arg("device") = 0, py::arg("cuda_stream") = 0);
+      py::arg("backward") = false, py::arg("device"), py::arg("cuda_stream") = 0);
 }

@@ -95,6 +95,9 @@ constexpr size_t conv_shared_bytes(int columns, int weight_slices) {
          size_t(weight_slices) * columns * kSliceBytes;
 }
 
+// What a launch takes at least: the 99 KiB of compute capability 8.6 and 8.9 are enough.
+static_assert(conv_shared_bytes(64, kStages) <= (99 << 10), "");
+
 // Of a chunk in a slice. Eight rows further down it is at the same place of its row.
 CN_HOST_DEVICE int swizzled(int row, int chunk) { return row * kSliceBytes + ((chunk ^ (row >> 1 & 3)) << 4); }
 
@@ -126,10 +129,10 @@ struct Tile<float, kN> {
       float4 b[kColumns];
 #pragma unroll
       for (int j = 0; j < kColumns; ++j)
-        b[j] = *reinterpret_cast<const float4*>(w + swizzled(tn, chunk) + 8 * j * kSliceBytes);
+        b[j] = *vector_at<float4>(w + swizzled(tn, chunk) + 8 * j * kSliceBytes);
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        const float4 a = *reinterpret_cast<const float4*>(x + swizzled(tm, chunk) + 32 * i * kSliceBytes);
+        const float4 a = *vector_at<float4>(x + swizzled(tm, chunk) + 32 * i * kSliceBytes);
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
           sum[i][j] = noise::fma(a.x, b[j].x, sum[i][j]);
@@ -288,7 +291,7 @@ CN_DEVICE void make_weights(const ConvArguments& p, const T* weight, const Facto
       if (p.noisy) factors.four(uint32_t((first + begin) >> 2), value);
       const float* nominal = reinterpret_cast<const float*>(weight);
       if (p.weight_vectors && begin >= 0 && begin + 4 <= end) {
-        const float4 w = *reinterpret_cast<const float4*>(nominal + first + begin);
+        const float4 w = *vector_at<float4>(nominal + first + begin);
         value[0] = rounded_weight<T>(noise::multiply(w.x, value[0]));
         value[1] = rounded_weight<T>(noise::multiply(w.y, value[1]));
         value[2] = rounded_weight<T>(noise::multiply(w.z, value[2]));

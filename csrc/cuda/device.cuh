@@ -90,29 +90,45 @@ CN_DEVICE T shuffle_xor(T value, int lanes) {
   return __shfl_xor_sync(0xffffffff, value, lanes);
 }
 
-// Whether the device has code for a kernel.
-template <class Arguments>
-cudaError_t probe(void (*kernel)(Arguments), int device) {
-  if (const cudaError_t error = cudaSetDevice(device); error != cudaSuccess) return error;
-  cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
-  cudaGetLastError();  // a sticky one would be the next launch's
-  return error;
+// 16 or 8 bytes at once, from where they are aligned.
+template <class Vector>
+CN_DEVICE const Vector* vector_at(const void* p) {
+  return static_cast<const Vector*>(p);
 }
-
-template <class Arguments>
-cudaError_t launch(void (*kernel)(Arguments), dim3 grid, int threads, size_t shared, cudaStream_t stream,
-                   const Arguments& arguments) {
-  if (shared > (48 << 10)) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-    if (error != cudaSuccess) return error;
-  }
-  kernel<<<grid, threads, shared, stream>>>(arguments);
-  return cudaPeekAtLastError();
+template <class Vector>
+CN_DEVICE Vector* vector_at(void* p) {
+  return static_cast<Vector*>(p);
 }
 
 }  // namespace cuda
 }  // namespace correctnet
 
 #endif
+
+namespace correctnet {
+namespace cuda {
+
+// Whether the current device has code for a kernel.
+template <class Arguments>
+cudaError_t probe(void (*kernel)(Arguments)) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+}
+
+// Lets a kernel ask for all the shared memory that a block of the current device may have. Always the same number: with
+// that of a launch, one host thread would take away what another is about to launch with.
+template <class Arguments>
+cudaError_t allow_shared(void (*kernel)(Arguments), int most) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+}
+
+// The result is that of this launch: what the runtime last noted may be someone else's error, which <<<>>> would find.
+template <class Arguments>
+cudaError_t launch(void (*kernel)(Arguments), dim3 grid, int threads, size_t shared, cudaStream_t stream,
+                   const Arguments& arguments) {
+  void* addresses[] = {const_cast<Arguments*>(&arguments)};
+  return cudaLaunchKernel(kernel, grid, dim3{unsigned(threads), 1, 1}, addresses, shared, stream);
+}
+
+}  // namespace cuda
+}  // namespace correctnet

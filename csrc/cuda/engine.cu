@@ -36,8 +36,13 @@ std::string advice(cudaError_t error) {
   }
 }
 
+// The runtime's note of an error is cleared, lest others (torch) take it for one of theirs.
 void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA, ") + what + ": " + advice(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  const std::string message = std::string("CUDA, ") + what + ": " + advice(error);
+  if (error == cudaErrorMemoryAllocation) throw OutOfMemory(message);
+  throw std::runtime_error(message);
 }
 
 // Makes a device current, and the one before it again.
@@ -45,12 +50,19 @@ class OnDevice {
  public:
   explicit OnDevice(int device) {
     check(cudaGetDevice(&before_), "device");
+    if (before_ == device) return;
     check(cudaSetDevice(device), "device");
+    changed_ = true;
   }
-  ~OnDevice() { cudaSetDevice(before_); }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+  ~OnDevice() {
+    if (changed_ && cudaSetDevice(before_) != cudaSuccess) cudaGetLastError();
+  }
 
  private:
   int before_ = 0;
+  bool changed_ = false;
 };
 
 struct Free {
@@ -76,9 +88,11 @@ int attribute(cudaDeviceAttr which, int device) {
 
 struct Device {
   int number, processors, shared_bytes;
+  int most_samples;  // of a launch: a grid counts them in its second or third dimension
   explicit Device(int number)
       : number(number), processors(attribute(cudaDevAttrMultiProcessorCount, number)),
-        shared_bytes(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, number)) {}
+        shared_bytes(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, number)),
+        most_samples(std::min(attribute(cudaDevAttrMaxGridDimY, number), attribute(cudaDevAttrMaxGridDimZ, number))) {}
 };
 
 // ---- one convolution ------------------------------------------------------------------------------------------------
@@ -116,7 +130,9 @@ ConvArguments conv_arguments(const Geometry& g, int64_t images, bool pool, bool 
   p.by_in = Divisor(p.in);
   p.by_kernel_w = Divisor(g.kernel_w);
   const int64_t rows = images * p.out_h * p.out_w * (pool ? 4 : 1);
-  if (rows > INT32_MAX - kTileRows) throw std::invalid_argument("conv: too many pixels at once; take fewer images");
+  // The kernel counts pixels of x and of y in 32 bits; with a stride, x has more.
+  if (rows > INT32_MAX - kTileRows || images * p.h.size * p.w.size > INT32_MAX)
+    throw std::invalid_argument("conv: too many pixels at once; take fewer images");
   p.rows = int(rows);
   p.tiles = int(divide_up(rows, kTileRows));
   p.x_bytes = 16;
@@ -154,11 +170,13 @@ void launch_conv(ConvArguments p, const Device& device, int groups, int64_t samp
   const int64_t others = int64_t(p.column_tiles) * groups * samples;
   const unsigned sweeping = unsigned(std::clamp<int64_t>(divide_up(2 * device.processors, others), 1, p.tiles));
   const dim3 grid = {sweeping, unsigned(p.column_tiles * groups), unsigned(samples)};
+  check(allow_shared(conv<T, kN>, device.shared_bytes), "convolution");
   check(launch(conv<T, kN>, grid, kConvThreads, shared, stream, p), "convolution");
 }
 
 template <class T>
 void run_conv(const ConvArguments& p, const Device& device, int groups, int64_t samples, cudaStream_t stream) {
+  if (!p.tiles) return;
   if (p.out <= 16)
     launch_conv<T, 16>(p, device, groups, samples, stream);
   else
@@ -175,6 +193,7 @@ dim3 small_grid(int64_t work, int64_t samples) {
   return {unsigned(std::clamp<int64_t>(divide_up(work, kSmallThreads), 1, 1 << 16)), unsigned(samples)};
 }
 
+// At most as many samples as a grid has room for.
 template <class T>
 void make_noisy(const NoisyWeights& job, cudaStream_t stream) {
   NoisyWeightArguments p = {};
@@ -188,13 +207,13 @@ void make_noisy(const NoisyWeights& job, cudaStream_t stream) {
   if (job.channels_last || job.taps == 1) {
     const dim3 grid = {unsigned(std::clamp<int64_t>(divide_up(size, 4 * kWeightThreads), 1, 1 << 12)),
                        unsigned(job.sample_count)};
-    check(launch(noisy_weight_in_order<T>, grid, kWeightThreads, kTableFloats * 4, stream, p), "noisy weights");
+    check(launch(noisy_weight_in_order<T>, grid, kWeightThreads, in_order_shared_bytes(), stream, p), "noisy weights");
     return;
   }
-  p.tile_taps = int(std::min<int64_t>(job.taps, 64));
-  p.tile_channels = int(std::min<int64_t>(job.channels, 64));
+  p.tile_taps = int(std::min<int64_t>(job.taps, kMostTile));
+  p.tile_channels = int(std::min<int64_t>(job.channels, kMostTile));
   const int64_t tiles = job.rows * divide_up(job.channels, p.tile_channels) * divide_up(job.taps, p.tile_taps);
-  const size_t shared = (kTableFloats + size_t(p.tile_taps) * p.tile_channels) * 4;
+  const size_t shared = transposed_shared_bytes(p.tile_taps, p.tile_channels);
   check(launch(noisy_weight_transposed<T>, {unsigned(tiles), unsigned(job.sample_count)}, kWeightThreads, shared, stream,
                p),
         "noisy weights");
@@ -203,11 +222,20 @@ void make_noisy(const NoisyWeights& job, cudaStream_t stream) {
 }  // namespace
 
 void noisy_weight(const NoisyWeights& job) {
+  const OnDevice current(job.device);
+  const int64_t size = job.rows * job.taps * job.channels, most = Device(job.device).most_samples;
+  if (!size) return;
   const auto stream = static_cast<cudaStream_t>(job.stream);
-  if (job.bfloat16)
-    make_noisy<uint16_t>(job, stream);
-  else
-    make_noisy<float>(job, stream);
+  for (int64_t first = 0; first < job.sample_count; first += most) {
+    NoisyWeights part = job;
+    part.samples += first;
+    part.sample_count = std::min(most, job.sample_count - first);
+    part.out = static_cast<char*>(job.out) + first * size * (job.bfloat16 ? 2 : 4);
+    if (job.bfloat16)
+      make_noisy<uint16_t>(part, stream);
+    else
+      make_noisy<float>(part, stream);
+  }
 }
 
 void convolve(const LayerRun& run) {
@@ -220,19 +248,24 @@ void convolve(const LayerRun& run) {
                       run.kernel_h,   run.kernel_w,   run.stride_h,
                       run.stride_w,   -run.padding_h, -run.padding_w,
                       run.dilation_h, run.dilation_w};
+  for (const void* p : {run.x, static_cast<const void*>(run.weight), static_cast<const void*>(run.y)})
+    if (reinterpret_cast<uintptr_t>(p) % 16) throw std::invalid_argument("conv: tensors begin at multiples of 16 bytes");
   const OnDevice current(run.device);
   const Device device(run.device);
   const auto start = [&](auto zero) {
     using T = decltype(zero);
     ConvArguments p = conv_arguments<T>(g, run.images, false, run.backward);
     set_weights<T>(p, run.weight, true, run.channels_last);
-    p.x = run.x;
     p.x_stride = run.x_shared ? 0 : run.images * p.h.size * p.w.size * p.x_channels;
-    p.y = run.y;
     p.y_stride = run.images * p.out_h * p.out_w * p.y_channels;
-    p.noise = factors(run.noise, run.seed, run.samples);
     p.epilogue.shift = run.shift;
-    run_conv<T>(p, device, run.groups, run.sample_count, static_cast<cudaStream_t>(run.stream));
+    for (int64_t first = 0; first < run.sample_count; first += device.most_samples) {
+      p.x = static_cast<const T*>(run.x) + first * p.x_stride;
+      p.y = static_cast<T*>(run.y) + first * p.y_stride;
+      p.noise = factors(run.noise, run.seed, run.samples + first);
+      const int64_t samples = std::min<int64_t>(device.most_samples, run.sample_count - first);
+      run_conv<T>(p, device, run.groups, samples, static_cast<cudaStream_t>(run.stream));
+    }
   };
   if (run.type == Type::float32)
     start(float());
@@ -241,7 +274,17 @@ void convolve(const LayerRun& run) {
 }
 
 std::string problem(int device) {
-  if (const cudaError_t error = probe(conv<uint16_t, 64>, device); error != cudaSuccess) return advice(error);
+  int before = 0;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess) error = cudaSetDevice(device);
+  if (error == cudaSuccess) {
+    error = probe(conv<uint16_t, 64>);
+    if (before != device) cudaSetDevice(before);
+  }
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return advice(error);
+  }
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
   if (major < 8) return "the CUDA kernels need compute capability 8.0 or newer; this GPU has " + std::to_string(major) + ".x";
   return "";
@@ -421,8 +464,7 @@ void Engine::run(const DeviceRun& run) const {
   if ((run.labels == nullptr) != (run.correct == nullptr)) throw std::invalid_argument("cuda: labels or correct are missing");
   if (run.correct && (out.height != 1 || out.width != 1))
     throw std::invalid_argument("cuda: the output is no vector of classes");
-  constexpr int64_t kMostSamples = 65535;  // of a grid
-  int64_t together = std::min(run.sample_count, kMostSamples);
+  int64_t together = std::min<int64_t>(run.sample_count, plan.device.most_samples);
   while (plan.places(run.count, together, run.materialise).bytes > run.workspace_bytes) {
     if (together == 1) throw std::invalid_argument("cuda: the workspace is too small for one sample");
     together = divide_up(together, 2);
@@ -483,7 +525,7 @@ void Engine::Impl::run_operation(const Step& step, int index) const {
         if (step.run.materialise) {
           void* const weights = static_cast<char*>(step.run.workspace) + step.places.weights;
           make_noisy<T>({static_cast<const float*>(a.weight.get()), weights, sizeof(T) == 2, true, geometry[index].outputs,
-                         p.taps, p.in, step.run.seed, step.run.samples + step.first, step.samples, *op.noise, nullptr},
+                         p.taps, p.in, step.run.seed, step.run.samples + step.first, step.samples, *op.noise, device.number, nullptr},
                         step.stream);
           p.weight = weights;
           p.weight_stride = int64_t(geometry[index].outputs) * p.k;

@@ -7,7 +7,7 @@
 //
 // Activations are NHWC, (samples, images, h, w, c); values that no noise has reached are computed once for all samples.
 // `run` allocates nothing and synchronises nothing, so that a CUDA graph can capture it; seed and samples are read on the
-// device. Errors of the runtime become std::runtime_error with one sentence that says what to do.
+// device. Errors of the runtime become std::runtime_error with one sentence that says what to do; OutOfMemory is one.
 //
 // No CUDA header is needed to include this; a stream is a cudaStream_t.
 #pragma once
@@ -15,12 +15,17 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <stdexcept>
 #include <string>
 
 #include "../engine.h"
 
 namespace correctnet {
 namespace cuda {
+
+struct OutOfMemory : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
 
 struct DeviceRun {
   const float* images;  // (count, channels, height, width)
@@ -65,12 +70,14 @@ struct NoisyWeights {
   const uint32_t* samples;
   int64_t sample_count;
   LayerNoise noise;
+  int device = 0;
   void* stream = nullptr;
 };
 void noisy_weight(const NoisyWeights& job);
 
 // One convolution (a linear layer is one with 1 x 1 kernel and image) of many samples, or its gradient with respect to
-// x: then x is the gradient of the output, y that of the input, and the noise is made again.
+// x: then x is the gradient of the output, y that of the input, and the noise is made again. x, weight and y begin at
+// multiples of 16 bytes.
 struct LayerRun {
   Type type;
   const void* x;  // (samples or once, images, h, w, c) of `type`

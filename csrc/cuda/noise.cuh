@@ -55,7 +55,12 @@ struct NoisyWeightArguments {
   int tile_taps, tile_channels;  // noisy_weight_transposed
 };
 
-constexpr int kWeightThreads = 256;
+constexpr int kWeightThreads = 256, kMostTile = 64;  // channels and taps of a tile, at most
+
+constexpr size_t in_order_shared_bytes() { return kTableFloats * 4; }
+constexpr size_t transposed_shared_bytes(int taps, int channels) { return (kTableFloats + size_t(taps) * channels) * 4; }
+// Without asking for more, a block has 48 KiB.
+static_assert(transposed_shared_bytes(kMostTile, kMostTile) <= (48 << 10), "");
 
 // out[sample][e] = weight[e] * factor(e) where memory is in the order that elements count, (out, kh, kw, in). A thread
 // makes the four numbers of a Philox block, so that a warp reads 512 bytes in a row. Grid: (blocks, samples).
@@ -63,7 +68,7 @@ template <class T>
 CN_KERNEL(kWeightThreads, 2) noisy_weight_in_order(CN_ARGUMENTS(NoisyWeightArguments) p) {
   float* table = reinterpret_cast<float*>(shared_memory());
   copy_normal_table(table, kWeightThreads);
-  __syncthreads();
+  if (!CN_MUTANT(7)) __syncthreads();
   const int sample = int(blockIdx.y);
   const Factors factors(p.noise, sample, table);
   const int64_t size = p.rows * p.taps * p.channels;
@@ -105,7 +110,7 @@ CN_KERNEL(kWeightThreads, 2) noisy_weight_transposed(CN_ARGUMENTS(NoisyWeightArg
   float* table = reinterpret_cast<float*>(shared_memory());
   float* tile = table + kTableFloats;
   copy_normal_table(table, kWeightThreads);
-  __syncthreads();
+  if (!CN_MUTANT(8)) __syncthreads();
   const int sample = int(blockIdx.y);
   const Factors factors(p.noise, sample, table);
   const int64_t channel_tiles = (p.channels + p.tile_channels - 1) / p.tile_channels;
@@ -129,7 +134,7 @@ CN_KERNEL(kWeightThreads, 2) noisy_weight_transposed(CN_ARGUMENTS(NoisyWeightArg
     for (int j = 0; j < 4; ++j)
       if (c + j >= 0 && c + j < channels) tile[(c + j) * taps + t] = factor[j];
   }
-  __syncthreads();
+  if (!CN_MUTANT(9)) __syncthreads();
   const int64_t size = p.rows * p.taps * p.channels;
   for (int i = int(threadIdx.x); i < channels * taps; i += kWeightThreads) {
     const int64_t at = (row * p.channels + channel + i / taps) * p.taps + tap + i % taps;

@@ -28,17 +28,17 @@ CN_DEVICE float rounded_weight(float a) {
 
 // The address is a multiple of 16 bytes (float) or of 8.
 CN_DEVICE void load_four(const float* p, float (&a)[4]) {
-  const float4 v = *reinterpret_cast<const float4*>(p);
+  const float4 v = *vector_at<float4>(p);
   a[0] = v.x, a[1] = v.y, a[2] = v.z, a[3] = v.w;
 }
 CN_DEVICE void load_four(const uint16_t* p, float (&a)[4]) {
-  const uint2 v = *reinterpret_cast<const uint2*>(p);
+  const uint2 v = *vector_at<uint2>(p);
   a[0] = to_float(uint16_t(v.x)), a[1] = to_float(uint16_t(v.x >> 16));
   a[2] = to_float(uint16_t(v.y)), a[3] = to_float(uint16_t(v.y >> 16));
 }
-CN_DEVICE void store_four(float* p, const float* a) { *reinterpret_cast<float4*>(p) = {a[0], a[1], a[2], a[3]}; }
+CN_DEVICE void store_four(float* p, const float* a) { *vector_at<float4>(p) = {a[0], a[1], a[2], a[3]}; }
 CN_DEVICE void store_four(uint16_t* p, const float* a) {
-  *reinterpret_cast<uint2*>(p) = {pack_bfloat16(a[0], a[1]), pack_bfloat16(a[2], a[3])};
+  *vector_at<uint2>(p) = {pack_bfloat16(a[0], a[1]), pack_bfloat16(a[2], a[3])};
 }
 
 }  // namespace cuda

@@ -18,9 +18,11 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
@@ -35,13 +37,13 @@
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
-struct float4 {
+struct alignas(16) float4 {
   float x, y, z, w;
 };
-struct uint4 {
+struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
-struct uint2 {
+struct alignas(8) uint2 {
   uint32_t x, y;
 };
 
@@ -50,8 +52,11 @@ struct uint2 {
 using cudaStream_t = void*;
 enum cudaError_t {
   cudaSuccess,
+  cudaErrorInvalidValue,
   cudaErrorMemoryAllocation,
+  cudaErrorInvalidConfiguration,
   cudaErrorInsufficientDriver,
+  cudaErrorInvalidDevice,
   cudaErrorNoKernelImageForDevice,
   cudaErrorUnsupportedPtxVersion,
   cudaErrorInvalidDeviceFunction
@@ -59,35 +64,90 @@ enum cudaError_t {
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMaxGridDimY,
+  cudaDevAttrMaxGridDimZ,
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor
 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum { cudaMemcpyHostToDevice, cudaMemcpyDeviceToDevice };
 
-inline cudaError_t cudaMalloc(void** p, size_t bytes) {
-  *p = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
-  return *p ? cudaSuccess : cudaErrorMemoryAllocation;
+// What tests set. A small device: few multiprocessors let a block sweep several tiles, and little shared memory forces K
+// slices.
+constexpr int kShimDevices = 2;
+inline int shim_shared_bytes = 99 << 10;
+inline int shim_most_blocks = 65535;      // of a grid's second and third dimension
+inline const char* shim_failing = nullptr;  // the next call of this function fails,
+inline cudaError_t shim_failure;            // with this
+
+// And what they look at, of the last launch.
+inline int shim_launched_on, shim_launched_with;  // the device, and the shared memory that the kernel was allowed
+
+// Of a host thread, as in the runtime: a failed call's error stays noted until it is asked for.
+inline thread_local cudaError_t shim_last_error = cudaSuccess;
+inline thread_local int shim_device = 0;
+
+inline cudaError_t shim_result(const char* call, cudaError_t error = cudaSuccess) {
+  if (shim_failing && !strcmp(shim_failing, call)) {
+    error = shim_failure;
+    shim_failing = nullptr;
+  }
+  if (error != cudaSuccess) shim_last_error = error;
+  return error;
 }
-inline void cudaFree(void* p) { std::free(p); }
+inline cudaError_t cudaPeekAtLastError() { return shim_last_error; }
+inline cudaError_t cudaGetLastError() { return std::exchange(shim_last_error, cudaSuccess); }
+inline const char* cudaGetErrorString(cudaError_t) { return "error of the shim"; }
+
+inline cudaError_t cudaMalloc(void** p, size_t bytes) {
+  if (const cudaError_t error = shim_result("cudaMalloc"); error != cudaSuccess) return error;
+  *p = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+  return shim_result("", *p ? cudaSuccess : cudaErrorMemoryAllocation);
+}
+inline cudaError_t cudaFree(void* p) {
+  std::free(p);
+  return cudaSuccess;
+}
 inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, int) {
   memcpy(to, from, bytes);
-  return cudaSuccess;
+  return shim_result("cudaMemcpy");
 }
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
   memset(p, value, bytes);
+  return shim_result("cudaMemsetAsync");
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = shim_device;
+  return shim_result("cudaGetDevice");
+}
+inline cudaError_t cudaSetDevice(int device) {
+  const bool there = 0 <= device && device < kShimDevices;
+  if (const auto error = shim_result("cudaSetDevice", there ? cudaSuccess : cudaErrorInvalidDevice); error != cudaSuccess)
+    return error;
+  shim_device = device;
   return cudaSuccess;
 }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-// A small device: few multiprocessors let a block sweep several tiles, and little shared memory forces K slices.
-inline int shim_shared_bytes = 99 << 10;
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount           ? 1
-           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? shim_shared_bytes
-                                                                  : 9;
-  return cudaSuccess;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount: *value = 1; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = shim_shared_bytes; break;
+    case cudaDevAttrMaxGridDimY:
+    case cudaDevAttrMaxGridDimZ: *value = shim_most_blocks; break;
+    default: *value = 9;
+  }
+  return shim_result("cudaDeviceGetAttribute");
 }
-inline const char* cudaGetErrorString(cudaError_t) { return "error of the shim"; }
+
+struct cudaFuncAttributes {};
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return shim_result("cudaFuncGetAttributes"); }
+
+inline std::mutex shim_mutex;
+inline std::map<std::pair<const void*, int>, int> shim_allowed;  // (kernel, device): bytes of shared memory
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  const std::lock_guard<std::mutex> lock(shim_mutex);
+  shim_allowed[{kernel, shim_device}] = bytes;
+  return shim_result("cudaFuncSetAttribute", bytes > shim_shared_bytes ? cudaErrorInvalidValue : cudaSuccess);
+}
 
 namespace correctnet {
 namespace cuda {
@@ -300,7 +360,24 @@ void cp_async_wait() {
     }
 }
 
+// `kBytes` at once: a misaligned address is an error.
+template <size_t kBytes>
+void demand_aligned(const void* p) {
+  if (reinterpret_cast<uintptr_t>(p) % kBytes) abort();
+}
+template <class Vector>
+const Vector* vector_at(const void* p) {
+  demand_aligned<sizeof(Vector)>(p);
+  return static_cast<const Vector*>(p);
+}
+template <class Vector>
+Vector* vector_at(void* p) {
+  demand_aligned<sizeof(Vector)>(p);
+  return static_cast<Vector*>(p);
+}
+
 inline void ldmatrix(uint32_t (&matrix)[4], const void* row) {
+  demand_aligned<16>(row);
   const void* const* rows = shim::exchange(row);
   const int lane = int(shim::self->index.x % shim::kWarp);
   for (int i = 0; i < 4; ++i)
@@ -330,18 +407,28 @@ T shuffle_xor(T value, int lanes) {
   return shim::exchange(value)[(shim::self->index.x % shim::kWarp) ^ unsigned(lanes)];
 }
 
-template <class Arguments>
-cudaError_t probe(void (*)(Arguments), int) {
-  return cudaSuccess;
-}
+}  // namespace cuda
+}  // namespace correctnet
 
 template <class Arguments>
-cudaError_t launch(void (*kernel)(Arguments), dim3 grid, int threads, size_t shared, cudaStream_t,
-                   const Arguments& arguments) {
-  shim::Block block(grid, threads, shared, [&] { kernel(arguments); });
+cudaError_t cudaLaunchKernel(void (*kernel)(Arguments), dim3 grid, dim3 threads, void** arguments, size_t shared,
+                             cudaStream_t) {
+  int allowed = 48 << 10;
+  {
+    const std::lock_guard<std::mutex> lock(shim_mutex);
+    const auto found = shim_allowed.find({reinterpret_cast<const void*>(kernel), shim_device});
+    if (found != shim_allowed.end()) allowed = found->second;
+  }
+  const bool blocks = grid.x && grid.y && grid.z && grid.x <= 0x7fffffff && grid.y <= unsigned(shim_most_blocks) &&
+                      grid.z <= unsigned(shim_most_blocks);
+  const cudaError_t mistake = !blocks                    ? cudaErrorInvalidConfiguration
+                              : shared > size_t(allowed) ? cudaErrorInvalidValue
+                                                         : cudaSuccess;
+  if (const cudaError_t error = shim_result("cudaLaunchKernel", mistake); error != cudaSuccess) return error;
+  shim_launched_on = shim_device;
+  shim_launched_with = allowed;
+  namespace shim = correctnet::cuda::shim;
+  shim::Block block(grid, int(threads.x), shared, [&] { kernel(*static_cast<const Arguments*>(arguments[0])); });
   shim::run(block);
   return cudaSuccess;
 }
-
-}  // namespace cuda
-}  // namespace correctnet

@@ -2,7 +2,11 @@
 // float64 and the CPU's engine. Small integers and one-hot images make comparisons exact wherever sums could hide an error.
 //
 //   cmake --preset release -DCORRECTNET_CUDA=SHIM -S csrc && cmake --build build/release && build/release/tests/test_cuda
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <cmath>
+#include <csignal>
 #include <cstdio>
 #include <random>
 #include <stdexcept>
@@ -104,6 +108,37 @@ void mma_by_the_tables(const MmaArguments p) {
   for (int i = 0; i < 4; ++i) p.c[(i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1)] = c[i];
 }
 
+// ldmatrix .x4 .b16, from the same document, "ldmatrix": lanes 8 i ... 8 i + 7 give the addresses of the rows of matrix i,
+// and a lane receives of each matrix the elements 2 (lane % 4) and the next of row lane / 4, the first in the low half.
+struct LoadArguments {
+  const int* order;    // where row r of the 32 is in memory
+  uint16_t* received;  // (lane, matrix, 2)
+};
+
+void load_matrices(const LoadArguments p) {
+  const int lane = int(threadIdx.x);
+  uint16_t* const rows = reinterpret_cast<uint16_t*>(cuda::shared_memory());
+  for (int j = 0; j < 8; ++j) rows[8 * p.order[lane] + j] = uint16_t(100 * lane + j);  // row `lane`, element j
+  cuda::__syncthreads();
+  uint32_t matrix[4];
+  cuda::ldmatrix(matrix, rows + 8 * p.order[lane]);
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 2; ++j) p.received[(lane * 4 + i) * 2 + j] = uint16_t(matrix[i] >> 16 * j);
+}
+
+void test_matrix_rows() {
+  std::vector<int> order(32);
+  for (int i = 0; i < 32; ++i) order[i] = 11 * i % 32;  // rows may be anywhere
+  std::vector<uint16_t> received(32 * 8);
+  cuda::launch(load_matrices, {1, 1, 1}, 32, 512, nullptr, LoadArguments{order.data(), received.data()});
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 4; ++i)
+      for (int j = 0; j < 2; ++j) {
+        const int row = 8 * i + lane / 4, element = 2 * (lane % 4) + j, got = received[(lane * 4 + i) * 2 + j];
+        CHECK(got == 100 * row + element, "ldmatrix: lane %d, matrix %d, number %d is %d", lane, i, j, got);
+      }
+}
+
 void test_fragments() {
   std::vector<float> a(256), b(128), c(128, NAN);
   std::mt19937 random(3);
@@ -118,42 +153,84 @@ void test_fragments() {
     }
 }
 
+// The model stops at misaligned addresses, as a GPU does; in a process of its own each.
+struct MisalignedArguments {
+  const char* from;
+  int what;
+};
+
+void misaligned(const MisalignedArguments p) {
+  char* const shared = cuda::shared_memory();
+  uint32_t matrix[4];
+  switch (p.what) {
+    case 0: cuda::vector_at<float4>(p.from + 4); break;
+    case 1: cuda::vector_at<float4>(shared + 8); break;
+    case 2: cuda::vector_at<uint2>(p.from + 4); break;
+    case 3: cuda::ldmatrix(matrix, shared + 8); break;
+    case 4: cuda::cp_async<16>(shared, p.from + 4, true); break;
+    case 5: cuda::cp_async<8>(shared + 4, p.from, true); break;
+    default: cuda::vector_at<float4>(p.from + 16);
+  }
+  cuda::cp_async_commit();
+  cuda::cp_async_wait<0>();
+}
+
+void test_misaligned() {
+  alignas(16) static const char memory[64] = {};
+  for (int what = 0; what < 7; ++what) {
+    const pid_t child = fork();
+    if (!child) {
+      std::signal(SIGABRT, SIG_DFL);
+      cuda::launch(misaligned, {1, 1, 1}, 32, 64, nullptr, MisalignedArguments{memory, what});
+      _exit(0);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    const bool stopped = WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT;
+    CHECK(stopped == (what < 6), "misaligned access %d: status %d", what, status);
+  }
+}
+
 // ---- noise ----------------------------------------------------------------------------------------------------------
 
-void test_noisy_weights() {
-  const std::vector<uint32_t> samples = {0, 137, 4000000000u};
-  struct Size {
-    int rows, taps, channels;
+struct Size {
+  int rows, taps, channels;
+};
+
+void check_noisy_weights(Size s, bool channels_last, Type type, const std::vector<uint32_t>& samples) {
+  const size_t size = size_t(s.rows) * s.taps * s.channels;
+  const std::vector<float> weight = RandomLayers(0.5).normal(size, 1);
+  const LayerNoise noise{7, 0.5, -0.125};
+  std::vector<float> floats(size * samples.size());
+  std::vector<uint16_t> halves(size * samples.size());
+  std::vector<float> stored = weight;
+  const auto place = [&](size_t e) {  // of an element in memory
+    const size_t channel = e % s.channels, tap = e / s.channels % s.taps, row = e / s.channels / s.taps;
+    return channels_last ? e : (row * s.channels + channel) * s.taps + tap;
   };
+  for (size_t e = 0; e < size; ++e) stored[place(e)] = weight[e];
+  void* const out = type == Type::float32 ? static_cast<void*>(floats.data()) : halves.data();
+  cuda::noisy_weight({stored.data(), out, type == Type::bfloat16, channels_last, s.rows, s.taps, s.channels, &kSeed,
+                      samples.data(), int64_t(samples.size()), noise});
+  int wrong = 0;
+  for (size_t i = 0; i < samples.size(); ++i) {
+    const std::vector<float> wanted = noisy_weights(weight, noise, samples[i]);
+    for (size_t e = 0; e < size; ++e) {
+      const size_t at = i * size + place(e);
+      const float got = type == Type::float32 ? floats[at] : noise::from_bits(uint32_t(halves[at]) << 16);
+      wrong += noise::bits(got) != noise::bits(rounded(type, wanted[e]));
+    }
+  }
+  CHECK(wrong == 0, "%d x %d x %d, channels last %d, %s: %d weights differ", s.rows, s.taps, s.channels, channels_last,
+        name(type), wrong);
+}
+
+void test_noisy_weights(bool few) {
+  const std::vector<uint32_t> samples = {0, 137, 4000000000u};
   for (const Size s : {Size{6, 25, 1}, Size{16, 25, 6}, Size{3, 9, 67}, Size{5, 1, 16}, Size{1, 1, 1}, Size{2, 70, 130}}) {
-    const size_t size = size_t(s.rows) * s.taps * s.channels;
-    const std::vector<float> weight = RandomLayers(0.5).normal(size, 1);
-    const LayerNoise noise{7, 0.5, -0.125};
+    if (few && s.channels != 6) continue;
     for (const bool channels_last : {true, false})
-      for (const Type type : {Type::float32, Type::bfloat16}) {
-        std::vector<float> floats(size * samples.size());
-        std::vector<uint16_t> halves(size * samples.size());
-        std::vector<float> stored = weight;
-        const auto place = [&](size_t e) {  // of an element in memory
-          const size_t channel = e % s.channels, tap = e / s.channels % s.taps, row = e / s.channels / s.taps;
-          return channels_last ? e : (row * s.channels + channel) * s.taps + tap;
-        };
-        for (size_t e = 0; e < size; ++e) stored[place(e)] = weight[e];
-        void* const out = type == Type::float32 ? static_cast<void*>(floats.data()) : halves.data();
-        cuda::noisy_weight({stored.data(), out, type == Type::bfloat16, channels_last, s.rows, s.taps, s.channels, &kSeed,
-                            samples.data(), int64_t(samples.size()), noise});
-        int wrong = 0;
-        for (size_t i = 0; i < samples.size(); ++i) {
-          const std::vector<float> wanted = noisy_weights(weight, noise, samples[i]);
-          for (size_t e = 0; e < size; ++e) {
-            const size_t at = i * size + place(e);
-            const float got = type == Type::float32 ? floats[at] : noise::from_bits(uint32_t(halves[at]) << 16);
-            wrong += noise::bits(got) != noise::bits(rounded(type, wanted[e]));
-          }
-        }
-        CHECK(wrong == 0, "%d x %d x %d, channels last %d, %s: %d weights differ", s.rows, s.taps, s.channels, channels_last,
-              name(type), wrong);
-      }
+      for (const Type type : {Type::float32, Type::bfloat16}) check_noisy_weights(s, channels_last, type, samples);
   }
 }
 
@@ -425,14 +502,214 @@ void test_mistakes() {
   refuses("counting maps instead of classes", [&] { engine.run(run); });
 }
 
+// ---- the runtime's limits and errors --------------------------------------------------------------------------------
+
+// A layer whose tensors are of no interest: 2 x 2 x 4 numbers in and out.
+struct SmallLayer {
+  static constexpr size_t kSize = 2 * 2 * 4, kSamples = 5;
+  alignas(16) float x[kSize * kSamples + 4], weight[16], y[kSize * kSamples + 4];
+  uint32_t samples[kSamples] = {3, 1, 4, 1, 5};
+  cuda::LayerRun run = {};
+
+  SmallLayer() {
+    for (size_t i = 0; i < kSize * kSamples + 4; ++i) x[i] = float(int(i % 9) - 4), y[i] = NAN;
+    for (int i = 0; i < 16; ++i) weight[i] = float(i - 7);
+    run.type = Type::float32;
+    run.x = x, run.weight = weight, run.y = y;
+    run.channels_last = true;
+    run.images = 1;
+    run.channels = run.outputs = 4;
+    run.in_h = run.in_w = 2;
+    run.kernel_h = run.kernel_w = run.stride_h = run.stride_w = run.dilation_h = run.dilation_w = run.groups = 1;
+    run.seed = &kSeed;
+    run.samples = samples;
+    run.sample_count = kSamples;
+    run.noise = {7, 0.5, -0.125};
+  }
+  std::vector<float> outputs() {
+    std::fill(y, y + kSize * kSamples, NAN);
+    cuda::convolve(run);
+    return std::vector<float>(y, y + kSize * kSamples);
+  }
+};
+
+// The message of the error that `work` ends with.
+template <class Error = std::runtime_error, class Work>
+std::string error_of(const Work& work) {
+  try {
+    work();
+  } catch (const Error& error) {
+    return error.what();
+  } catch (const std::exception& error) {
+    return std::string("another error: ") + error.what();
+  }
+  return "no error";
+}
+
+void fails_next(const char* call, cudaError_t error) {
+  shim_failing = call;
+  shim_failure = error;
+}
+
+bool contains(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
+
+// An error is thrown once and then forgotten, by correctnet and by the runtime.
+void test_errors_do_not_stay() {
+  SmallLayer layer;
+  const std::vector<float> wanted = layer.outputs();
+  const auto works = [&](const char* behind) {
+    CHECK(cudaPeekAtLastError() == cudaSuccess, "an error is left behind %s", behind);
+    std::string error = error_of([&] { CHECK(layer.outputs() == wanted, "other outputs behind %s", behind); });
+    CHECK(error == "no error", "behind %s: %s", behind, error.c_str());
+  };
+  for (const char* call : {"cudaGetDevice", "cudaDeviceGetAttribute", "cudaFuncSetAttribute", "cudaLaunchKernel"}) {
+    fails_next(call, cudaErrorInvalidValue);
+    const std::string error = error_of([&] { layer.outputs(); });
+    CHECK(contains(error, "CUDA, ") && !shim_failing, "%s that fails: %s", call, error.c_str());
+    works(call);
+  }
+  // Others' errors are none of ours, and stay theirs.
+  shim_last_error = cudaErrorInvalidConfiguration;
+  const std::string error = error_of([&] { CHECK(layer.outputs() == wanted, "other outputs"); });
+  CHECK(error == "no error", "an error of others: %s", error.c_str());
+  CHECK(cudaGetLastError() == cudaErrorInvalidConfiguration, "the error of others was taken");
+
+  Plan plan(Type::float32, kernels_portable, {2, 3, 3});
+  plan.finish(plan.conv(plan.input(), make_conv(kCases[12], true)));
+  fails_next("cudaMalloc", cudaErrorMemoryAllocation);
+  const std::string full = error_of<cuda::OutOfMemory>([&] { cuda::Engine engine(plan, 0); });
+  CHECK(contains(full, "CUDA, copying a network"), "no memory for a network: %s", full.c_str());
+  works("an allocation");
+  CHECK(error_of([&] { cuda::Engine engine(plan, 0); }) == "no error", "an engine after one that found no memory");
+}
+
+void test_advice() {
+  const auto problem = [](const char* call, cudaError_t error) {
+    fails_next(call, error);
+    const std::string why = cuda::problem(0);
+    CHECK(cudaPeekAtLastError() == cudaSuccess && !shim_failing, "%s: the error is left behind", call);
+    return why;
+  };
+  for (const char* call : {"cudaGetDevice", "cudaSetDevice", "cudaFuncGetAttributes"}) {
+    const std::string why = problem(call, cudaErrorInsufficientDriver);
+    CHECK(contains(why, "update the driver") && contains(why, "CUDACXX"), "too old a driver: %s", why.c_str());
+  }
+  for (const auto error : {cudaErrorNoKernelImageForDevice, cudaErrorUnsupportedPtxVersion, cudaErrorInvalidDeviceFunction}) {
+    const std::string why = problem("cudaFuncGetAttributes", error);
+    CHECK(contains(why, "CORRECTNET_CUDA_ARCHS=native"), "no code for this GPU: %s", why.c_str());
+  }
+  CHECK(cuda::problem(0).empty(), "a device that works has a problem: %s", cuda::problem(0).c_str());
+  // The same remedies where it is only found out later.
+  SmallLayer layer;
+  fails_next("cudaLaunchKernel", cudaErrorNoKernelImageForDevice);
+  const std::string late = error_of([&] { layer.outputs(); });
+  CHECK(contains(late, "CORRECTNET_CUDA_ARCHS=native"), "no code, at a launch: %s", late.c_str());
+}
+
+// Work is done on the device that is named, and the thread's device is what it was.
+void test_devices() {
+  SmallLayer layer;
+  const std::vector<float> wanted = layer.outputs();
+  const auto done_on = [](int device, const char* what) {
+    CHECK(shim_launched_on == device, "%s ran on device %d, not %d", what, shim_launched_on, device);
+    CHECK(shim_device == 0, "%s leaves device %d current", what, shim_device);
+  };
+  done_on(0, "convolve");
+  layer.run.device = 1;
+  CHECK(layer.outputs() == wanted, "convolve: another device, other outputs");
+  done_on(1, "convolve");
+  cuda::NoisyWeights job = {nullptr, layer.y, false, true, 4, 1, 4, &kSeed, layer.samples, 2, {7, 0.5, 0}, 1};
+  shim_launched_on = 0;
+  cuda::noisy_weight(job);
+  done_on(1, "noisy_weight");
+  CHECK(cuda::problem(1).empty() && shim_device == 0, "`problem` leaves device %d current", shim_device);
+  CHECK(!cuda::problem(kShimDevices).empty() && shim_device == 0, "a device that is not there has no problem");
+  job.device = layer.run.device = kShimDevices;
+  CHECK(contains(error_of([&] { cuda::noisy_weight(job); }), "CUDA, device"), "noisy_weight on no device");
+  CHECK(contains(error_of([&] { layer.outputs(); }), "CUDA, device"), "convolve on no device");
+  CHECK(cudaPeekAtLastError() == cudaSuccess, "an error is left");
+}
+
+// More samples than a grid counts take several launches; none of them, or no images, none.
+void test_many_samples() {
+  SmallLayer layer;
+  const std::vector<float> wanted = layer.outputs();
+  layer.run.x_shared = true;
+  const std::vector<float> wanted_shared = layer.outputs();
+  layer.run.x_shared = false;
+  cuda::NoisyWeights job = {layer.weight, layer.y, false, true, 4, 1, 4, &kSeed, layer.samples, 5, {7, 0.5, 0}};
+  cuda::noisy_weight(job);
+  const std::vector<float> weights(layer.y, layer.y + 80);
+  std::vector<uint16_t> half(80), half_again(80);
+  job.bfloat16 = true, job.out = half.data();
+  cuda::noisy_weight(job);
+
+  shim_most_blocks = 2;
+  CHECK(layer.outputs() == wanted, "convolve: two samples a launch give other outputs");
+  layer.run.x_shared = true;
+  CHECK(layer.outputs() == wanted_shared, "convolve, one x: two samples a launch give other outputs");
+  job.out = half_again.data();
+  cuda::noisy_weight(job);
+  CHECK(half_again == half, "noisy_weight, bfloat16: two samples a launch give other weights");
+  job.bfloat16 = false, job.out = layer.y;
+  std::fill(layer.y, layer.y + 80, NAN);
+  cuda::noisy_weight(job);
+  CHECK(std::vector<float>(layer.y, layer.y + 80) == weights, "noisy_weight: two samples a launch give other weights");
+  shim_most_blocks = 65535;
+
+  job.sample_count = layer.run.sample_count = 0;
+  CHECK(error_of([&] { cuda::noisy_weight(job); layer.outputs(); }) == "no error", "no samples are an error");
+  job.sample_count = layer.run.sample_count = 5;
+  job.rows = layer.run.images = 0;
+  CHECK(error_of([&] { cuda::noisy_weight(job); layer.outputs(); }) == "no error", "no weights or images are an error");
+}
+
+// The kernel's limit is the device's, never that of one launch: threads of the host share it.
+void test_shared_memory_is_allowed_once() {
+  SmallLayer layer;
+  for (const int shared : {227 << 10, 80 << 10}) {
+    shim_shared_bytes = shared;
+    layer.outputs();
+    CHECK(shim_launched_with == shared, "a block was allowed %d bytes, not %d", shim_launched_with, shared);
+  }
+}
+
+void test_sizes() {
+  SmallLayer layer;
+  layer.run.x = layer.x + 2;
+  refuses("an input that begins between multiples of 16 bytes", [&] { cuda::convolve(layer.run); });
+  layer.run.x = layer.x;
+  layer.run.weight = layer.weight + 1;
+  refuses("weights that begin between multiples of 16 bytes", [&] { cuda::convolve(layer.run); });
+  layer.run.weight = layer.weight;
+  layer.run.y = layer.y + 2;
+  refuses("an output that begins between multiples of 16 bytes", [&] { cuda::convolve(layer.run); });
+  layer.run.y = layer.y;
+  // 2^32 pixels of the input, 2^30 of the output; and the other way round.
+  layer.run.images = 1 << 20;
+  layer.run.in_h = layer.run.in_w = 64;
+  layer.run.stride_h = layer.run.stride_w = 2;
+  refuses("an input of 2^32 pixels", [&] { cuda::convolve(layer.run); });
+  layer.run.backward = true;
+  refuses("a gradient of 2^32 pixels", [&] { cuda::convolve(layer.run); });
+}
+
 }  // namespace
 
 // The kernels with barriers, a tile or two each: 256 threads of the system that wait for each other take their time.
 void look_for_races() {
-  const Case small = {3, 8, 8, 10, 3, 3, 1, 1, 1, 1, 5, false}, sliced = {40, 3, 3, 20, 3, 3, 1, 1, 1, 1, 2, false};
+  const Case small = {3, 8, 8, 10, 3, 3, 1, 1, 1, 1, 5, false}, sliced = {40, 3, 3, 20, 3, 3, 1, 1, 1, 1, 2, false},
+             wide = {1, 9, 9, 6, 5, 5, 1, 0, 1, 1, 1, false}, strided = {5, 7, 5, 17, 3, 3, 2, 1, 1, 1, 1, false},
+             grouped = {4, 4, 4, 4, 3, 1, 1, 1, 1, 2, 1, false};
   for (const Type type : {Type::float32, Type::bfloat16}) {
     shim_shared_bytes = 227 << 10;
     check_conv(small, type, true, {false});
+    check_conv(wide, type, true, {false});
+    check_conv(strided, type, true, {false});
+    check_conv(grouped, type, true, {false});
+    check_backward(strided, type, type == Type::float32);
+    check_noisy_weights({2, 9, 7}, type == Type::float32, type, {0, 137});
+    check_noisy_weights({2, 9, 7}, false, type, {137});
     shim_shared_bytes = 70 << 10;
     check_conv(sliced, type, true, {true});
   }
@@ -446,7 +723,8 @@ int main(int argc, char** argv) {
     return report();
   }
   test_fragments();
-  if (!few) test_noisy_weights();
+  test_matrix_rows();
+  test_noisy_weights(few);
   // The larger memory holds all weights of a tile, the smaller one forces slices through it.
   for (const int shared : {227 << 10, 80 << 10}) {
     shim_shared_bytes = shared;
@@ -473,5 +751,14 @@ int main(int argc, char** argv) {
                   [](Plan& p) { return vgg16(p, 0.5, BatchNorm::before, 8, 2, 5); });
   }
   test_mistakes();
+  if (!few) {
+    test_misaligned();
+    test_sizes();
+    test_errors_do_not_stay();
+    test_advice();
+    test_devices();
+    test_many_samples();
+    test_shared_memory_is_allowed_once();
+  }
   return report();
 }
