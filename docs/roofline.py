@@ -9,22 +9,25 @@ A layer of a chip sample that sees N images takes at least
 
 with bytes = N * (activations read and written, bfloat16) + weights (nominal, read once). The CPU's peak and time a
 weight are those that `correctnet bench` measured (its JSON is the argument); the GPU is an NVIDIA H100 SXM by its data
-sheet, and nothing about it was measured. Writes roofline.csv and roofline.png beside this file.
+sheet, and nothing about it was measured. That drawing a weight once is enough is a bound, too: the fused kernel draws
+it again in every block that sweeps the images, and for every 256 output pixels where a layer's weights do not stay in
+shared memory ("noise as executed"). Writes roofline.csv and roofline.png beside this file, prints kernels.md's tables.
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
-import itertools
-
 import matplotlib.pyplot as plt
 import torch
 from torch import nn
@@ -32,6 +35,7 @@ from torch import nn
 from correctnet.models import build
 
 HERE = Path(__file__).parent
+CHIPS = 100  # in one launch of a GPU
 IMAGES = {"lenet5": 10000, "vgg16": 64}  # a chip sees: the MNIST test set; a reward of the search
 
 
@@ -50,6 +54,7 @@ class Machine:
 # figure of 66.9 TFLOP/s).
 # A weight's noise is some 60 instructions of such a lane (ten rounds of Philox for four weights, a quintic, 2^x).
 H100 = Machine("H100 SXM (data sheet)", 989e12, 3.35e12, 60 / (66.9e12 / 2), True)
+PROCESSORS, SHARED_BYTES = 132, 227 << 10  # multiprocessors, and what a block may have of each
 DRAM = 40e9  # bytes a second that two cores of a server get; only early layers of large batches come near it
 
 
@@ -61,6 +66,18 @@ class Layer:
     padded_flop: float  # an image, as an implicit GEMM executes it
     weights: int
     activations: int  # read and written an image
+    outputs: int  # channels
+    pixels: int  # of an output channel, before a pool
+
+    def times_drawn(self, images: int) -> int:
+        """How often the fused GPU kernel makes a chip's noise, in bfloat16 (csrc/cuda: conv.cuh, launch_conv)."""
+        columns = 16 if self.outputs <= 16 else 64
+        slices = math.ceil(self.weights / self.outputs / 32)  # of 64 bytes along k
+        shared = 4 * 192 + 2 * 256 * 12 + 3 * 256 * 64 + slices * columns * 64  # table, pixels, x, all of w
+        tiles = math.ceil(images * self.pixels / 256)
+        if shared > SHARED_BYTES:
+            return tiles
+        return min(tiles, math.ceil(2 * PROCESSORS / (CHIPS * math.ceil(self.outputs / columns))))
 
     def bounds(self, machine: Machine, images: int) -> dict[str, float]:
         """Seconds of one chip, by what bounds them."""
@@ -98,7 +115,8 @@ def layers(network: str) -> list[Layer]:
             inside, taps = hits.sum().item(), hits.numel() * kernel.numel()
         per_tap = 2 * layer.weight.shape[0] * layer.weight.shape[1]
         activations = x[0].numel() + y[0].numel() // (4 if name in pooled else 1)
-        found.append(Layer(network, name, inside * per_tap, taps * per_tap, layer.weight.numel(), activations))
+        work = inside * per_tap, taps * per_tap, layer.weight.numel(), activations
+        found.append(Layer(network, name, *work, y.shape[1], y[0, 0].numel()))
 
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -136,16 +154,45 @@ def main(bench: Path) -> None:
             for short, machine in (("cpu", cpu), ("h100", H100)):
                 what, seconds = layer.bound(machine, images)
                 row |= {f"{short}_bound_by": what, f"{short}_microseconds_a_chip": round(seconds * 1e6, 3)}
+            times = layer.times_drawn(images)
+            noise = times * layer.bounds(H100, images)["noise"]
+            row |= {"h100_times_drawn_fused": times, "h100_noise_fused_microseconds_a_chip": round(noise * 1e6, 3)}
             rows.append(row)
     with (HERE / "roofline.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     draw(cpu)
+    for network, images in IMAGES.items():
+        print(f"{network}, {images:,} images a chip:\n\n{table([r for r in rows if r['network'] == network])}\n")
     for short in ("cpu", "h100"):
         for network, images in IMAGES.items():
             total = sum(r[f"{short}_microseconds_a_chip"] for r in rows if r["network"] == network)
             print(f"{network}, {images} images a chip, {short}: at least {total:.1f} us a chip")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown."""
+    lines = [
+        "| layer | MFLOP an image | weights | FLOP a drawn weight | FLOP a byte | CPU: bound by, µs a chip "
+        "| H100 (data sheet): bound by, µs a chip | its noise as executed (fused): times drawn, µs a chip |",
+        "|---|---:|---:|---:|---:|---|---|---|",
+    ]
+    for row in rows:
+        h100 = row["h100_microseconds_a_chip"]
+        noise = row["h100_noise_fused_microseconds_a_chip"]
+        cells = (
+            row["layer"],
+            f"{row['mflop_an_image']:.4g}",
+            f"{row['weights']:,}",
+            f"{row['flop_a_drawn_weight']:,}",
+            f"{row['flop_a_byte']:.0f}",
+            f"{row['cpu_bound_by']}, {row['cpu_microseconds_a_chip']:,.1f}",
+            f"{row['h100_bound_by']}, {h100:.3g}",
+            f"{row['h100_times_drawn_fused']}, {noise:.3g}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def draw(cpu: Machine) -> None:
@@ -158,12 +205,17 @@ def draw(cpu: Machine) -> None:
                 heights = [layer.bounds(machine, images)[what] * 1e6 for layer in all_layers]
                 places = [p + (i - 1) * 0.27 for p in range(len(all_layers))]
                 axis.bar(places, heights, 0.27, color=colours[what], label=what)
+                if what == "noise" and machine is H100:
+                    executed = [h * layer.times_drawn(images) for h, layer in zip(heights, all_layers, strict=True)]
+                    style = {"fill": False, "edgecolor": colours[what], "linestyle": ":", "linewidth": 1}
+                    axis.bar(places, executed, 0.27, label="noise as executed (fused)", **style)
             axis.set_yscale("log")
             axis.set_xticks(range(len(all_layers)), [layer.name for layer in all_layers], rotation=60, fontsize=8)
             axis.set_ylabel("µs a chip")
             axis.set_title(f"{network}, {images:,} images a chip: {machine.name}", fontsize=9)
             axis.grid(axis="y", alpha=0.3)
-    axes[0][0].legend(frameon=False, fontsize=8)
+    labels = axes[0][1].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
     figure.savefig(HERE / "roofline.png", dpi=120)
 
 

@@ -19,7 +19,7 @@ correctnet info >"$log" 2>&1
 block 20 "$log"
 
 section "pytest -m gpu"
-python -m pytest -m gpu tests/test_gpu.py tests/test_gpu_plain.py -q >"$log" 2>&1 || status=1
+python -m pytest -m gpu tests/test_gpu*.py -q >"$log" 2>&1 || status=1
 block 15 "$log"
 
 section "compute-sanitizer"
