@@ -12,7 +12,7 @@ from correctnet import LogNormalVariation, convert, cuda, models
 from correctnet.engine import Engine
 from correctnet.errors import UserError
 
-MODELLED = cuda.status().built and not torch.cuda.is_available()
+MODELLED = cuda.status().usable and not torch.cuda.is_available()
 DEVICE = torch.device("cpu" if MODELLED else "cuda")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda.status().usable, reason=cuda.status().reason)]
 

@@ -525,7 +525,8 @@ void Engine::Impl::run_operation(const Step& step, int index) const {
         if (step.run.materialise) {
           void* const weights = static_cast<char*>(step.run.workspace) + step.places.weights;
           make_noisy<T>({static_cast<const float*>(a.weight.get()), weights, sizeof(T) == 2, true, geometry[index].outputs,
-                         p.taps, p.in, step.run.seed, step.run.samples + step.first, step.samples, *op.noise, device.number, nullptr},
+                         p.taps, p.in, step.run.seed, step.run.samples + step.first, step.samples, *op.noise,
+                         device.number, nullptr},
                         step.stream);
           p.weight = weights;
           p.weight_stride = int64_t(geometry[index].outputs) * p.k;
