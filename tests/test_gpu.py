@@ -27,7 +27,7 @@ from correctnet.lowering import METHODS
 from correctnet.montecarlo import EngineWarning
 from correctnet.variation import Variation
 
-MODELLED = cuda.status().built and not torch.cuda.is_available()
+MODELLED = cuda.status().usable and not torch.cuda.is_available()
 DEVICE = torch.device("cpu" if MODELLED else "cuda")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda.status().usable, reason=cuda.status().reason)]
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
