@@ -252,3 +252,12 @@ def test_the_gpu_profile_asks_for_one_gpu_at_a_time(folder):
     assert yaml.safe_load((profile / "profile.yaml").read_text())["resources"] == {"gpu": 1}
     heavy = re.findall(r"^rule (\w+):.*?gpu=(\d)", output, re.DOTALL | re.MULTILINE)
     assert {gpu for _, gpu in heavy} == {"1"}
+
+
+@pytest.mark.parametrize("run", ["all", "lenet", "mnist", "settings", "seeds", "ablation"])
+def test_every_run_that_ships_can_be_planned(tmp_path, run):
+    config = yaml.safe_load((ROOT / "config.yaml").read_text())
+    planned = stats(snakemake(prepare(tmp_path, config), "-n", run))
+    assert planned["pretrain"] >= 1
+    assert planned["evaluate"] >= 2
+    assert planned["table1"] == 1

@@ -1,5 +1,6 @@
 """All functions of the workflow: the configuration, where a stage's files stand, and which rows read them."""
 
+import functools
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import sys
 
 from snakemake.exceptions import WorkflowError
 
-from correctnet.config import Config, search_rounds
+from correctnet.config import Config, lineage, search_rounds
 from correctnet.errors import UserError
 
 try:
@@ -71,11 +72,36 @@ def note_place():
 check_place()
 
 
+@functools.cache
+def rows_by_variant(pair):
+    """{variant: a row whose stages have it}.
+
+    Of several rows the one that has it at the latest stage: what its name says is what all stages before differ in.
+    """
+    found = {}
+    for stage in ("compensate", "search", "sweep", "inject", "suppress", "pretrain"):
+        for row in CONFIG.rows_of(pair):
+            settings = CONFIG.settings(pair, row)
+            if stage not in lineage(settings, CONFIG.rows[row].evaluate):
+                continue
+            first = found.setdefault(CONFIG.variant(pair, row, stage), row)
+            if settings.canonical(stage) != CONFIG.settings(pair, first).canonical(stage):
+                raise WorkflowError(f"pair {pair}: {first!r} sets keys of the stage {stage} that it does not have")
+    return found
+
+
 def row_of(wildcards):
-    """The row whose settings a stage's folder was made with; None: the pair's own."""
+    """A row with whose settings a stage's folder is made; None: the pair's own."""
     if hasattr(wildcards, "model"):
         return "correctnet"  # whose networks `sensitivity` compares
-    return getattr(wildcards, "row", None) or wildcards.variant[1:] or None
+    if hasattr(wildcards, "row"):
+        return wildcards.row
+    if not wildcards.variant:
+        return None
+    try:
+        return rows_by_variant(wildcards.pair)[wildcards.variant]
+    except KeyError:
+        raise WorkflowError(f"pair {wildcards.pair}: no row has a stage that differs in {wildcards.variant[1:]}")
 
 
 def settings_of(wildcards):
