@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from workflows import PAIR, ROOT, configure, snakemake, stats
+from workflows import PAIR, ROOT, configure, prepare, snakemake, stats
 
 from correctnet.config import Config
 
