@@ -379,11 +379,10 @@ def _live_bytes(
         return math.prod(meta.shape[1:]) * (2 if precision == "bfloat16" else 4) if hasattr(meta, "shape") else 0
 
     live = size(source) + sum(size(s.node) for s in steps if not s.sampled)
-    most = live
+    most, sampled = live, {s.node for s in steps if s.sampled}
     for step in steps:
         live += size(step.node) if step.sampled else 0
         most = max(most, live + max((size(n) for n in step.node.all_input_nodes), default=0))
-        sampled = {s.node for s in steps if s.sampled}
         live -= sum(size(n) for n in dead[step.node] if n in sampled)
     return most
 

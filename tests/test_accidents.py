@@ -218,13 +218,8 @@ def long_run(tmp_path: Path) -> Path:
     return prepare(tmp_path / "run", config)
 
 
-def readme_block(mark: str) -> list[str]:
-    """The commands of the README's block behind <!-- mark -->, without comments."""
-    block = re.search(rf"<!-- {mark} -->\n```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    return [line.split("#")[0].strip() for line in block[1].splitlines() if line.split("#")[0].strip()]
-
-
-def test_the_head_process_is_killed_and_the_readme_s_recovery_works(tmp_path):
+def killed_in_mid_run(tmp_path: Path) -> tuple[Path, Path]:
+    """A workflow whose head process was killed in mid-training, and the training's log."""
     run = long_run(tmp_path)
     log = run / "results" / "one" / "pretrain" / "log.csv"
     head = start(run, "--cores", 2, stdout=subprocess.DEVNULL)
@@ -234,6 +229,17 @@ def test_the_head_process_is_killed_and_the_readme_s_recovery_works(tmp_path):
     # The stage notices, and ends by itself; its log says so.
     said = run / "results" / ".logs" / "one" / "pretrain.log"
     wait_for(lambda: "stopped by SIGTERM" in said.read_text(), seconds=20)
+    return run, log
+
+
+def readme_block(mark: str) -> list[str]:
+    """The commands of the README's block behind <!-- mark -->, without comments."""
+    block = re.search(rf"<!-- {mark} -->\n```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return [line.split("#")[0].strip() for line in block[1].splitlines() if line.split("#")[0].strip()]
+
+
+def test_the_head_process_is_killed_and_the_readme_s_recovery_works(tmp_path):
+    run, log = killed_in_mid_run(tmp_path)
     before = rows(log)
     assert before < 40
     commands = readme_block("recovery")
@@ -320,14 +326,7 @@ def test_a_folder_that_is_moved_goes_on(copied, tmp_path):
 
 
 def test_results_that_are_moved_in_mid_run_go_on(tmp_path):
-    run = long_run(tmp_path)
-    log = run / "results" / "one" / "pretrain" / "log.csv"
-    head = start(run, "--cores", 2, stdout=subprocess.DEVNULL)
-    wait_for(lambda: rows(log) >= 3, head)
-    head.kill()
-    head.wait()
-    said = run / "results" / ".logs" / "one" / "pretrain.log"
-    wait_for(lambda: "stopped by SIGTERM" in said.read_text(), seconds=20)
+    run, log = killed_in_mid_run(tmp_path)
     elsewhere = tmp_path / "large disk" / "results"
     elsewhere.parent.mkdir()
     shutil.move(run / "results", elsewhere)
