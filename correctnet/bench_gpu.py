@@ -29,6 +29,7 @@ from correctnet.bench import PRECISIONS, SIGMA, Row, Say, Variant, Work, _flat, 
 from correctnet.config import Compensate
 from correctnet.engine import MEMORY, Engine
 from correctnet.errors import UserError, one_line
+from correctnet.training import train_only
 from correctnet.variation import LogNormalVariation
 
 DEVICE = "cuda"  # the tests' is the CPU: all but the graphs and the times
@@ -343,10 +344,7 @@ class Trainer:
         self.network = compensation.compensate(network, filters, seed=seed).eval()
         self.network.to(DEVICE, memory_format=torch.channels_last)
         self.parameters = compensation.compensation_parameters(self.network)
-        for p in self.network.parameters():
-            p.requires_grad_(False)
-        for p in self.parameters:
-            p.requires_grad_(True)
+        train_only(self.network, self.parameters)
         self.weights = [layer.weight for _, layer in analog_candidates(self.network)]
         self._nominal = [w.detach().clone(memory_format=torch.preserve_format) for w in self.weights]
         self._seed = torch.full((), seed, dtype=torch.int64, device=DEVICE)
@@ -453,10 +451,7 @@ def _fit(network: nn.Module, filters: dict[str, int], x: Tensor, y: Tensor, seed
     analog = analog.to(DEVICE, memory_format=torch.channels_last)
     x, y = x.to(DEVICE).contiguous(memory_format=torch.channels_last), y.to(DEVICE)
     parameters = compensation.compensation_parameters(analog)
-    for p in analog.parameters():
-        p.requires_grad_(False)
-    for p in parameters:
-        p.requires_grad_(True)
+    train_only(analog, parameters)
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     drawn = itertools.count()
 

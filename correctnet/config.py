@@ -358,7 +358,7 @@ READS: dict[Stage, tuple[str, ...]] = {
 }
 # Keys that came when there were results already, with the value that those were made with: the string of settings says
 # nothing of it, so that they need not be made again.
-LATER = (("montecarlo", "gpu_method", "auto"),)
+LATER = (("montecarlo", "gpu_method", "auto"), ("pretrain", "sizes", []))
 # Raised when a stage's code changes what it computes.
 VERSIONS: dict[Stage, int] = dict.fromkeys(get_args(Stage), 2) | {"suppress": 3, "search": 4}
 
