@@ -1,4 +1,4 @@
-"""setup.py, where what was asked for cannot be built: one line that says what to set."""
+"""What an installation needs; and where what was asked for cannot be built: one line that says what to set."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,9 @@ def test_an_nvcc_that_fails_names_the_ways_out(tmp_path: Path) -> None:
     lines = setup("build_ext", *out, CORRECTNET_CUDA="1", CUDACXX=str(nvcc))
     assert lines[-1].startswith(f"correctnet: the build with {nvcc} failed, see above: CORRECTNET_CUDA=0 installs")
     assert "CORRECTNET_CUDA_ARCHS" in lines[-1]
+
+
+def test_the_workflow_brings_what_its_report_asks_for() -> None:
+    # Snakemake's report needs it without depending on it, and pytest hides that: it brings it into every test's venv.
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert any(requirement.startswith("pygments") for requirement in extras["workflow"])
