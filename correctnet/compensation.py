@@ -222,7 +222,7 @@ def prepare(
     hooks = Hooks(
         before_batch=lambda draw: program(analog, TRAINING_CHIPS + draw),
         draws_per_batch=section.chips_per_batch,
-        frozen=True,
+        dropout=False,
         update_batchnorm=section.batchnorm == "updated",
     )
     return analog, plan, hooks

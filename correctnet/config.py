@@ -96,6 +96,8 @@ class Training(Section):
     """fraction of the steps over which the learning rate rises"""
     precision: Literal["float32", "bfloat16"] = "float32"
     """arithmetic of forward and backward (bfloat16: autocast, the weights stay float32)"""
+    clip: float | None = Field(None, gt=0)
+    """largest norm of a step's gradient, a longer one is scaled down to it; empty: any"""
 
 
 class Pretrain(Training):
@@ -134,6 +136,10 @@ class Suppress(Training):
 
 class Inject(Training):
     """Training with variation injected into all weights, a fresh chip sample each batch (a rival, after [11])."""
+
+    batchnorm: Literal["updated", "frozen"] = "updated"
+    """normalise with each batch, which is one chip's, and update the statistics, or keep those of pre-training and
+    normalise with them, as a chip without statistics of its own does"""
 
 
 class Sweep(Section):
@@ -299,8 +305,9 @@ class Settings(Section):
         """`of(stage)` as one JSON string with sorted keys: equal strings, equal results."""
         values = self._read_by(stage)
         for group, key, default in LATER:
-            if values.get(group, {}).get(key) == default:
-                del values[group][key]
+            section = values.get(group, {})
+            if key in section and section[key] == default:
+                del section[key]
         return json.dumps({"version": VERSIONS[stage], **values}, sort_keys=True)
 
     def _read_by(self, stage: Stage) -> dict[str, Any]:
@@ -358,7 +365,12 @@ READS: dict[Stage, tuple[str, ...]] = {
 }
 # Keys that came when there were results already, with the value that those were made with: the string of settings says
 # nothing of it, so that they need not be made again.
-LATER = (("montecarlo", "gpu_method", "auto"), ("pretrain", "sizes", []))
+LATER = (
+    ("montecarlo", "gpu_method", "auto"),
+    ("pretrain", "sizes", []),
+    ("inject", "batchnorm", "updated"),
+    *((stage, "clip", None) for stage in ("pretrain", "suppress", "inject", "compensate")),
+)
 # Raised when a stage's code changes what it computes.
 VERSIONS: dict[Stage, int] = dict.fromkeys(get_args(Stage), 2) | {"suppress": 3, "search": 4}
 

@@ -161,7 +161,10 @@ def inject(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) ->
     s = settings.of("inject")
     model, base = read_network(pretrained, runtime.device)
     analog = convert(model, variation.make(s.variation), s.seed)
-    hooks = Hooks(before_batch=lambda draw: program(analog, variation.TRAINING_CHIPS + draw))
+    hooks = Hooks(
+        before_batch=lambda draw: program(analog, variation.TRAINING_CHIPS + draw),
+        update_batchnorm=s.inject.batchnorm == "updated",
+    )
     weights, _ = storage.model_files(pretrained)
     _train("inject", analog, base, runtime.load(s), settings, hooks, out, runtime, [weights])
 

@@ -42,10 +42,10 @@ class Hooks:
     """the logits are divided by this in the loss"""
     draws_per_batch: int = 1
     """forward and backward passes a batch, over which the gradient is averaged"""
-    frozen: bool = False
-    """the network is not what is trained: no dropout, and BatchNorm keeps its statistics"""
-    update_batchnorm: bool = False
-    """with `frozen`: BatchNorm normalises with each batch and updates its statistics all the same"""
+    dropout: bool = True
+    """whether layers of dropout drop"""
+    update_batchnorm: bool = True
+    """whether BatchNorm normalises with each batch and updates its statistics, or normalises with those it has"""
     augment: str = "none"
     """how images are varied, as `data.augment`"""
     sizes: Sequence[int] = ()
@@ -224,11 +224,10 @@ def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _set_mode(model: nn.Module, hooks: Hooks) -> None:
-    model.train(not hooks.frozen)
-    if hooks.update_batchnorm:
-        for m in model.modules():
-            if isinstance(m, nn.modules.batchnorm._NormBase):
-                m.train()
+    model.train(hooks.dropout)
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._NormBase):
+            m.train(hooks.update_batchnorm)
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
@@ -280,6 +279,8 @@ def _epoch(
             losses += term.item() * len(batch)
         if not math.isfinite(losses):
             raise UserError(f"training: the loss is not finite in epoch {epoch + 1}; lower the learning rate or beta")
+        if settings.clip:
+            nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], settings.clip)
         optimizer.step()
         bar.update()
     return losses / len(train), correct / len(train)

@@ -235,6 +235,14 @@ def test_a_key_that_came_later_changes_no_string_where_it_has_its_default(stage)
     assert Settings.from_canonical(other.canonical(stage), stage).montecarlo.gpu_method == "library"
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "suppress", "inject", "search", "compensate"])
+def test_trainings_without_a_limit_on_the_gradient_are_those_of_before(stage):
+    assert "clip" not in Settings().canonical(stage)
+    section = "compensate" if stage == "search" else stage
+    limited = Settings.model_validate({section: {"clip": 1.0}})
+    assert getattr(Settings.from_canonical(limited.canonical(stage), stage), section).clip == 1.0
+
+
 def test_swapped_numbers_are_noticed():
     a = Settings.model_validate({"suppress": {"beta": 0.1, "k": 0.2}}).canonical("suppress")
     b = Settings.model_validate({"suppress": {"beta": 0.2, "k": 0.1}}).canonical("suppress")

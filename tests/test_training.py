@@ -104,7 +104,7 @@ def test_only_the_chosen_parameters_change(tiny, blobs):
     assert changed == {"4.weight", "4.bias", "0.norm.running_mean", "0.norm.running_var", "0.norm.num_batches_tracked"}
     assert all(p.requires_grad for p in tiny.parameters())
     before = weights(tiny)
-    hooks = Hooks(frozen=True)
+    hooks = Hooks(update_batchnorm=False)
     fit(tiny, blobs, section(epochs=1), seed=0, parameters=list(tiny[4].parameters()), hooks=hooks, quiet=True)
     assert {k for k, v in tiny.state_dict().items() if not torch.equal(v, before[k])} == {"4.weight", "4.bias"}
 
@@ -134,16 +134,43 @@ def test_several_chips_a_batch_average_the_gradient(tiny, blobs):
         return {k: v - before[k] for k, v in analog.named_parameters()}
 
     def one(sample):
-        return lambda m: Hooks(before_batch=lambda d: program(m, TRAINING_CHIPS + sample), frozen=True)
+        return lambda m: Hooks(before_batch=lambda d: program(m, TRAINING_CHIPS + sample), update_batchnorm=False)
 
     def three(m):
-        hooks = Hooks(before_batch=lambda d: program(m, TRAINING_CHIPS + d), frozen=True)
+        hooks = Hooks(before_batch=lambda d: program(m, TRAINING_CHIPS + d), update_batchnorm=False)
         hooks.draws_per_batch = 3
         return hooks
 
     singles, together = [step(one(i)) for i in range(3)], step(three)
     for name, value in together.items():
         torch.testing.assert_close(value, sum(s[name] for s in singles) / 3, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("clip", [0.01, 1e6])
+def test_a_clipped_step_is_as_long_as_asked_and_as_steep(tiny, blobs, clip):
+    # One step of SGD without momentum's history: the change is learning rate x (1 + 0.9) x gradient.
+    batch = Split(blobs.images[:32], blobs.labels[:32])
+
+    def step(**changes):
+        model = copy.deepcopy(tiny)
+        settings = section(epochs=1, optimizer="sgd", warmup=0.0, learning_rate=0.1, **changes)
+        fit(model, batch, settings, seed=0, quiet=True)
+        pairs = zip(model.parameters(), tiny.parameters(), strict=True)
+        return torch.cat([(a - b).detach().flatten() for a, b in pairs])
+
+    free, clipped = step(), step(clip=clip)
+    norm = free.norm().item() / 0.19
+    assert clipped.norm().item() == pytest.approx(0.19 * min(norm, clip), rel=1e-3)
+    assert torch.cosine_similarity(free, clipped, dim=0).item() == pytest.approx(1, abs=1e-4)
+
+
+def test_layers_of_dropout_drop_unless_they_are_told_not_to(blobs):
+    modes = []
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(blobs.images[0].numel(), 3), nn.BatchNorm1d(3))
+    model.register_forward_pre_hook(lambda module, _: modes.append((module[1].training, module[3].training)))
+    for hooks in (Hooks(), Hooks(dropout=False), Hooks(update_batchnorm=False)):
+        fit(model, blobs, section(epochs=1, batch=len(blobs)), seed=0, hooks=hooks, quiet=True)
+    assert modes == [(True, True), (False, True), (True, False)]
 
 
 def test_learning_rate_schedule():
