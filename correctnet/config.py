@@ -156,6 +156,8 @@ class Sweep(Section):
 class Compensate(Training):
     """Generators and compensators (Fig. 5), trained with everything else frozen."""
 
+    batch: int = Field(32, ge=1)
+    """images a step; few, as a step sees one chip: many chips teach more than many images of one"""
     learning_rate: float = Field(1e-2, gt=0)
     """peak learning rate of the one-cycle schedule; ten times a network's own, as the new layers are few"""
     activation: Literal["none", "relu"] = "relu"
