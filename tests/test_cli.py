@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -46,6 +47,18 @@ def test_help_names_every_setting_with_its_default():
     assert "--beta FLOAT weight of the regulariser in the loss [suppress.beta; default: 0.0001]" in text
     for name in (*READS, "table", "figure", "merge", "collect", "fetch", "check", "show"):
         assert name in succeed("--help").output
+
+
+def test_trials_of_compensators_are_compared_on_the_same_chips(chain, tmp_path):
+    """docs/trials.py, whose tables stand in docs/reproduction.md."""
+    script, out = Path(__file__).parents[1] / "docs" / "trials.py", tmp_path / "trials.csv"
+    command = [sys.executable, script, chain / "suppress", "--dataset", "digits", "--filters", "conv1.layer=3"]
+    command += ["--images", "64", "--validation", "50", "--chips", "3", "--out", out, "learning_rate=1e-9", "epochs=2"]
+    subprocess.run(command, check=True, timeout=300)
+    table = pd.read_csv(out)
+    assert list(table["trial"]) == ["not compensated", "learning_rate=1e-9", "epochs=2"]
+    assert table["mean"][1] == pytest.approx(table["mean"][0], abs=0.011), "it starts as the identity"
+    assert table["overhead"][1] > 0
 
 
 def test_all_candidates_get_the_largest_ratio(chain):

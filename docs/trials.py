@@ -1,0 +1,82 @@
+"""Short trainings of compensators under changed settings, compared on validation images: the tables of reproduction.md.
+
+    python docs/trials.py MODEL --dataset cifar10 --filters conv1.layer=64 --filters conv2.layer=64 --images 8000 \\
+        'learning_rate=1e-3 epochs=4' 'learning_rate=1e-3 batch=128 epochs=4' --out trials.csv
+
+MODEL is what a stage wrote (suppress, pretrain, inject). Each quoted argument is a trial: fields of
+`correctnet.config.Compensate`. Seed 0, sigma 0.5; chips and images of all trials are the same. The first row of the
+CSV is the model as it is.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import pandas as pd
+import torch
+
+from correctnet import LogNormalVariation, compensation, convert, data, evaluate
+from correctnet.config import Compensate, validate
+from correctnet.stages import read_network
+from correctnet.storage import write_csv
+from correctnet.training import fit
+from correctnet.variation import VALIDATION_CHIPS
+
+
+@click.command()
+@click.argument("model", type=Path)
+@click.argument("trials", nargs=-1, required=True)
+@click.option("--dataset", required=True)
+@click.option("--filters", multiple=True, required=True, metavar="LAYER=M", help="Generator filters of a layer.")
+@click.option("--images", default=5000, help="Training images.")
+@click.option("--validation", default=1000, help="Validation images.")
+@click.option("--chips", default=30)
+@click.option("--augment", default="none")
+@click.option("--precision", default="bfloat16", help="Of training and simulation.")
+@click.option("--threads", default=1)
+@click.option("--out", type=Path, required=True)
+def main(
+    model: Path,
+    trials: tuple[str, ...],
+    dataset: str,
+    filters: tuple[str, ...],
+    images: int,
+    validation: int,
+    chips: int,
+    augment: str,
+    precision: str,
+    threads: int,
+    out: Path,
+) -> None:
+    torch.set_num_threads(threads)
+    network, _ = read_network(model)
+    loaded = data.load(dataset)
+    train, judged = loaded.train.take(images), loaded.validation.take(validation)
+    plan = {name: int(m) for name, m in (item.split("=") for item in filters)}
+    variation = LogNormalVariation(0.5)
+    rows: list[dict[str, Any]] = []
+
+    def judge(trial: str, analog: torch.nn.Module, overhead: float, seconds: float) -> None:
+        result = evaluate(analog, judged, chips, start=VALIDATION_CHIPS, precision=precision, progress=False)
+        row = {"trial": trial, "training_images": images, "overhead": overhead, "seconds": round(seconds, 1)}
+        rows.append(row | {"mean": result.mean, "std": result.std, "chips": chips, "validation_images": len(judged)})
+        write_csv(out, pd.DataFrame(rows))
+        click.echo(f"{result.mean:.2%} +- {100 * result.std:.2f}  {trial}")
+
+    judge("not compensated", convert(network, variation, 0), 0.0, 0.0)
+    for trial in trials:
+        fields = dict(item.split("=", 1) for item in trial.split())
+        section = validate(Compensate, {"precision": precision, "epochs": 1, **fields}, trial)
+        analog, _, hooks = compensation.prepare(network, plan, section, variation, 0)
+        hooks.augment = augment
+        trained = compensation.trained_parameters(analog, section)
+        began = time.monotonic()
+        fit(analog, train, section, 0, parameters=trained, hooks=hooks, quiet=True)
+        judge(trial, analog, compensation.overhead(network, plan), time.monotonic() - began)
+
+
+if __name__ == "__main__":
+    main()
