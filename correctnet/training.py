@@ -43,7 +43,7 @@ class Hooks:
     draws_per_batch: int = 1
     """forward and backward passes a batch, over which the gradient is averaged"""
     dropout: bool = True
-    """whether layers of dropout drop"""
+    """whether all but BatchNorm is in training mode: layers of dropout drop"""
     update_batchnorm: bool = True
     """whether BatchNorm normalises with each batch and updates its statistics, or normalises with those it has"""
     augment: str = "none"

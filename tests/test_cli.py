@@ -49,6 +49,14 @@ def test_help_names_every_setting_with_its_default():
         assert name in succeed("--help").output
 
 
+@pytest.mark.parametrize("batchnorm", ["updated", "frozen"])
+def test_training_with_variation_keeps_or_updates_batchnorm(chain, tmp_path, monkeypatch, batchnorm):
+    passed = []
+    monkeypatch.setattr(stages, "fit", lambda *_, hooks, **__: passed.append(hooks.update_batchnorm) or [])
+    succeed("inject", *FAST, "--batchnorm", batchnorm, "--pretrained", chain / "pretrain", "--out", tmp_path / "out")
+    assert passed == [batchnorm == "updated"]
+
+
 def test_trials_of_compensators_are_compared_on_the_same_chips(chain, tmp_path):
     """docs/trials.py, whose tables stand in docs/reproduction.md."""
     script, out = Path(__file__).parents[1] / "docs" / "trials.py", tmp_path / "trials.csv"

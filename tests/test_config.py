@@ -235,12 +235,19 @@ def test_a_key_that_came_later_changes_no_string_where_it_has_its_default(stage)
     assert Settings.from_canonical(other.canonical(stage), stage).montecarlo.gpu_method == "library"
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "suppress", "inject", "search", "compensate"])
-def test_trainings_without_a_limit_on_the_gradient_are_those_of_before(stage):
-    assert "clip" not in Settings().canonical(stage)
-    section = "compensate" if stage == "search" else stage
-    limited = Settings.model_validate({section: {"clip": 1.0}})
-    assert getattr(Settings.from_canonical(limited.canonical(stage), stage), section).clip == 1.0
+@pytest.mark.parametrize(
+    ("stage", "section", "key", "other"),
+    [
+        *((stage, stage, "clip", 1.0) for stage in ("pretrain", "suppress", "inject", "compensate")),
+        ("search", "compensate", "clip", 1.0),
+        ("inject", "inject", "batchnorm", "frozen"),
+        ("pretrain", "pretrain", "sizes", (16,)),
+    ],
+)
+def test_trainings_without_a_later_key_are_those_of_before(stage, section, key, other):
+    assert key not in json.loads(Settings().canonical(stage))[section]
+    changed = Settings.model_validate({section: {key: other}})
+    assert getattr(getattr(Settings.from_canonical(changed.canonical(stage), stage), section), key) == other
 
 
 def test_swapped_numbers_are_noticed():
