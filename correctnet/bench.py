@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from correctnet import __version__, models, native, storage
 from correctnet.analog import convert
-from correctnet.engine import Engine, Precision
+from correctnet.arithmetic import Precision
+from correctnet.engine import Engine
 from correctnet.errors import UserError, one_line
 from correctnet.montecarlo import evaluate
 from correctnet.variation import LogNormalVariation

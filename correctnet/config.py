@@ -95,7 +95,7 @@ class Training(Section):
     warmup: float = Field(0.1, ge=0, lt=1)
     """fraction of the steps over which the learning rate rises"""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """arithmetic of forward and backward (bfloat16: autocast, the weights stay float32)"""
+    """arithmetic of forward and backward (bfloat16: autocast, weights stay float32; float32 on a CPU without it)"""
     clip: float | None = Field(None, gt=0)
     """largest norm of a step's gradient, a longer one is scaled down to it; empty: any"""
 

@@ -33,9 +33,10 @@ from torch import Tensor, fx, nn
 
 from correctnet import cuda
 from correctnet.analog import AnalogLayer, analog_layers, chip_of, programmed
+from correctnet.arithmetic import Precision
 from correctnet.errors import UserError
 from correctnet.graph import Unsupported, call, in_place, trace
-from correctnet.lowering import METHODS, Lowering, Method, PlanStep, Precision, TorchStep
+from correctnet.lowering import METHODS, Lowering, Method, PlanStep, TorchStep
 from correctnet.variation import LogNormalVariation
 
 BLOCK = 1024  # images that a plan holds at a time, at most: enough that drawing a chip's weights does not count

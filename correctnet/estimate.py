@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from correctnet import models, variation
 from correctnet.analog import analog_candidates, convert, program, programmed
+from correctnet.arithmetic import Precision, products
 from correctnet.config import Config, Settings, Stage, lineage
-from correctnet.engine import Engine, Precision, Unsupported
+from correctnet.engine import Engine, Unsupported
 from correctnet.errors import UserError
 from correctnet.workload import Costs, stage_seconds
 
@@ -43,7 +44,7 @@ def costs(settings: Settings) -> Costs:
     labels = torch.zeros(len(images), dtype=torch.int64)
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=s.pretrain.precision == "bfloat16"):
+        with products(s.pretrain.precision, "cpu"):
             logits = model.train()(images)
         F.cross_entropy(logits.float(), labels).backward()
 

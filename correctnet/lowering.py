@@ -17,10 +17,10 @@ from torch import Tensor, fx, nn
 
 from correctnet import cuda
 from correctnet.analog import AnalogLayer
+from correctnet.arithmetic import Precision
 from correctnet.graph import Op, Traced, changed_by, op_of, shape_of
 from correctnet.variation import LogNormalVariation
 
-Precision = Literal["float32", "bfloat16"]
 Method = Literal["auto", "fused", "materialise", "library"]
 METHODS: tuple[Method, ...] = get_args(Method)
 

@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from correctnet import storage
 from correctnet.analog import chip_of, program, programmed
+from correctnet.arithmetic import Precision
 from correctnet.data import Split
-from correctnet.engine import BLOCK, GPU_BLOCK, MEMORY, Engine, Method, Precision, Unsupported, check_method
+from correctnet.engine import BLOCK, GPU_BLOCK, MEMORY, Engine, Method, Unsupported, check_method
 from correctnet.errors import UserError
 from correctnet.results import COLUMNS, Result
 

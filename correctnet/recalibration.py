@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from correctnet.analog import programmed
+from correctnet.arithmetic import Precision, products
 from correctnet.errors import UserError
-from correctnet.lowering import Precision
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def recalibrate(
         m.train()
     if images.dim() == 4:
         images = images.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+    with products(precision, images.device):
         if samples is None:
             model(images)
         else:

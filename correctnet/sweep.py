@@ -10,7 +10,8 @@ from torch import nn
 from tqdm import tqdm
 
 from correctnet.analog import analog_candidates, analog_layers, convert
-from correctnet.engine import MEMORY, Method, Precision
+from correctnet.arithmetic import Precision
+from correctnet.engine import MEMORY, Method
 from correctnet.errors import UserError
 from correctnet.montecarlo import Batches, clean_accuracy, evaluate
 from correctnet.results import Result

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from correctnet import storage
+from correctnet import arithmetic, storage
 from correctnet.data import Split, augment, resize
 from correctnet.errors import UserError
 
@@ -251,7 +251,6 @@ def _epoch(
     torch.manual_seed(generator.initial_seed())  # of dropout
     order = torch.randperm(len(train), generator=generator).to(train.images.device)
     per_epoch = math.ceil(len(train) / settings.batch)
-    device = train.images.device.type
     losses, correct = 0.0, 0
     for i, batch in enumerate(order.split(settings.batch)):
         step = epoch * per_epoch + i
@@ -267,7 +266,7 @@ def _epoch(
         optimizer.zero_grad(set_to_none=True)
         for draw in range(hooks.draws_per_batch):
             hooks.before_batch(step * hooks.draws_per_batch + draw)
-            with torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+            with arithmetic.products(settings.precision, train.images.device):
                 logits = model(images)
             loss = F.cross_entropy(logits.float() / hooks.temperature, labels)
             (loss / hooks.draws_per_batch).backward()

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from correctnet import arithmetic
 from correctnet.analog import convert, program
 from correctnet.errors import UserError
 from correctnet.recalibration import recalibrate
@@ -34,7 +35,8 @@ def test_simulated_statistics_are_the_average_over_chips(tiny, blobs):
     torch.testing.assert_close(analog[0].norm.running_var, (moments[0][1] + moments[1][1]) / 2)
 
 
-def test_bfloat16_products_and_float32_statistics(tiny, blobs):
+def test_bfloat16_products_and_float32_statistics(tiny, blobs, monkeypatch):
+    monkeypatch.setattr(arithmetic, "_has_bfloat16", lambda kind: True)  # emulated where it is not
     exact, rounded = (convert(tiny, LogNormalVariation(0.5)) for _ in range(2))
     for analog, precision in ((exact, "float32"), (rounded, "bfloat16")):
         program(analog, 3)
