@@ -78,7 +78,7 @@ def weight_gradient(x: Tensor, gradient: Tensor, kernel: tuple[int, int], paddin
     """
     height, width, rows, columns = *x.shape[2:], *gradient.shape[2:]
     inputs, outputs = x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1)
-    found = x.new_zeros(*kernel, gradient.shape[1], x.shape[1])
+    found = x.new_zeros(gradient.shape[1], *kernel, x.shape[1])
     for a in range(kernel[0]):
         up, down = a - padding[0], min(rows, height - a + padding[0])
         top = max(0, -up)
@@ -88,8 +88,8 @@ def weight_gradient(x: Tensor, gradient: Tensor, kernel: tuple[int, int], paddin
             if top < down and start < end:
                 own = outputs[:, top:down, start:end].reshape(-1, gradient.shape[1])
                 seen = inputs[:, top + up : down + up, start + left : end + left].reshape(-1, x.shape[1])
-                torch.mm(own.t(), seen, out=found[a, b])
-    return found.permute(2, 3, 0, 1).contiguous(memory_format=torch.channels_last)
+                torch.mm(own.t(), seen, out=found[:, a, b])
+    return found.permute(0, 3, 1, 2)
 
 
 class _Convolutions(TorchFunctionMode):

@@ -202,3 +202,32 @@ def test_no_epochs_is_no_change(tiny, blobs, tmp_path):
 def test_a_loss_that_is_not_finite_is_an_error(tiny, blobs):
     with pytest.raises(UserError, match="not finite in epoch 1"):
         fit(tiny, blobs, section(), seed=0, hooks=Hooks(temperature=1e-45), quiet=True)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_the_optimizer_is_torchs_plain_one(optimizer, weight_decay):
+    """The fused kernels go through memory: gradients in another memory order than their weights' would be mixed up."""
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 4, 3), nn.Flatten())
+    ours = nn.Sequential(*ours, nn.Linear(4 * 4 * 4, 3)).to(memory_format=torch.channels_last)
+    plain = copy.deepcopy(ours).to(memory_format=torch.contiguous_format)
+    settings = section(optimizer=optimizer, weight_decay=weight_decay)
+    fused = training.make_optimizer(list(ours.parameters()), settings)
+    groups = [
+        {"params": [p for p in plain.parameters() if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in plain.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    if optimizer == "sgd":
+        loop = torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True, foreach=False)
+    else:
+        loop = torch.optim.AdamW(groups, lr=0.01, foreach=False)
+    x = torch.randn(6, 3, 8, 8)
+    for _ in range(4):
+        for model, steps, order in ((ours, fused, torch.channels_last), (plain, loop, torch.contiguous_format)):
+            steps.zero_grad()
+            model(x.contiguous(memory_format=order)).square().mean().backward()
+            sum(p.square().sum() for p in model.parameters()).backward()  # accumulates, as a penalty does
+            steps.step()
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
