@@ -89,8 +89,8 @@ def table1(table: pd.DataFrame, sigma: float) -> str:
     ]
     note = (
         f"<p>Accuracy under lognormal variation of σ = {sigma:g}, over chip samples; “mean / clean” is of the clean "
-        "accuracy of the pair's first row, the original network; the difference to the paper is in points. The paper "
-        f"states values for some pairs only ({'; '.join(clean)}).</p>\n"
+        "accuracy of the original network, the row “unprotected” or the pair's first; the difference to the paper is "
+        f"in points. The paper states values for some pairs only ({'; '.join(clean)}).</p>\n"
     )
     return page("Table I: accuracy under variation", note + _table(columns, rows, (0, 1, 11), firsts))
 

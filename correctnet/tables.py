@@ -44,8 +44,9 @@ def table1(samples: pd.DataFrame, sigma: float, labels: Mapping[str, str] | None
     """One row a (pair, row): accuracies at `sigma` against the clean accuracy of the pair's unprotected network.
 
     Columns: pair, row, label, centre, clean (of the row's own network), mean, std, ci_low, ci_high (95 % t interval),
-    ratio (mean / clean accuracy of the pair's first row, the original network), overhead, layers, chips, images,
-    epochs, seed, paper (its mean at sigma 0.5, where it is known), difference. `labels` names the rows for people.
+    ratio (mean / clean accuracy of the row `unprotected`, or else of the pair's first row), overhead, layers, chips,
+    images, epochs, seed, paper (its mean at sigma 0.5, where it is known), difference. `labels` names the rows for
+    people.
 
     Raises:
         UserError: a row lacks its clean accuracy, or rows of a pair differ in split, seed or first chip and must not
@@ -61,13 +62,12 @@ def table1(samples: pd.DataFrame, sigma: float, labels: Mapping[str, str] | None
         if shape.nunique() != 1:
             listed = "; ".join(f"{row}: {text}" for row, text in shape.items())
             raise UserError(f"table: rows of {pair} are not comparable ({listed})")
-        original = None
+        clean = of_pair[of_pair["sigma"] == 0].groupby("row")["accuracy"].first()
+        names = list(dict.fromkeys(varied["row"]))
+        reference = "unprotected" if "unprotected" in names else names[0]  # files may come in any order
         for row, of_row in varied.groupby("row", sort=False):
-            clean = of_pair[(of_pair["row"] == row) & (of_pair["sigma"] == 0)]
-            if clean.empty:
-                raise UserError(f"table: row {row} of {pair} has no results at sigma 0")
-            clean_accuracy = clean["accuracy"].iloc[0]
-            original = clean_accuracy if original is None else original
+            if missing := next((r for r in (row, reference) if r not in clean.index), None):
+                raise UserError(f"table: row {missing} of {pair} has no results at sigma 0")
             result, first = Result(of_row), of_row.iloc[0]
             interval = result.interval()
             paper = PAPER.get((first["network"], first["dataset"]), {}).get(row) if sigma == PAPER_SIGMA else None
@@ -77,12 +77,12 @@ def table1(samples: pd.DataFrame, sigma: float, labels: Mapping[str, str] | None
                     "row": row,
                     "label": (labels or {}).get(row, row),
                     "centre": first["centre"],
-                    "clean": clean_accuracy,
+                    "clean": clean[row],
                     "mean": result.mean,
                     "std": result.std,
                     "ci_low": interval.low,
                     "ci_high": interval.high,
-                    "ratio": result.mean / original,
+                    "ratio": result.mean / clean[reference],
                     "overhead": first["overhead"],
                     "layers": int(first["layers"]),
                     "chips": result.chips,

@@ -48,6 +48,17 @@ def test_table1_is_computed_from_the_samples():
     assert table.loc["unprotected", "paper"] == 0.0169
 
 
+def test_the_ratio_is_to_the_unprotected_network_in_whatever_order_files_come():
+    in_order, reversed_ = complete(), complete()[::-1].reset_index(drop=True)
+    assert reversed_["row"].iloc[0] == "correctnet"
+    for given_ in (in_order, reversed_):
+        table = tables.table1(given_, 0.5).set_index("row")
+        assert table.loc["correctnet", "ratio"] == pytest.approx(0.67 / 0.70)
+        assert table.loc["unprotected", "ratio"] == pytest.approx(0.12 / 0.70)
+    other = complete().replace({"row": {"unprotected": "a-unprotected"}})
+    assert tables.table1(other, 0.5)["ratio"].tolist() == pytest.approx([0.12 / 0.70, 0.67 / 0.70]), "the first row's"
+
+
 def test_the_paper_s_values_stand_beside_its_sigma_and_pairs_only():
     at_other_sigma = tables.table1(complete()[complete()["sigma"] != 0.5], 0.3)
     assert at_other_sigma["paper"].isna().all()
