@@ -63,11 +63,11 @@ def table1(samples: pd.DataFrame, sigma: float, labels: Mapping[str, str] | None
             listed = "; ".join(f"{row}: {text}" for row, text in shape.items())
             raise UserError(f"table: rows of {pair} are not comparable ({listed})")
         clean = of_pair[of_pair["sigma"] == 0].groupby("row")["accuracy"].first()
-        names = list(dict.fromkeys(varied["row"]))
+        names = list(varied["row"].unique())
+        if missing := [row for row in names if row not in clean.index]:
+            raise UserError(f"table: row {missing[0]} of {pair} has no results at sigma 0")
         reference = "unprotected" if "unprotected" in names else names[0]  # files may come in any order
         for row, of_row in varied.groupby("row", sort=False):
-            if missing := next((r for r in (row, reference) if r not in clean.index), None):
-                raise UserError(f"table: row {missing} of {pair} has no results at sigma 0")
             result, first = Result(of_row), of_row.iloc[0]
             interval = result.interval()
             paper = PAPER.get((first["network"], first["dataset"]), {}).get(row) if sigma == PAPER_SIGMA else None

@@ -7,7 +7,6 @@ A step is forward and backward of 128 random images. The ways take turns in one 
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,11 +32,8 @@ def step(size: int, channels_last: bool, ours: bool, precision: arithmetic.Preci
 
     def run() -> None:
         model.zero_grad(set_to_none=True)
-        with contextlib.ExitStack() as stack:
-            if ours:
-                stack.enter_context(arithmetic.products(precision, "cpu"))
-            elif precision == "bfloat16":
-                stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        plain = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+        with arithmetic.products(precision, "cpu") if ours else plain:
             logits = model(images)
         F.cross_entropy(logits.float(), labels).backward()
 

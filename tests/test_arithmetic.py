@@ -1,4 +1,7 @@
 import copy
+import platform
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,9 @@ from torch import nn
 
 from correctnet import arithmetic
 from correctnet.arithmetic import available, products, weight_gradient
+from correctnet.config import Training
+from correctnet.data import Split
+from correctnet.training import fit
 
 
 @pytest.fixture
@@ -107,6 +113,24 @@ def test_a_second_derivative_is_refused_rather_than_wrong():
     (first,) = torch.autograd.grad(y, layer.weight, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists() or platform.machine() != "x86_64", reason="x86-64 Linux only")
+def test_what_the_cpu_has_is_what_the_kernel_says():
+    flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())
+    assert arithmetic._has_bfloat16("cpu") == (flags >= {"avx512bw", "avx512vl", "avx512dq"})  # oneDNN's condition
+
+
+def test_training_multiplies_in_here(calls, monkeypatch):
+    model = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1), nn.Flatten(), nn.Linear(128 * 4, 2))
+    images = Split(torch.randn(8, 128, 2, 2), torch.arange(8) % 2)
+    fit(model, images, Training(epochs=1, batch=4), seed=0, quiet=True)
+    assert calls == [(128, 128, 3, 3)] * 2, "once a batch"
+    for has, more in ((True, 0), (False, 2)):
+        calls.clear()
+        monkeypatch.setattr(arithmetic, "_has_bfloat16", lambda kind, has=has: has)
+        fit(model, images, Training(epochs=1, batch=4, precision="bfloat16"), seed=0, quiet=True)
+        assert len(calls) == more
 
 
 def test_bfloat16_where_there_are_no_instructions_for_it(monkeypatch, capsys):
