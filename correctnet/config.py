@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from correctnet.errors import UserError, one_line
 
@@ -50,7 +50,8 @@ class Network(Section):
     name: Literal["lenet5", "vgg16"] = "lenet5"
     """architecture"""
     widths: tuple[int, ...] = ()
-    """channels of LeNet-5's two convolutions and width of its two hidden linear layers; empty: 6, 16, 120, 84"""
+    """outputs of each layer but the last: LeNet-5's two convolutions and two linear layers (empty: 6, 16, 120, 84), or
+    VGG16's thirteen convolutions and its linear layer (empty: 64 to 512)"""
     batchnorm: Literal["before", "after", "none"] = "before"
     """VGG16's BatchNorm: before ReLU, after it (the Keras network), or none"""
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -58,9 +59,12 @@ class Network(Section):
 
     @field_validator("widths")
     @classmethod
-    def _widths(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if value and (len(value) != 4 or min(value) < 1):
-            raise ValueError("four positive widths are expected: conv1, conv2, linear1, linear2")
+    def _widths(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        layers = {"lenet5": ("four", 4, "conv2, linear1, linear2"), "vgg16": ("fourteen", 14, "..., conv13, linear1")}
+        if value and (name := info.data.get("name")):
+            how_many, count, last = layers[name]
+            if len(value) != count or min(value) < 1:
+                raise ValueError(f"{how_many} positive widths are expected: conv1, {last}")
         return value
 
 

@@ -36,10 +36,8 @@ def costs(settings: Settings) -> Costs:
     """What training and testing cost on this machine, measured."""
     s = settings
     channels = 1 if s.data.dataset in ("digits", "mnist") else 3
-    options = {"widths": s.network.widths or models.LENET5_WIDTHS}
-    if s.network.name == "vgg16":
-        options = {"batchnorm": s.network.batchnorm}
-    model = models.build(s.network.name, 100 if s.data.dataset == "cifar100" else 10, channels, **options)
+    classes = 100 if s.data.dataset == "cifar100" else 10
+    model = models.build(s.network.name, classes, channels, **models.options(s.network))
     images = torch.randn(64 if s.network.name == "vgg16" else 128, channels, 32, 32)
     labels = torch.zeros(len(images), dtype=torch.int64)
 

@@ -7,15 +7,16 @@ Both are `nn.Sequential`s of blocks. A `Block` is one analog layer with the digi
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from correctnet import config
 from correctnet.errors import UserError
 
 LENET5_WIDTHS = (6, 16, 120, 84)
-VGG16_WIDTHS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
+VGG16_WIDTHS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512, 512)
 VGG16_POOLED = (1, 3, 6, 9, 12)  # convolutions followed by a 2 x 2 max-pool
 
 
@@ -68,12 +69,14 @@ def vgg16(
     channels: int = 3,
     batchnorm: Literal["before", "after", "none"] = "before",
     dropout: float = 0.0,
+    widths: tuple[int, ...] = VGG16_WIDTHS,
 ) -> nn.Sequential:
     """VGG16 for 32 x 32 images: 13 conv 3x3, five max-pools, linear 512-512, linear 512-classes.
 
-    With BatchNorm before or after each hidden ReLU it is the network usually called VGG16 on CIFAR (15.04 M
-    parameters for 100 classes); `none` leaves BatchNorm out. `dropout` is the fraction of each hidden layer's outputs
-    that training drops. Weights start from He's normal initialisation.
+    `widths` are the outputs of the thirteen convolutions and of the hidden linear layer. With BatchNorm before or after
+    each hidden ReLU it is the network usually called VGG16 on CIFAR (15.04 M parameters for 100 classes); `none` leaves
+    BatchNorm out. `dropout` is the fraction of each hidden layer's outputs that training drops. Weights start from He's
+    normal initialisation.
     """
 
     def block(layer: nn.Conv2d | nn.Linear, width: int) -> Block:
@@ -81,15 +84,15 @@ def vgg16(
         return Block(layer, norm if batchnorm != "none" else None, norm_first=batchnorm == "before", dropout=dropout)
 
     parts: OrderedDict[str, nn.Module] = OrderedDict()
-    for i, width in enumerate(VGG16_WIDTHS):
+    for i, width in enumerate(widths[:-1]):
         parts[f"conv{i + 1}"] = block(nn.Conv2d(channels, width, 3, padding=1), width)
         channels = width
         if i in VGG16_POOLED:
             # Rounded up, so that maps of smaller images (correctnet.config.Pretrain.sizes) do not vanish.
             parts[f"pool{VGG16_POOLED.index(i) + 1}"] = nn.MaxPool2d(2, ceil_mode=True)
     parts["flatten"] = nn.Flatten()
-    parts["linear1"] = block(nn.Linear(512, 512), 512)
-    parts["linear2"] = Block(nn.Linear(512, classes), relu=False)
+    parts["linear1"] = block(nn.Linear(channels, widths[-1]), widths[-1])
+    parts["linear2"] = Block(nn.Linear(widths[-1], classes), relu=False)
     network = nn.Sequential(parts)
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -101,7 +104,7 @@ def vgg16(
 def build(name: str, classes: int, channels: int, seed: int = 0, **options: object) -> nn.Sequential:
     """A network by name with weights drawn from `seed`, leaving torch's global generator as it was.
 
-    `options`: `dropout`, `widths` for lenet5, `batchnorm` for vgg16. Raises UserError for an unknown name.
+    `options`: `dropout`, `widths`, `batchnorm` for vgg16. Raises UserError for an unknown name.
     """
     makers = {"lenet5": lenet5, "vgg16": vgg16}
     if name not in makers:
@@ -109,6 +112,12 @@ def build(name: str, classes: int, channels: int, seed: int = 0, **options: obje
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return makers[name](classes, channels, **options)
+
+
+def options(section: config.Network) -> dict[str, Any]:
+    """What `build` takes of the settings' section `network`, but for dropout, which changes nothing but training."""
+    widths = section.widths or {"lenet5": LENET5_WIDTHS, "vgg16": VGG16_WIDTHS}[section.name]
+    return {"widths": widths} | ({"batchnorm": section.batchnorm} if section.name == "vgg16" else {})
 
 
 def parameter_count(model: nn.Module) -> int:

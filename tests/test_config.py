@@ -50,6 +50,8 @@ def test_the_shipped_configuration_is_right():
         ("defaults/search/ratios", [0.5, 1.0], "defaults.search.ratios: ratios need 0"),
         ("pairs/lenet5-mnist/network/name", "lenet", "pairs.lenet5-mnist.network.name: Input should be 'lenet5'"),
         ("pairs/lenet5-mnist/network/widths", [1, 2], "pairs.lenet5-mnist.network.widths: four positive widths"),
+        ("pairs/vgg16-cifar10/network/widths", [8] * 4, "network.widths: fourteen positive widths"),
+        ("pairs/vgg16-cifar10/network/widths", [0] * 14, "network.widths: fourteen positive widths"),
         ("runs/paper", ["lenet5-mnits"], "runs.paper: no pair 'lenet5-mnits' (did you mean 'lenet5-mnist'?)"),
         ("pairs/lenet5-mnist/rows", ["unprotected", "corectnet"], "no row 'corectnet' (did you mean 'correctnet'?)"),
         ("pairs/lenet5-mnist/rows", ["correctnet"], "the first row must evaluate the original network"),

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from correctnet import compensation, models
+from correctnet import compensation, config, models
 from correctnet.analog import analog_candidates
 from correctnet.errors import UserError
 
@@ -26,6 +26,14 @@ def test_vgg16_layers(batchnorm, norms):
     found = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert len(found) == norms
     assert network.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 100)
+
+
+def test_vgg16_widths_are_parameters():
+    widths = (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+    shapes = [tuple(layer.weight.shape) for _, layer in analog_candidates(models.vgg16(7, widths=widths))]
+    assert shapes == [*((o, i, 3, 3) for i, o in zip((3, *widths), widths[:13], strict=False)), (15, 14), (7, 15)]
+    quarter = models.build("vgg16", 7, 3, **models.options(config.Network(name="vgg16", widths=widths)))
+    assert quarter.linear1.layer.weight.shape == (15, 14)
 
 
 @pytest.mark.parametrize("side", [16, 20, 24, 31, 32])
