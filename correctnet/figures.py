@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from correctnet import storage, tables
@@ -43,10 +45,12 @@ STYLE = {
 }
 
 
-def draw(name: str, files: Sequence[Path], out: Path) -> None:
-    """Draw a figure (a key of FIGURES) from files, as PNG (`out`) and SVG (beside it)."""
+def draw(name: str, files: Sequence[Path], out: Path, labels: Mapping[str, str] | None = None) -> None:
+    """Draw a figure (a key of FIGURES) from files, as PNG (`out`) and SVG (beside it). `labels` are those of `rows`."""
+    if labels and name != "rows":
+        raise UserError(f"--label: figure {name} names no rows")
     with plt.rc_context(STYLE):
-        figure = FIGURES[name](files)
+        figure = rows(files, labels) if name == "rows" else FIGURES[name](files)
         for path, metadata in ((out.with_suffix(".png"), None), (out.with_suffix(".svg"), {"Date": None})):
             with storage.replacing(path) as temporary:
                 figure.savefig(temporary, format=path.suffix[1:], dpi=160, metadata=metadata)
@@ -195,22 +199,27 @@ def yield_curve(files: Sequence[Path]) -> plt.Figure:
     return figure
 
 
-def rows(files: Sequence[Path]) -> plt.Figure:
-    """Every row of Table I at the largest sigma: its clean accuracy, its chips, their mean with its 95 % interval."""
+def rows(files: Sequence[Path], labels: Mapping[str, str] | None = None) -> plt.Figure:
+    """Every row of Table I at the largest sigma: its clean accuracy, its chips, their mean with its 95 % interval.
+
+    A dotted line goes through the first row's mean. `labels` says what rows are called.
+    """
     samples = tables.read_samples(files)
     pairs = list(samples["pair"].unique())
     counts = samples.groupby("pair")["row"].nunique()
     figure, axes = plt.subplots(
         len(pairs),
         1,
-        figsize=(7, sum(1.5 + 0.24 * counts[p] for p in pairs)),
+        figsize=(8, sum(1.5 + 0.28 * counts[p] for p in pairs)),
         squeeze=False,
-        height_ratios=[1.5 + 0.24 * counts[p] for p in pairs],
+        height_ratios=[1.5 + 0.28 * counts[p] for p in pairs],
     )
     for ax, pair in zip(axes.flat, pairs, strict=True):
         of_pair = samples[samples["pair"] == pair]
         varied = of_pair[of_pair["sigma"] == of_pair["sigma"].max()]
         names = list(varied["row"].unique())
+        texts = ["\n".join(textwrap.wrap((labels or {}).get(name, name), 48)) for name in names]
+        ax.axvline(varied[varied["row"] == names[0]]["accuracy"].mean(), color=GREY, linewidth=0.8, linestyle=":")
         for y, row in enumerate(names):
             result = Result(varied[varied["row"] == row])
             interval, colour = result.interval(), ROW_STYLE[row][0] if row in ROW_STYLE else GREEN
@@ -220,9 +229,19 @@ def rows(files: Sequence[Path]) -> plt.Figure:
             clean = of_pair[(of_pair["row"] == row) & (of_pair["sigma"] == 0)]["accuracy"]
             ax.plot(clean, np.full(len(clean), y), "D", color=colour, markerfacecolor="none", markersize=5)
         ax.set(
-            title=pair, yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6), xlabel="accuracy"
+            title=pair, yticks=range(len(names)), yticklabels=texts, ylim=(len(names) - 0.4, -0.6), xlabel="accuracy"
         )
+        ax.tick_params(axis="y", labelsize=8)
         ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    key = [
+        Line2D([], [], color=GREY, marker=marker, linestyle="", markerfacecolor=face, markersize=5, label=text)
+        for marker, face, text in (
+            ("|", GREY, "a chip"),
+            ("o", GREY, "their mean, 95 % interval"),
+            ("D", "none", "without variation"),
+        )
+    ]
+    figure.legend(handles=key, fontsize=7, loc="outside lower center", ncols=3)
     return figure
 
 

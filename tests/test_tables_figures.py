@@ -180,8 +180,11 @@ def test_figure_7_shows_what_was_trained_anew_for_each_sigma(tmp_path):
 
 
 def test_all_rows_show_their_mean_interval_and_clean_accuracy(files):
-    ax = figures.rows(files["rows"]).axes[0]
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["unprotected", "correctnet"]
+    ax = figures.rows(files["rows"], {"correctnet": "CorrectNet, " + 8 * "the method "}).axes[0]
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    assert names[0] == "unprotected"
+    assert names[1].replace("\n", " ") == "CorrectNet, " + "the method " * 7 + "the method"
+    assert max(len(line) for line in names[1].split("\n")) <= 48
     shown = [(line.get_marker(), list(line.get_xdata()), list(line.get_ydata())) for line in ax.lines]
     assert ("o", [pytest.approx(0.67)], [1]) in shown
     assert ("D", [0.69], [1]) in shown
@@ -222,3 +225,9 @@ def test_a_figure_of_a_row_that_is_not_there(files, tmp_path):
         figures.draw("7", files["7"], tmp_path / "f.png")
     with pytest.raises(UserError, match="no column 'overhead'"):
         figures.draw("10", files["9"], tmp_path / "f.png")
+
+
+def test_only_the_figure_of_all_rows_names_them(files, tmp_path):
+    with pytest.raises(UserError, match="--label: figure 7 names no rows"):
+        figures.draw("7", files["7"], tmp_path / "f.png", {"correctnet": "CorrectNet"})
+    assert not (tmp_path / "f.png").exists()

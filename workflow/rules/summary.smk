@@ -49,8 +49,10 @@ rule figure:
         f"{RESULTS}/.logs/summary/{{run}}/figure-{{name}}.log",
     wildcard_constraints:
         name="|".join(FIGURES),
+    params:
+        labels=lambda wildcards: labels(wildcards) if wildcards.name == "rows" else "",
     shell:
-        "correctnet figure {wildcards.name} {input:q} --out {output.png:q} > {log:q} 2>&1"
+        "correctnet figure {wildcards.name} {input:q} {params.labels} --out {output.png:q} > {log:q} 2>&1"
 
 
 rule explore:
