@@ -28,6 +28,10 @@ from correctnet.data import Split, augment, resize
 from correctnet.errors import UserError
 
 
+# Batches between two looks at whether the loss is finite.
+CHECK_EVERY = 20
+
+
 @dataclass
 class Hooks:
     """What a stage adds to plain training."""
@@ -253,7 +257,9 @@ def _epoch(
     torch.manual_seed(generator.initial_seed())  # of dropout
     order = torch.randperm(len(train), generator=generator).to(train.images.device)
     per_epoch = math.ceil(len(train) / settings.batch)
-    losses, correct = 0.0, 0
+    # Kept on the device: reading them after every batch would make a GPU wait for each.
+    losses = torch.zeros((), dtype=torch.float64, device=train.images.device)
+    correct = torch.zeros_like(losses)
     for i, batch in enumerate(order.split(settings.batch)):
         step = epoch * per_epoch + i
         for group in optimizer.param_groups:
@@ -272,16 +278,16 @@ def _epoch(
                 logits = model(images)
             loss = F.cross_entropy(logits.float() / hooks.temperature, labels)
             (loss / hooks.draws_per_batch).backward()
-            losses += loss.item() * len(batch) / hooks.draws_per_batch
-            correct += (logits.argmax(1) == labels).sum().item() / hooks.draws_per_batch
+            losses += loss.detach().double() * len(batch) / hooks.draws_per_batch
+            correct += (logits.argmax(1) == labels).sum() / hooks.draws_per_batch
         if hooks.penalty is not None:
             term = hooks.penalty_weight(step / max(1, steps)) * hooks.penalty()
             term.backward()
-            losses += term.item() * len(batch)
-        if not math.isfinite(losses):
+            losses += term.detach().double() * len(batch)
+        if (i % CHECK_EVERY == 0 or i == per_epoch - 1) and not losses.isfinite():
             raise UserError(f"training: the loss is not finite in epoch {epoch + 1}; lower the learning rate or beta")
         if settings.clip:
             nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], settings.clip)
         optimizer.step()
         bar.update()
-    return losses / len(train), correct / len(train)
+    return losses.item() / len(train), correct.item() / len(train)
