@@ -27,7 +27,6 @@ from correctnet import arithmetic, storage
 from correctnet.data import Split, augment, resize
 from correctnet.errors import UserError
 
-
 # Batches between two looks at whether the loss is finite.
 CHECK_EVERY = 20
 
