@@ -111,8 +111,8 @@ FROM_SEARCH = {"search": 1, "compensate": 1, "explore": 1, "sensitivity": 1, "ev
         ("pairs/one/evaluate/sigmas", [0.2, 0.3], {"evaluate": 2, "gather": 2, "figure": 4, **END}),
         ("pairs/one/evaluate/curve_images", 20, {"evaluate": 2, "gather": 2, "figure": 4, **END}),
         ("pairs/one/sensitivity/chips", 3, {"sensitivity": 3, "figure": 1, "provenance": 1}),
-        # a row's name for people: the table alone
-        ("rows/correctnet/label", "our method", {"table1": 1, "provenance": 1}),
+        # a row's name for people: the table, and the figure of all rows
+        ("rows/correctnet/label", "our method", {"table1": 1, "figure": 1, "provenance": 1}),
         ("pairs/one/rows", ["unprotected", "suppressed", "correctnet"], {"figure": 4, **END}),
         # compensation on other weights: they are trained, and everything from the sweep on is made again
         ("pairs/one/base", "inject", {"inject": 1, "sweep": 1, **FROM_SEARCH, "figure": 7, **END}),
