@@ -115,9 +115,10 @@ def build(name: str, classes: int, channels: int, seed: int = 0, **options: obje
 
 
 def options(section: config.Network) -> dict[str, Any]:
-    """What `build` takes of the settings' section `network`, but for dropout, which changes nothing but training."""
+    """What `build` takes of the settings' section `network`, beside its name."""
     widths = section.widths or {"lenet5": LENET5_WIDTHS, "vgg16": VGG16_WIDTHS}[section.name]
-    return {"widths": widths} | ({"batchnorm": section.batchnorm} if section.name == "vgg16" else {})
+    own = {"batchnorm": section.batchnorm} if section.name == "vgg16" else {}
+    return {"dropout": section.dropout, "widths": widths, **own}
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -127,7 +127,7 @@ def pretrain(settings: Settings, out: Path, runtime: Runtime) -> None:
         raise UserError(mistake)
     data = runtime.load(s)
     network: dict[str, Any] = {"name": s.network.name, "classes": data.classes, "channels": data.channels}
-    network |= {"dropout": s.network.dropout, **models.options(s.network)}
+    network |= models.options(s.network)
     model = _build(network, s.seed).to(runtime.device)
     _train("pretrain", model, {"network": network}, data, settings, Hooks(sizes=s.pretrain.sizes), out, runtime)
 

@@ -32,8 +32,10 @@ def test_vgg16_widths_are_parameters():
     widths = (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
     shapes = [tuple(layer.weight.shape) for _, layer in analog_candidates(models.vgg16(7, widths=widths))]
     assert shapes == [*((o, i, 3, 3) for i, o in zip((3, *widths), widths[:13], strict=False)), (15, 14), (7, 15)]
-    quarter = models.build("vgg16", 7, 3, **models.options(config.Network(name="vgg16", widths=widths)))
-    assert quarter.linear1.layer.weight.shape == (15, 14)
+    section = config.Network(name="vgg16", widths=widths, batchnorm="none", dropout=0.1)
+    network = models.build("vgg16", 7, 3, **models.options(section))
+    assert network.linear1.layer.weight.shape == (15, 14)
+    assert [name for name, _ in network.linear1.named_children()] == ["layer", "relu", "dropout"]
 
 
 @pytest.mark.parametrize("side", [16, 20, 24, 31, 32])

@@ -210,6 +210,17 @@ def test_jobs_ask_for_more_than_was_measured():
             assert max(60 * minutes for minutes, _ in jobs) >= 1.5 * row["seconds"], row
 
 
+@pytest.mark.parametrize(
+    ("pair", "threads"), [("vgg16-cifar10", 8), ("vgg16-cifar10-ablation", 1), ("lenet5-cifar10", 1)]
+)
+def test_only_a_vgg16_of_the_usual_widths_asks_for_more_threads_than_one(pair, threads):
+    source = (ROOT / "workflow" / "rules" / "resources.smk").read_text()
+    settings = Config.load(ROOT / "config.yaml").settings(pair)
+    functions = {"settings_of": lambda wildcards: settings, "GPUS": 0}
+    exec(compile(source, "resources.smk", "exec"), functions)
+    assert functions["training_threads"](None) == threads
+
+
 def test_a_retry_asks_for_more():
     source = (ROOT / "workflow" / "rules" / "resources.smk").read_text()
     settings = Config.load(ROOT / "config.yaml").settings("vgg16-cifar10")

@@ -19,7 +19,7 @@ CUDA = 4000
 
 
 def vgg16_share(network):
-    """Of the multiply-adds and weights of the usual VGG16, roughly."""
+    """Of the multiply-adds and weights of the usual VGG16, whose widths add up to 4736, roughly."""
     return (sum(network.widths) / 4736) ** 2 if network.widths else 1.0
 
 
