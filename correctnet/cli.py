@@ -407,6 +407,18 @@ def compensate(settings: Settings, runtime: Runtime, base: Path, found: tuple[Pa
 
 
 @main.command()
+@settings_options("finetune")
+@runtime_options
+@click.option("--compensated", type=PATH, required=True, help="Model of `compensate`.")
+@out_option
+def finetune(settings: Settings, runtime: Runtime, compensated: Path, out: Path) -> None:
+    """Train analog weights and compensators together, with variation in the former (beyond the paper)."""
+    from correctnet import stages
+
+    stages.finetune(settings, compensated, out, runtime)
+
+
+@main.command()
 @settings_options("evaluate")
 @runtime_options
 @click.option("--model", type=PATH, required=True, help="Model of any stage.")

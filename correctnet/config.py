@@ -20,9 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from correctnet.errors import UserError, one_line
 
-Stage = Literal["pretrain", "suppress", "inject", "sweep", "search", "compensate", "evaluate", "sensitivity"]
+Stage = Literal[
+    "pretrain", "suppress", "inject", "sweep", "search", "compensate", "finetune", "evaluate", "sensitivity"
+]
 # The stages whose model a row of Table I can evaluate.
-Weights = Literal["pretrain", "suppress", "inject", "compensate"]
+Weights = Literal["pretrain", "suppress", "inject", "compensate", "finetune"]
 # Those whose model can be swept, searched and compensated.
 Base = Literal["pretrain", "suppress", "inject"]
 
@@ -283,6 +285,16 @@ class Sensitivity(Section):
     """validation images; empty: all"""
 
 
+class Finetune(Inject):
+    """Training of a compensated network in full, analog weights and compensators, with variation in the former: beyond
+    the paper, which trains the compensators alone."""
+
+    batch: int = Field(32, ge=1)
+    """images a step; few, as a step sees one chip"""
+    batchnorm: Literal["updated", "frozen"] = "frozen"
+    """as for `inject`"""
+
+
 class Settings(Section):
     """All that a row of one pair needs."""
 
@@ -299,6 +311,7 @@ class Settings(Section):
     sweep: Sweep = Sweep()
     search: Search = Search()
     compensate: Compensate = Compensate()
+    finetune: Finetune = Finetune()
     montecarlo: MonteCarlo = MonteCarlo()
     evaluate: Evaluate = Evaluate()
     sensitivity: Sensitivity = Sensitivity()
@@ -356,6 +369,7 @@ READS: dict[Stage, tuple[str, ...]] = {
         *(f"search.{k}" for k in Search.model_fields if k != "limits"),
     ),
     "compensate": ("seed", "data", "variation", "compensate"),
+    "finetune": ("seed", "data", "variation", "finetune"),
     "evaluate": (
         "seed",
         "data.dataset",
@@ -385,7 +399,7 @@ def lineage(settings: Settings, stage: Stage) -> tuple[Stage, ...]:
     """The stages that what `stage` makes depends on, in order, itself the last."""
     if stage in ("pretrain", "suppress", "inject"):
         return tuple(dict.fromkeys(("pretrain", stage)))
-    own: tuple[Stage, ...] = ("sweep", "search", "compensate")
+    own: tuple[Stage, ...] = ("sweep", "search", "compensate", "finetune")
     return tuple(dict.fromkeys(("pretrain", settings.base, *own[: own.index(stage) + 1])))
 
 

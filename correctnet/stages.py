@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -154,15 +154,28 @@ def suppress(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) 
 
 def inject(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) -> None:
     """Train on with variation in all weights, a fresh chip each batch: a rival after [11], without overhead."""
-    s = settings.of("inject")
-    model, base = read_network(pretrained, runtime.device)
+    _train_with_variation("inject", settings, pretrained, out, runtime)
+
+
+def finetune(settings: Settings, compensated: Path, out: Path, runtime: Runtime) -> None:
+    """Train a compensated network in full, with variation in its analog weights: they, and the digital compensators,
+    learn to make up for each other's errors. No part of the paper."""
+    _train_with_variation("finetune", settings, compensated, out, runtime)
+
+
+def _train_with_variation(
+    stage: Literal["inject", "finetune"], settings: Settings, path: Path, out: Path, runtime: Runtime
+) -> None:
+    """Train all that the model at `path` has, a fresh chip a batch; what `inject` and `finetune` share."""
+    s = settings.of(stage)
+    model, base = read_network(path, runtime.device)
     analog = convert(model, variation.make(s.variation), s.seed)
     hooks = Hooks(
         before_batch=lambda draw: program(analog, variation.TRAINING_CHIPS + draw),
-        update_batchnorm=s.inject.batchnorm == "updated",
+        update_batchnorm=getattr(s, stage).batchnorm == "updated",
     )
-    weights, _ = storage.model_files(pretrained)
-    _train("inject", analog, base, runtime.load(s), settings, hooks, out, runtime, [weights])
+    weights, _ = storage.model_files(path)
+    _train(stage, analog, base, runtime.load(s), settings, hooks, out, runtime, [weights])
 
 
 def sweep(settings: Settings, pretrained: Path, base: Path, out: Path, runtime: Runtime) -> None:

@@ -43,6 +43,8 @@ def stage_seconds(stage: Stage, s: Settings, cost: Costs, chips: int | None = No
             return s.suppress.epochs * train_images * cost.train
         case "inject":
             return s.inject.epochs * train_images * (cost.train + cost.sample / s.inject.batch)
+        case "finetune":
+            return s.finetune.epochs * train_images * (cost.train + cost.sample / s.finetune.batch)
         case "sweep":
             return s.sweep.chips * cost.layers * (s.sweep.images or validation) * cost.test
         case "search":

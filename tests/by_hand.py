@@ -42,6 +42,7 @@ def every_stage(folder: Path, *options: object) -> dict[str, str]:
     stage("search", *small, "--strategy", "all", out="all")
     stage("search", *small, "--strategy", "all", "--ratios", "0,0.5", out="half")
     stage("compensate", *train, "--epochs", 1, *sup, "--found", folder / "all" / "best.json", out="compensate")
+    stage("finetune", *train, "--epochs", 1, "--compensated", folder / "compensate", out="finetune")
     stage("sensitivity", *chips, "--model", folder / "compensate", out="sensitivity.csv")
     stage("evaluate", *chips, "--model", folder / "compensate", out="evaluate.csv")
     return said

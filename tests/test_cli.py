@@ -14,10 +14,12 @@ import pytest
 import torch
 from by_hand import every_stage, run, succeed
 
-from correctnet import compensation, cuda, data, models, native, stages, storage, sweep, training
+from correctnet import compensation, cuda, data, models, native, stages, storage, sweep, training, variation
 from correctnet.config import READS
 
 FAST = ["--quiet", "--threads", "1", "--batch", "64"]
+# Stages that train with variation, and what each begins with.
+WITH_VARIATION = [("inject", "--pretrained", "pretrain"), ("finetune", "--compensated", "compensate")]
 
 
 def fail(*arguments):
@@ -50,10 +52,13 @@ def test_help_names_every_setting_with_its_default():
 
 
 @pytest.mark.parametrize("batchnorm", ["updated", "frozen"])
-def test_training_with_variation_keeps_or_updates_batchnorm(chain, tmp_path, monkeypatch, batchnorm):
+@pytest.mark.parametrize(("stage", "given", "before"), WITH_VARIATION)
+def test_training_with_variation_keeps_or_updates_batchnorm(
+    chain, tmp_path, monkeypatch, stage, given, before, batchnorm
+):
     passed = []
     monkeypatch.setattr(stages, "fit", lambda *_, hooks, **__: passed.append(hooks.update_batchnorm) or [])
-    succeed("inject", *FAST, "--batchnorm", batchnorm, "--pretrained", chain / "pretrain", "--out", tmp_path / "out")
+    succeed(stage, *FAST, "--batchnorm", batchnorm, given, chain / before, "--out", tmp_path / "out")
     assert passed == [batchnorm == "updated"]
 
 
@@ -78,7 +83,7 @@ def test_all_candidates_get_the_largest_ratio(chain):
 
 
 def test_the_chain_leaves_what_it_says(chain):
-    for stage in ("pretrain", "suppress", "inject", "compensate"):
+    for stage in ("pretrain", "suppress", "inject", "compensate", "finetune"):
         names = {path.name for path in (chain / stage).iterdir()}
         assert names == {"model.safetensors", "model.json", "log.csv"}
     assert not (chain / "work").exists(), "a finished training leaves no checkpoint behind"
@@ -101,6 +106,24 @@ def test_training_the_compensators_leaves_the_network_as_it_was(chain):
     compensated, _ = storage.read_model(chain / "compensate")
     kept = {k.replace(".original", ""): v for k, v in compensated.items()}
     assert all(torch.equal(kept[k], v) for k, v in suppressed.items())
+
+
+def test_fine_tuning_trains_the_network_and_its_compensators(chain):
+    before, described = storage.read_model(chain / "compensate")
+    after, tuned = storage.read_model(chain / "finetune")
+    assert [h["stage"] for h in tuned["history"]] == ["pretrain", "suppress", "compensate", "finetune"]
+    assert (tuned["compensation"], tuned["overhead"]) == (described["compensation"], described["overhead"])
+    assert all(not torch.equal(after[k], v) for k, v in before.items())
+    assert {"conv1.layer.original.weight", "conv1.layer.generator.weight", "linear3.layer.weight"} <= set(after)
+    stages.read_network(chain / "finetune")
+
+
+@pytest.mark.parametrize(("stage", "given", "before"), WITH_VARIATION)
+def test_training_with_variation_programs_a_chip_a_batch(chain, tmp_path, monkeypatch, stage, given, before):
+    chips = []
+    monkeypatch.setattr(stages, "program", lambda analog, sample: chips.append(sample))
+    succeed(stage, *FAST, "--batch", 500, "--epochs", 1, given, chain / before, "--out", tmp_path / "out")
+    assert chips == [variation.TRAINING_CHIPS, variation.TRAINING_CHIPS + 1, variation.TRAINING_CHIPS + 2]
 
 
 def test_the_sweep_is_about_validation_images(chain):
@@ -306,7 +329,7 @@ def test_a_gpu_without_kernels_is_said_once(stage, built, tmp_path, monkeypatch)
     inputs = {"sweep": ["--pretrained", "p", "--base", "b"], "search": ["--base", "b", "--candidates", "c"]}
     inputs |= {name: ["--pretrained", "p"] for name in ("suppress", "inject")}
     inputs |= {name: ["--model", "m"] for name in ("sensitivity", "evaluate")}
-    inputs |= {"compensate": ["--base", "b", "--found", "f"]}
+    inputs |= {"compensate": ["--base", "b", "--found", "f"], "finetune": ["--compensated", "c"]}
     lines = succeed(stage, "--device", "cuda", "--quiet", *inputs.get(stage, []), "--out", tmp_path / "o").output
     assert len(ran) == 1
     said = [line for line in lines.splitlines() if "torch computes everything" in line]

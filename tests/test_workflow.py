@@ -114,6 +114,12 @@ FROM_SEARCH = {"search": 1, "compensate": 1, "explore": 1, "sensitivity": 1, "ev
         # a row's name for people: the table, and the figure of all rows
         ("rows/correctnet/label", "our method", {"table1": 1, "figure": 1, "provenance": 1}),
         ("pairs/one/rows", ["unprotected", "suppressed", "correctnet"], {"figure": 4, **END}),
+        # a row that needs one more stage, after all others
+        (
+            "pairs/one/rows",
+            [*PAIR["rows"], "finetuned"],
+            {"finetune": 1, "evaluate": 3, "gather": 2, "figure": 4, **END},
+        ),
         # compensation on other weights: they are trained, and everything from the sweep on is made again
         ("pairs/one/base", "inject", {"inject": 1, "sweep": 1, **FROM_SEARCH, "figure": 7, **END}),
         # settings of other stages, other pairs, and of where things run

@@ -79,7 +79,7 @@ def rows_by_variant(pair):
     Of several rows the one that has it at the latest stage: what its name says is what all stages before differ in.
     """
     found = {}
-    for stage in ("compensate", "search", "sweep", "inject", "suppress", "pretrain"):
+    for stage in ("finetune", "compensate", "search", "sweep", "inject", "suppress", "pretrain"):
         for row in CONFIG.rows_of(pair):
             settings = CONFIG.settings(pair, row)
             if stage not in lineage(settings, CONFIG.rows[row].evaluate):

@@ -129,3 +129,28 @@ rule compensate:
         "correctnet compensate --settings {params.settings:q} --quiet --threads {threads}"
         " --base {input.base:q} {params.found}"
         ' --out "$(dirname {output.model:q})" > {log:q} 2>&1'
+
+
+# Beyond the paper: the analog weights trained with the compensators.
+rule finetune:
+    input:
+        data=ancient(dataset_ready),
+        compensated=result("compensate"),
+    output:
+        model=f"{RESULTS}/{{pair}}/finetune{{variant}}/model.safetensors",
+        description=f"{RESULTS}/{{pair}}/finetune{{variant}}/model.json",
+        epochs=f"{RESULTS}/{{pair}}/finetune{{variant}}/log.csv",
+    log:
+        f"{RESULTS}/.logs/{{pair}}/finetune{{variant}}.log",
+    benchmark:
+        f"{RESULTS}/.benchmarks/{{pair}}/finetune{{variant}}.tsv"
+    threads: training_threads
+    resources:
+        mem_mb=mem_mb,
+        runtime=runtime("finetune"),
+        gpu=GPUS,
+    params:
+        settings=stage_settings("finetune"),
+    shell:
+        "correctnet finetune --settings {params.settings:q} --quiet --threads {threads}"
+        ' --compensated {input.compensated:q} --out "$(dirname {output.model:q})" > {log:q} 2>&1'
