@@ -181,6 +181,16 @@ class Compensate(Training):
     """fresh chip samples a batch, over which the gradient is averaged"""
 
 
+class Finetune(Inject):
+    """Training of a compensated network in full, analog weights and compensators, with variation in the former: beyond
+    the paper, which trains the compensators alone."""
+
+    batch: int = Field(32, ge=1)
+    """images a step; few, as a step sees one chip"""
+    batchnorm: Literal["updated", "frozen"] = "frozen"
+    """as for `inject`"""
+
+
 class Search(Section):
     """Where to compensate and with how many filters: REINFORCE over the candidates, reward (12)."""
 
@@ -283,16 +293,6 @@ class Sensitivity(Section):
     """chip samples a layer"""
     images: int | None = Field(500, ge=1)
     """validation images; empty: all"""
-
-
-class Finetune(Inject):
-    """Training of a compensated network in full, analog weights and compensators, with variation in the former: beyond
-    the paper, which trains the compensators alone."""
-
-    batch: int = Field(32, ge=1)
-    """images a step; few, as a step sees one chip"""
-    batchnorm: Literal["updated", "frozen"] = "frozen"
-    """as for `inject`"""
 
 
 class Settings(Section):

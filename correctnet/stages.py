@@ -158,8 +158,11 @@ def inject(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) ->
 
 
 def finetune(settings: Settings, compensated: Path, out: Path, runtime: Runtime) -> None:
-    """Train a compensated network in full, with variation in its analog weights: they, and the digital compensators,
-    learn to make up for each other's errors. No part of the paper."""
+    """Train a compensated network in full, with variation in its analog weights: no part of the paper.
+
+    Weights and digital compensators minimise the cross entropy together, each batch on a fresh chip w exp(theta).
+    Writes a model and its log to `out`. Raises UserError where `compensated` is no model, or the loss is not finite.
+    """
     _train_with_variation("finetune", settings, compensated, out, runtime)
 
 

@@ -41,10 +41,9 @@ def stage_seconds(stage: Stage, s: Settings, cost: Costs, chips: int | None = No
             return sum((side / SIDE) ** 2 for side in sides) * train_images * cost.train
         case "suppress":
             return s.suppress.epochs * train_images * cost.train
-        case "inject":
-            return s.inject.epochs * train_images * (cost.train + cost.sample / s.inject.batch)
-        case "finetune":
-            return s.finetune.epochs * train_images * (cost.train + cost.sample / s.finetune.batch)
+        case "inject" | "finetune":
+            section = getattr(s, stage)
+            return section.epochs * train_images * (cost.train + cost.sample / section.batch)
         case "sweep":
             return s.sweep.chips * cost.layers * (s.sweep.images or validation) * cost.test
         case "search":
