@@ -49,6 +49,14 @@ def test_vgg16_batchnorm_order(batchnorm, order):
     assert [name for name, _ in block.named_children()] == ["layer", *order]
 
 
+@pytest.mark.parametrize("classes", [10, 100])
+def test_vgg16_starts_with_small_logits(classes):
+    # Normalised, rectified features have a mean square of 1/2, and the last weights a variance of 1/512.
+    network = models.build("vgg16", classes, 3)
+    logits = network(torch.randn(256, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+    assert logits.square().mean().sqrt().item() == pytest.approx(0.5**0.5, rel=0.15)
+
+
 def test_the_paper_s_overhead_of_compensating_vgg16_s_first_six_convolutions():
     # 4.29 % is the paper's figure (Section IV); 645,056 parameters follow from Fig. 5 with S = 1.
     network = models.vgg16(100)
