@@ -413,9 +413,10 @@ def evaluate_chips(
     """Accuracy of chips start, ..., start + chips - 1. Writes a CSV, a row a chip.
 
     Args:
-        settings: `variation.sigma` 0 evaluates the nominal weights, once.
+        settings: those of `evaluate`.
         path: a model.
-        chips, start: as in `correctnet.montecarlo.evaluate`.
+        chips, start: as in `correctnet.montecarlo.evaluate`; with `variation.sigma` 0 all chips are the nominal
+            network, and it is evaluated once.
         columns: constants (pair, row, label) that are put before the others.
     """
     s = settings.of("evaluate")
@@ -426,6 +427,8 @@ def evaluate_chips(
     analog = convert(model, variation.make(s.variation), s.seed)
     if s.variation.sigma > 0:
         check_coverage(model, analog, images.images[:8], sample=start)
+    else:
+        chips = min(chips, 1)
     calibration = data.train.take(s.evaluate.recalibrate_images).images
     prepare = None
     if s.evaluate.recalibrate == "simulated":

@@ -385,6 +385,12 @@ def test_choices_are_evaluated_on_validation_images(chain):
     assert table["images"][0] == len(data.load("digits").validation)
 
 
+def test_without_variation_one_network_is_evaluated_once(chain):
+    options = ["--quiet", "--threads", "1", "--model", chain / "pretrain", "--images", 20, "--out", chain / "nominal.csv"]
+    succeed("evaluate", *options, "--sigma", 0, "--chips", 3)
+    assert list(pd.read_csv(chain / "nominal.csv")["sample"]) == [0]
+
+
 def test_check_and_show(chain):
     assert "no mistakes" in succeed("check", "config.yaml").output
     shown = json.loads(succeed("show", chain / "compensate").output)

@@ -7,10 +7,11 @@ import re
 import shlex
 import subprocess
 import sys
+from typing import get_args
 
 from snakemake.exceptions import WorkflowError
 
-from correctnet.config import Config, lineage, search_rounds
+from correctnet.config import Config, Stage, lineage, search_rounds
 from correctnet.errors import UserError
 
 try:
@@ -79,7 +80,7 @@ def rows_by_variant(pair):
     Of several rows the one that has it at the latest stage: what its name says is what all stages before differ in.
     """
     found = {}
-    for stage in ("finetune", "compensate", "search", "sweep", "inject", "suppress", "pretrain"):
+    for stage in reversed(get_args(Stage)):
         for row in CONFIG.rows_of(pair):
             settings = CONFIG.settings(pair, row)
             if stage not in lineage(settings, CONFIG.rows[row].evaluate):
