@@ -194,8 +194,9 @@ class Finetune(Inject):
 class Search(Section):
     """Where to compensate and with how many filters: REINFORCE over the candidates, reward (12)."""
 
-    strategy: Literal["reinforce", "random", "all"] = "reinforce"
-    """REINFORCE with an LSTM policy, random states, or every candidate with the largest S (no search, no limit)"""
+    strategy: Literal["reinforce", "random", "greedy", "all"] = "reinforce"
+    """REINFORCE with an LSTM policy, or random states; without a search, the candidates in their order, each with the
+    largest S that the largest limit still has room for, or every candidate with the largest S, whatever the limit"""
     limits: tuple[float, ...] = (0.01, 0.02, 0.03)
     """overhead limits, a search each; the most accurate result of all is taken"""
     ratios: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -304,6 +304,18 @@ def random_search(problem: Problem, settings: Any, seed: int, log: Log) -> Itera
         yield log.evaluations
 
 
+def greedy(problem: Problem) -> Filters:
+    """No search: the candidates from the first one on, each with the largest ratio that keeps within the limit."""
+    chosen = [problem.ratios.index(0.0)] * len(problem.widths)
+    by_size = sorted(range(len(problem.ratios)), key=lambda a: -problem.ratios[a])
+    for i in range(len(chosen)):
+        for action in by_size:
+            chosen[i] = action
+            if problem.overhead(problem.filters(chosen)) <= problem.limit:
+                break
+    return problem.filters(chosen)
+
+
 def search(
     problem: Problem,
     settings: Any,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -239,16 +240,16 @@ def search(
 ) -> dict[str, Any]:
     """Search the states within one overhead limit. Writes out/log.csv (as it goes) and out/best.json, and gives it.
 
-    With `strategy: all` nothing is searched: every candidate gets the largest ratio, whatever that costs. `known`:
-    states that `search_state` has scored.
+    With `strategy` "all" or "greedy" nothing is searched: every candidate gets the largest ratio, whatever that costs,
+    or `correctnet.search.greedy` says which. `known`: states that `search_state` has scored.
     """
     s = settings.of("search")
-    if s.search.strategy == "all":
-        model, _ = read_network(base, runtime.device)
-        names = _candidate_names(candidates, dict(analog_candidates(model)))
-        filters = compensation.filters_of(model, [max(s.search.ratios)] * len(names))
-        best = {"strategy": "all", "limit": None, "filters": filters}
-        best |= {"overhead": compensation.overhead(model, filters), "mean": None, "std": None, "evaluations": 0}
+    if s.search.strategy in ("all", "greedy"):
+        problem, names = _search_problem(settings, base, candidates, limit, runtime)
+        unlimited = s.search.strategy == "all"
+        filters = searching.greedy(replace(problem, limit=math.inf) if unlimited else problem)
+        best = {"strategy": s.search.strategy, "limit": None if unlimited else limit, "filters": _named(names, filters)}
+        best |= {"overhead": problem.overhead(filters), "mean": None, "std": None, "evaluations": 0}
         storage.write_json(out / "best.json", best)
         storage.write_csv(out / "log.csv", pd.DataFrame(columns=[*searching.COLUMNS, "candidates"]))
         return best

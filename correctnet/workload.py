@@ -47,7 +47,8 @@ def stage_seconds(stage: Stage, s: Settings, cost: Costs, chips: int | None = No
         case "sweep":
             return s.sweep.chips * cost.layers * (s.sweep.images or validation) * cost.test
         case "search":
-            return 0.0 if s.search.strategy == "all" else s.search.evaluations * state_seconds(s, cost)
+            searches = s.search.strategy in ("reinforce", "random")
+            return s.search.evaluations * state_seconds(s, cost) if searches else 0.0
         case "compensate":
             return s.compensate.epochs * train_images * compensating
         case "evaluate":

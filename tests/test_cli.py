@@ -386,7 +386,17 @@ def test_choices_are_evaluated_on_validation_images(chain):
 
 
 def test_without_variation_one_network_is_evaluated_once(chain):
-    options = ["--quiet", "--threads", "1", "--model", chain / "pretrain", "--images", 20, "--out", chain / "nominal.csv"]
+    options = [
+        "--quiet",
+        "--threads",
+        "1",
+        "--model",
+        chain / "pretrain",
+        "--images",
+        20,
+        "--out",
+        chain / "nominal.csv",
+    ]
     succeed("evaluate", *options, "--sigma", 0, "--chips", 3)
     assert list(pd.read_csv(chain / "nominal.csv")["sample"]) == [0]
 

@@ -8,7 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from correctnet import compensation, models
 from correctnet import search as searching
+from correctnet.analog import analog_candidates
 from correctnet.config import Search, search_rounds
 from correctnet.errors import UserError
 from correctnet.search import Explored, Log, Pending, Policy, Problem, read_log, reward, search
@@ -222,3 +224,35 @@ def test_the_start_is_uniform_over_the_offered_actions():
     shares = [torch.bincount(actions[:, i], minlength=4) / 4000 for i in range(2)]
     assert torch.allclose(shares[0], torch.full((4,), 0.25), atol=0.04)
     assert torch.allclose(shares[1], torch.tensor([0.5, 0, 0, 0.5]), atol=0.04)
+
+
+def test_greedy_takes_the_first_layers_as_far_as_the_limit_goes():
+    # VGG16 for 100 classes, counted by hand from Fig. 5: generator (in + out) m + m, compensator (out + m) out + out
+    # parameters. Five convolutions in full are 382,400 of 15,038,116; a sixth and the wide ones behind it take more
+    # than is left of 3 %, and the last layer has room for 0.75: 75 filters.
+    network = models.vgg16(100)
+    layers = dict(analog_candidates(network))
+    widths = tuple(layer.weight.shape[0] for layer in layers.values())
+    problem = Problem(
+        widths, RATIOS, 0.03, lambda f: compensation.overhead(network, dict(zip(layers, f, strict=True))), None
+    )
+    first = sum((i + o) * o + o + (o + o) * o + o for i, o in ((3, 64), (64, 64), (64, 128), (128, 128), (128, 256)))
+    last = 612 * 75 + 75 + 175 * 100 + 100
+    filters = searching.greedy(problem)
+    assert filters == (64, 64, 128, 128, 256, *[0] * 9, 75)
+    assert problem.overhead(filters) == pytest.approx((first + last) / models.parameter_count(network))
+
+
+@given(limit=st.floats(0.0, 0.1))
+def test_greedy_keeps_the_limit_and_leaves_no_room(limit):
+    problem = synthetic(limit)
+    filters = searching.greedy(problem)
+    assert problem.overhead(filters) <= limit
+    for i, n in enumerate(WIDTHS):  # nothing larger fits where the layers before it are as they are, and none behind it
+        for ratio in RATIOS:
+            larger = (*filters[:i], round(ratio * n), *[0] * (len(WIDTHS) - i - 1))
+            assert larger[i] <= filters[i] or problem.overhead(larger) > limit
+
+
+def test_greedy_without_candidates():
+    assert searching.greedy(Problem((), RATIOS, 0.03, lambda f: 0.0, None)) == ()

@@ -150,8 +150,9 @@ def dataset_ready(wildcards):
 
 
 def limits(settings):
-    """The overhead limits that are searched; `strategy: all` has none, and stands as 1."""
-    return (1.0,) if settings.search.strategy == "all" else settings.search.limits
+    """The overhead limits that are searched. `strategy: all` has none, and stands as 1; `greedy` keeps the largest."""
+    search = settings.search
+    return {"all": (1.0,), "greedy": (max(search.limits),)}.get(search.strategy, search.limits)
 
 
 def found_states(wildcards):
@@ -173,7 +174,7 @@ def earlier_states(wildcards):
 def all_states(wildcards):
     """All states of a search with a population; without one, a single job trains them."""
     search = settings_of(wildcards).search
-    return states(wildcards, 1 + search_rounds(search)) if search.population and search.strategy != "all" else []
+    return states(wildcards, 1 + search_rounds(search)) if search.population and search.strategy in ("reinforce", "random") else []
 
 
 def sigmas(pair, row):
