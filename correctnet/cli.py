@@ -45,6 +45,22 @@ def leaves(stage: Stage) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
             yield path, field
 
 
+class OrNone(click.ParamType):
+    """A value, or `none` for a setting that may be empty."""
+
+    def __init__(self, kind: Any):
+        self.kind = click.types.convert_type(kind)
+        self.name = f"{self.kind.name}|none"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See the class."""
+        return NONE if value == "none" else self.kind.convert(value, param, ctx)
+
+
+# What was given as `none`; None stands for what was not given.
+NONE = object()
+
+
 def option_name(path: tuple[str, ...], taken: dict[str, tuple[str, ...]]) -> str:
     """--beta for suppress.beta, --network for network.name; with the section in front where two settings collide."""
     name = path[0] if path[-1] == "name" else path[-1]
@@ -99,10 +115,11 @@ def _option(name: str, path: tuple[str, ...], field: FieldInfo) -> Callable[...,
             return None  # nothing to choose yet
         return click.option(flag, f"set_{name}", type=click.Choice(get_args(field.annotation)), help=help_text)
     if get_origin(field.annotation) is tuple:
-        return click.option(flag, f"set_{name}", metavar="A,B,...", help=help_text)
+        return click.option(flag, f"set_{name}", type=OrNone(str), metavar="A,B,...|none", help=help_text)
     if field.annotation is bool:
         return click.option(f"{flag}/--no-{flag[2:]}", f"set_{name}", default=None, help=help_text)
-    return click.option(flag, f"set_{name}", type=kinds[0], help=help_text)
+    optional = len(kinds) < len(get_args(field.annotation))
+    return click.option(flag, f"set_{name}", type=OrNone(kinds[0]) if optional else kinds[0], help=help_text)
 
 
 def _shown(default: Any) -> str:
@@ -140,7 +157,9 @@ def _settings(
     for path, value in given.items():
         if value is None:
             continue
-        if isinstance(value, str) and "," in value:
+        if value is NONE:
+            value = [] if _is_tuple(path) else None
+        elif isinstance(value, str) and "," in value:
             value = [part.strip() for part in value.split(",")]
         elif isinstance(value, str) and _is_tuple(path):
             value = [value]

@@ -259,10 +259,29 @@ def fit_compensators(
     return compensated
 
 
-def save(model: nn.Module, path: str | Path, filters: Mapping[str, int], place: str = "layer", **options: Any) -> None:
-    """Write a compensated model as safetensors + JSON; `filters`, `place` and options as they were for `compensate`."""
-    plan = {"filters": dict(filters), "place": place, **options}
-    storage.write_model(path, model.state_dict(), {"compensation": plan})
+def save(model: nn.Module, path: str | Path) -> None:
+    """Write a compensated model as safetensors + JSON, what `compensate` was told included, for `load`."""
+    storage.write_model(path, model.state_dict(), {"compensation": plan_of(model)})
+
+
+def plan_of(model: nn.Module) -> dict[str, Any]:
+    """What `compensate` has to be told to make the architecture of a compensated model.
+
+    Raises UserError where the compensated layers differ in place, activation or pooling: `compensate` makes all alike.
+    """
+    filters, alike = {}, set()
+    for name, module in compensation_modules(model).items():
+        block = isinstance(module.original, Block)
+        filters[f"{name}.layer" if block else name] = module.generator.weight.shape[0]
+        activation = "relu" if isinstance(module.activation, nn.ReLU) else "none"
+        # A linear layer pools nothing, whatever it was told.
+        alike.add(("block" if block else "layer", activation, None if module.pool == "none" else module.pool))
+    if len({(place, activation) for place, activation, _ in alike}) > 1 or len({p for *_, p in alike if p}) > 1:
+        raise UserError("save: the compensated layers differ in place, activation or pooling")
+    plan: dict[str, Any] = {"filters": filters}
+    for place, activation, pool in alike:
+        plan |= {"place": place, "activation": activation, **({"pool": pool} if pool else {})}
+    return plan
 
 
 def load(original: nn.Module, path: str | Path) -> nn.Module:

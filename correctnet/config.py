@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from correctnet.errors import UserError, one_line
 
@@ -61,12 +61,9 @@ class Network(Section):
 
     @field_validator("widths")
     @classmethod
-    def _widths(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
-        layers = {"lenet5": ("four", 4, "conv2, linear1, linear2"), "vgg16": ("fourteen", 14, "..., conv13, linear1")}
-        if value and (name := info.data.get("name")):
-            how_many, count, last = layers[name]
-            if len(value) != count or min(value) < 1:
-                raise ValueError(f"{how_many} positive widths are expected: conv1, {last}")
+    def _widths(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if value and min(value) < 1:
+            raise ValueError("positive widths are expected")
         return value
 
 
@@ -242,6 +239,10 @@ class Search(Section):
         return value
 
 
+# The strategies that train states.
+SEARCHING = ("reinforce", "random")
+
+
 def search_rounds(search: Any) -> int:
     """How many populations a search trains, at most, behind the state without compensation; 0 without populations."""
     return math.ceil((search.evaluations - 1) / search.population) if search.population else 0
@@ -365,7 +366,7 @@ READS: dict[Stage, tuple[str, ...]] = {
         "seed",
         "data",
         "variation",
-        "compensate",
+        *(f"compensate.{k}" for k in Compensate.model_fields if k != "epochs"),  # its own are search.train_epochs
         "montecarlo",
         *(f"search.{k}" for k in Search.model_fields if k != "limits"),
     ),
@@ -393,7 +394,7 @@ LATER = (
     *((stage, "clip", None) for stage in ("pretrain", "suppress", "inject", "compensate")),
 )
 # Raised when a stage's code changes what it computes.
-VERSIONS: dict[Stage, int] = dict.fromkeys(get_args(Stage), 2) | {"suppress": 3, "search": 4}
+VERSIONS: dict[Stage, int] = dict.fromkeys(get_args(Stage), 2) | {"pretrain": 3, "suppress": 4, "search": 4}
 
 
 def lineage(settings: Settings, stage: Stage) -> tuple[Stage, ...]:
@@ -501,7 +502,13 @@ class Config(Section):
                 settings = self.settings(pair, row)
                 if settings.evaluate.recalibrate != "none" and not _has_batchnorm(settings.network):
                     yield f"{source}: pairs.{pair}.rows: {row!r} recalibrates BatchNorm, which the network has not"
-                if mistake := resizing_mistake(settings):
+                searches = "search" in lineage(settings, self.rows[row].evaluate)
+                if settings.evaluate.recalibrate == "chip" and searches and settings.search.strategy in SEARCHING:
+                    yield (
+                        f"{source}: pairs.{pair}.rows: {row!r} recalibrates BatchNorm on each chip, which the search "
+                        "does not; give it search.strategy greedy or all"
+                    )
+                if mistake := network_mistake(settings):
                     yield f"{source}: pairs.{pair}: {mistake}"
 
     def rows_of(self, pair: str) -> tuple[str, ...]:
@@ -562,9 +569,17 @@ def _plain(value: Any) -> str:
     return "_".join(map(_plain, value)) if isinstance(value, list) else json.dumps(value).strip('"')
 
 
-def resizing_mistake(settings: Settings) -> str | None:
-    """What is wrong with `pretrain.sizes` for this network."""
-    if settings.pretrain.sizes and settings.network.name == "lenet5":
+# How many widths a network takes, and of which layers.
+WIDTHS = {"lenet5": ("four", 4, "conv1, conv2, linear1, linear2"), "vgg16": ("fourteen", 14, "conv1, ..., linear1")}
+
+
+def network_mistake(settings: Settings) -> str | None:
+    """What does not fit the network: it is known only when all settings are merged."""
+    network = settings.network
+    how_many, count, layers = WIDTHS[network.name]
+    if network.widths and len(network.widths) != count:
+        return f"network.widths: {how_many} are expected for {network.name}: {layers}"
+    if settings.pretrain.sizes and network.name == "lenet5":
         return "pretrain.sizes: LeNet-5's linear layers fit images of 32 x 32 pixels only"
     return None
 

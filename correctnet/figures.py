@@ -99,10 +99,17 @@ def figure7(files: Sequence[Path]) -> plt.Figure:
     trained_for = pd.to_numeric(samples["row"].str.removeprefix(ANEW), errors="coerce")
     anew = samples["row"].str.startswith(ANEW) & (samples["sigma"] == trained_for)
     # The one of Table I is the one that was trained for the table's own sigma.
-    own = (samples["row"] == "correctnet") & (samples["sigma"] == samples["sigma"].max())
+    of_table = samples["pair"].map({pair: table_sigma(of_pair) for pair, of_pair in samples.groupby("pair")})
+    own = (samples["row"] == "correctnet") & (samples["sigma"] == of_table)
     with_anew = samples["pair"].isin(samples["pair"][anew].unique())
     curve = samples[(anew | own) & with_anew].assign(row=ANEW)
     return _over_sigma(pd.concat([samples, curve]), ["correctnet", "unprotected"], [ANEW])
+
+
+def table_sigma(of_pair: pd.DataFrame) -> float:
+    """The sigma of Table I, of a pair's samples: the largest at which every row was evaluated."""
+    rows = of_pair.groupby("sigma")["row"].nunique()
+    return rows.index[rows == of_pair["row"].nunique()].max()
 
 
 def _over_sigma(samples: pd.DataFrame, rows: Sequence[str], optional: Sequence[str] = ()) -> plt.Figure:
@@ -163,26 +170,32 @@ def figure10(files: Sequence[Path]) -> plt.Figure:
         by_pair.setdefault(path.parents[2].name, []).append(path)
     figure, axes = _panels(list(by_pair))
     for ax, logs in zip(axes, by_pair.values(), strict=True):
-        for colour, marker, path in zip(SEARCH_COLOURS, "osD^", logs, strict=False):
+        for k, path in enumerate(logs):
+            colour, marker = SEARCH_COLOURS[k % len(SEARCH_COLOURS)], "osD^"[k % 4]
             table = read_table(path, ["overhead", "mean", "std"]).dropna(subset=["mean"])
+            if table.empty:  # nothing was searched
+                continue
             x, name = 100 * table["overhead"], path.parent.name.replace("limit-", "limit ")
             ax.errorbar(x, table["mean"], table["std"], fmt=marker, color=colour, alpha=0.6, markersize=4, label=name)
             best = table["mean"].idxmax()
             ring = {"s": 110, "facecolor": "none", "edgecolor": colour, "linewidth": 1.5, "zorder": 3}
             ax.scatter([x[best]], [table["mean"][best]], **ring)
         ax.set(xlabel="overhead, % of the network's parameters", ylabel="validation accuracy")
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
+        if ax.containers:
+            ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
+        else:
+            ax.text(0.5, 0.5, "no search", transform=ax.transAxes, color=GREY, ha="center")
     return figure
 
 
 def yield_curve(files: Sequence[Path]) -> plt.Figure:
-    """The fraction of chips at or above an accuracy, for every row, at the largest sigma."""
+    """The fraction of chips at or above an accuracy, for every row of Table I at its sigma."""
     samples = tables.read_samples(files)
     pairs = list(samples["pair"].unique())
     figure, axes = _panels(pairs)
     for ax, pair in zip(axes, pairs, strict=True):
         of_pair = samples[samples["pair"] == pair]
-        varied = of_pair[of_pair["sigma"] == of_pair["sigma"].max()]
+        varied = of_pair[of_pair["sigma"] == table_sigma(of_pair)]
         colours = itertools.chain((GREEN, PINK, YELLOW, SKY), itertools.cycle(plt.cm.tab20.colors))
         for row in varied["row"].unique():
             accuracies = np.sort(varied["accuracy"][varied["row"] == row].to_numpy())
@@ -200,7 +213,7 @@ def yield_curve(files: Sequence[Path]) -> plt.Figure:
 
 
 def rows(files: Sequence[Path], labels: Mapping[str, str] | None = None) -> plt.Figure:
-    """Every row of Table I at the largest sigma: its clean accuracy, its chips, their mean with its 95 % interval.
+    """Every row of Table I at its sigma: its clean accuracy, its chips, their mean with its 95 % interval.
 
     A dotted line goes through the first row's mean. `labels` says what rows are called.
     """
@@ -216,7 +229,7 @@ def rows(files: Sequence[Path], labels: Mapping[str, str] | None = None) -> plt.
     )
     for ax, pair in zip(axes.flat, pairs, strict=True):
         of_pair = samples[samples["pair"] == pair]
-        varied = of_pair[of_pair["sigma"] == of_pair["sigma"].max()]
+        varied = of_pair[of_pair["sigma"] == table_sigma(of_pair)]
         names = list(varied["row"].unique())
         texts = ["\n".join(textwrap.wrap((labels or {}).get(name, name), 48)) for name in names]
         ax.axvline(varied[varied["row"] == names[0]]["accuracy"].mean(), color=GREY, linewidth=0.8, linestyle=":")
@@ -272,7 +285,7 @@ def sensitivity(files: Sequence[Path]) -> plt.Figure:
 def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     """A CSV with at least these columns. Raises UserError where it is not one."""
     try:
-        table = pd.read_csv(path)
+        table = storage.read_csv(path, text=("filters", "candidates"))  # empty where no layer is a candidate
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)})") from error
     missing = [c for c in columns if c not in table.columns]

@@ -175,7 +175,7 @@ def evaluate(
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of chips that `save` holds."""
-    return pd.read_csv(path)[COLUMNS].to_dict("records")
+    return storage.read_csv(path)[COLUMNS].to_dict("records")
 
 
 # From chip samples, and a function that is told how many images were classified, the correct ones of each chip.

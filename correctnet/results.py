@@ -96,7 +96,7 @@ class Result:
     def from_csv(cls, path: str | Path) -> Result:
         """Read what `to_csv` wrote. Raises UserError where it is absent or not such a table."""
         try:
-            table = pd.read_csv(path)
+            table = storage.read_csv(path)
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read ({one_line(error)})") from error
         if not set(COLUMNS) <= set(table.columns) or table.empty:

@@ -184,7 +184,7 @@ class Log:
 def read_log(path: Path) -> list[Explored]:
     """The states in a log. Raises UserError where it is not one."""
     try:
-        table = pd.read_csv(path, dtype={"filters": str, "ratios": str})
+        table = storage.read_csv(path, text=("filters", "ratios"))
         states = []
         for row in table[COLUMNS].to_dict("records"):
             mean, std = (None if np.isnan(row[c]) else float(row[c]) for c in ("mean", "std"))

@@ -29,7 +29,7 @@ from correctnet import data as datasets
 from correctnet import search as searching
 from correctnet import sweep as sweeping
 from correctnet.analog import analog_candidates, analog_layers, check_coverage, convert, program
-from correctnet.config import Settings, Stage, resizing_mistake
+from correctnet.config import SEARCHING, Settings, Stage, network_mistake
 from correctnet.data import DataSet
 from correctnet.engine import MEMORY, describe
 from correctnet.errors import UserError, one_line
@@ -124,7 +124,7 @@ def _train(
 def pretrain(settings: Settings, out: Path, runtime: Runtime) -> None:
     """Train the network without any method. Writes out/model.{safetensors,json} and out/log.csv."""
     s = settings.of("pretrain")
-    if mistake := resizing_mistake(settings):
+    if mistake := network_mistake(settings):
         raise UserError(mistake)
     data = runtime.load(s)
     network: dict[str, Any] = {"name": s.network.name, "classes": data.classes, "channels": data.channels}
@@ -244,7 +244,7 @@ def search(
     or `correctnet.search.greedy` says which. `known`: states that `search_state` has scored.
     """
     s = settings.of("search")
-    if s.search.strategy in ("all", "greedy"):
+    if s.search.strategy not in SEARCHING:
         problem, names = _search_problem(settings, base, candidates, limit, runtime)
         unlimited = s.search.strategy == "all"
         filters = searching.greedy(replace(problem, limit=math.inf) if unlimited else problem)

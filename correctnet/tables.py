@@ -44,7 +44,8 @@ def table1(samples: pd.DataFrame, sigma: float, labels: Mapping[str, str] | None
     """One row a (pair, row): accuracies at `sigma` against the clean accuracy of the pair's unprotected network.
 
     Columns: pair, row, label, centre, clean (of the row's own network), mean, std, ci_low, ci_high (95 % t interval),
-    ratio (mean / clean accuracy of the row `unprotected`, or else of the pair's first row), overhead, layers, chips,
+    ratio (mean / clean accuracy of the row `unprotected`, or else of the pair's first row, on the images of that row, of
+    which those of a row with fewer are the first), overhead, layers, chips,
     images, epochs, seed, paper (its mean at sigma 0.5, where it is known), difference. `labels` names the rows for
     people.
 
@@ -105,7 +106,7 @@ def markdown(table: pd.DataFrame, sigma: float) -> str:
     """The table for people, percentages with the confidence interval and the paper's number."""
     lines = [
         f"Accuracies in %; sigma = {sigma:g}; mean ± standard deviation over chips, [95 % confidence interval of the "
-        "mean]; ratio: mean / clean accuracy of the unprotected network.",
+        "mean]; ratio: mean / clean accuracy of the unprotected network on all images that it has.",
         "",
         "| pair | row | clean | mean ± std | 95 % CI | ratio | overhead | layers | chips × images | epochs | seed "
         "| paper | difference |",

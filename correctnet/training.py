@@ -209,7 +209,7 @@ def fit(
                 checkpoint.save(model, optimizer, epoch + 1, rows)
             if log:
                 write_log(log, rows)
-    if log and not rows:
+    if log:  # once more: of a run that was killed behind its last epoch there may be none
         write_log(log, rows)
     model.eval()
     model.to(memory_format=torch.contiguous_format)

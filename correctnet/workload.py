@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from correctnet.config import Settings, Stage
+from correctnet.config import SEARCHING, Settings, Stage
 
 # Images of the training and test sets; what a setting leaves open means all of them.
 SIZES = {"digits": (1438, 359), "mnist": (60000, 10000), "cifar10": (50000, 10000), "cifar100": (50000, 10000)}
@@ -47,8 +47,7 @@ def stage_seconds(stage: Stage, s: Settings, cost: Costs, chips: int | None = No
         case "sweep":
             return s.sweep.chips * cost.layers * (s.sweep.images or validation) * cost.test
         case "search":
-            searches = s.search.strategy in ("reinforce", "random")
-            return s.search.evaluations * state_seconds(s, cost) if searches else 0.0
+            return s.search.evaluations * state_seconds(s, cost) if s.search.strategy in SEARCHING else 0.0
         case "compensate":
             return s.compensate.epochs * train_images * compensating
         case "evaluate":

@@ -401,6 +401,17 @@ def test_without_variation_one_network_is_evaluated_once(chain):
     assert list(pd.read_csv(chain / "nominal.csv")["sample"]) == [0]
 
 
+def test_what_may_be_empty_can_be_said_to_be(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(stages, "pretrain", lambda settings, *_: seen.append(settings))
+    of_row = ["--config", "config.yaml", "--pair", "vgg16-cifar10-ablation", "--row", "v-none", "--out", tmp_path]
+    succeed("pretrain", *of_row)
+    succeed("pretrain", *of_row, "--clip", "none", "--widths", "none", "--sizes", "none")
+    assert [len(s.network.widths) for s in seen] == [14, 0]
+    assert [s.pretrain.clip for s in seen] == [1.0, None]
+    assert "four are expected" in fail("pretrain", "--widths", "8,8", "--out", tmp_path)
+
+
 def test_check_and_show(chain):
     assert "no mistakes" in succeed("check", "config.yaml").output
     shown = json.loads(succeed("show", chain / "compensate").output)

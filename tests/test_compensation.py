@@ -95,8 +95,10 @@ def test_only_compensation_parameters_are_named(lenet):
 
 def test_saved_and_loaded_as_a_plain_module(lenet, tmp_path):
     filters = {"conv1.layer": 3, "linear1.layer": 2}
-    compensated = compensate(lenet, filters, place="block", init="random", activation="none").eval()
-    compensation.save(compensated, tmp_path, filters, place="block", activation="none")
+    compensated = compensate(lenet, filters, place="block", init="random", activation="none", pool="kernel").eval()
+    compensation.save(compensated, tmp_path)
+    plan = {"filters": filters, "place": "block", "activation": "none", "pool": "kernel"}
+    assert compensation.plan_of(compensated) == plan
     loaded = compensation.load(models.lenet5(), tmp_path).eval()
     assert isinstance(loaded, nn.Module)
     x = torch.randn(3, 1, 32, 32)
@@ -104,6 +106,24 @@ def test_saved_and_loaded_as_a_plain_module(lenet, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
     with pytest.raises(UserError, match="made for another network"):
         compensation.load(models.lenet5(widths=(3, 4, 5, 6)), tmp_path)
+
+
+@pytest.mark.parametrize("options", [{}, {"activation": "none"}, {"pool": "kernel"}, {"place": "block"}])
+@pytest.mark.parametrize(
+    "filters", [{}, {"conv2.layer": 4}, {"linear2.layer": 1}, {"conv1.layer": 1, "linear3.layer": 2}]
+)
+def test_a_saved_network_computes_what_it_did(lenet, tmp_path, filters, options):
+    compensated = compensate(lenet, filters, init="random", **options).eval()
+    compensation.save(compensated, tmp_path)
+    x = torch.randn(2, 1, 32, 32)
+    assert torch.equal(compensation.load(models.lenet5(), tmp_path).eval()(x), compensated(x))
+
+
+def test_what_compensate_cannot_make_is_not_saved(lenet, tmp_path):
+    mixed = compensate(compensate(lenet, {"conv1.layer": 2}), {"conv2.layer": 2}, activation="none")
+    with pytest.raises(UserError, match="differ in place, activation or pooling"):
+        compensation.save(mixed, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_plans(lenet):

@@ -37,6 +37,14 @@ def test_the_shipped_configuration_is_right():
     assert settings.evaluate.images is None
 
 
+def test_a_row_that_the_search_would_judge_otherwise_than_its_evaluation():
+    with pytest.raises(UserError) as caught:
+        Config.check(changed("rows/combined-chip/set/search", {"strategy": "random"}))
+    lines = str(caught.value).splitlines()  # one for each pair that has the row
+    assert lines
+    assert all("'combined-chip' recalibrates BatchNorm on each chip, which the search does not" in s for s in lines)
+
+
 @pytest.mark.parametrize(
     ("path", "value", "line"),
     [
@@ -49,9 +57,9 @@ def test_the_shipped_configuration_is_right():
         ("defaults/search/limits", [], "defaults.search.limits: limits are fractions above 0"),
         ("defaults/search/ratios", [0.5, 1.0], "defaults.search.ratios: ratios need 0"),
         ("pairs/lenet5-mnist/network/name", "lenet", "pairs.lenet5-mnist.network.name: Input should be 'lenet5'"),
-        ("pairs/lenet5-mnist/network/widths", [1, 2], "pairs.lenet5-mnist.network.widths: four positive widths"),
-        ("pairs/vgg16-cifar10/network/widths", [8] * 4, "network.widths: fourteen positive widths"),
-        ("pairs/vgg16-cifar10/network/widths", [0] * 14, "network.widths: fourteen positive widths"),
+        ("pairs/lenet5-mnist/network/widths", [1, 2], "pairs.lenet5-mnist: network.widths: four are expected"),
+        ("pairs/vgg16-cifar10/network/widths", [8] * 4, "network.widths: fourteen are expected for vgg16"),
+        ("pairs/vgg16-cifar10/network/widths", [0] * 14, "network.widths: positive widths are expected"),
         ("runs/paper", ["lenet5-mnits"], "runs.paper: no pair 'lenet5-mnits' (did you mean 'lenet5-mnist'?)"),
         ("pairs/lenet5-mnist/rows", ["unprotected", "corectnet"], "no row 'corectnet' (did you mean 'correctnet'?)"),
         ("pairs/lenet5-mnist/rows", ["correctnet"], "the first row must evaluate the original network"),
@@ -176,6 +184,7 @@ SHARED = {
     "variation.sigma": set(READS) - {"pretrain"},
     "montecarlo": {"sweep", "search", "evaluate", "sensitivity"},
     "compensate": {"search", "compensate"},
+    "compensate.epochs": {"compensate"},  # a state of the search trains for search.train_epochs
     # which stages run, not what they do: the workflow reads them
     "base": set(),
     "search.limits": set(),

@@ -3,8 +3,11 @@ import json
 import os
 import threading
 
+import pandas as pd
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from correctnet import storage
 from correctnet.errors import UserError
@@ -25,6 +28,13 @@ def test_tensors_that_share_memory_and_are_not_contiguous(tmp_path):
     tensors, _ = storage.read_tensors(tmp_path / "x.safetensors")
     assert torch.equal(tensors["c"], base.t())
     assert torch.equal(tensors["b"], base)
+
+
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1))
+def test_floats_in_a_table_come_back_to_the_last_bit(tmp_path_factory, values):
+    path = tmp_path_factory.mktemp("csv") / "t.csv"
+    storage.write_csv(path, pd.DataFrame({"x": values}))
+    assert [x.hex() for x in storage.read_csv(path)["x"].astype(float)] == [float(x).hex() for x in values]
 
 
 def test_model_comes_back(tmp_path):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from correctnet import figures, tables
+from correctnet import figures, pages, tables
 from correctnet.errors import UserError
 from correctnet.results import COLUMNS, Result, record
 
@@ -176,6 +176,35 @@ def test_figure_7_shows_what_was_trained_anew_for_each_sigma(tmp_path):
     drawn = lines(figures.figure7([tmp_path / "s.csv"]))
     assert drawn["CorrectNet, trained anew for each σ"] == ([0.3, 0.5], pytest.approx([0.6, 0.67]))
     assert drawn["CorrectNet"][0] == [0.0, 0.3, 0.5]
+    plt.close("all")
+
+
+def test_a_sigma_beyond_the_table_s_own_is_no_row_of_it(tmp_path):
+    beyond = samples(row="correctnet", sigma=0.6, accuracies=(0.3, 0.4))
+    pd.concat([complete(), beyond]).to_csv(tmp_path / "s.csv", index=False)
+    ax = figures.rows([tmp_path / "s.csv"]).axes[0]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["unprotected", "correctnet"]
+    assert ("o", [pytest.approx(0.67)]) in [(line.get_marker(), list(line.get_xdata())) for line in ax.lines]
+    assert {"unprotected", "correctnet"} <= set(lines(figures.yield_curve([tmp_path / "s.csv"])))
+    plt.close("all")
+
+
+def log_of_a_search(folder, limit, rows):
+    path = folder / "pair" / "search" / f"limit-{limit:g}" / "log.csv"
+    path.parent.mkdir(parents=True)
+    columns = ["evaluation", "episode", "filters", "candidates", "overhead", "mean", "std"]
+    pd.DataFrame(rows, columns=columns).to_csv(path, index=False)
+    return path
+
+
+def test_searches_without_states_without_candidates_and_of_many_limits(tmp_path):
+    logs = [log_of_a_search(tmp_path, 1, [])]
+    assert len(figures.figure10(logs).axes[0].containers) == 0
+    logs += [log_of_a_search(tmp_path, k / 100, [(1, 0, "", "", 0.0, 0.9, 0.1)]) for k in range(1, 7)]
+    assert len(figures.figure10(logs).axes[0].containers) == 6
+    page = pages.search_scatter(logs[1:])
+    assert "no compensation" in page
+    assert "nan: nan" not in page
     plt.close("all")
 
 

@@ -74,6 +74,14 @@ def test_a_killed_training_ends_with_the_same_weights(tiny, blobs, tmp_path, opt
     assert list(log["loss"]) == pytest.approx([r["loss"] for r in uninterrupted])
 
 
+def test_a_training_killed_behind_its_last_epoch_writes_its_log_again(tiny, blobs, tmp_path):
+    checkpoint, log = Checkpoint(tmp_path / "c.safetensors", "identity"), tmp_path / "log.csv"
+    fit(copy.deepcopy(tiny), blobs, section(), seed=0, checkpoint=checkpoint, log=log, quiet=True)
+    log.unlink()  # as Snakemake does with the outputs of a job that did not end
+    rows = fit(copy.deepcopy(tiny), blobs, section(), seed=0, checkpoint=checkpoint, log=log, quiet=True)
+    assert list(pd.read_csv(log)["epoch"]) == [1, 2, 3, 4] == [r["epoch"] for r in rows]
+
+
 def test_a_checkpoint_of_other_settings_is_not_used(tiny, blobs, tmp_path):
     path = tmp_path / "c.safetensors"
     fit(copy.deepcopy(tiny), blobs, section(), seed=0, checkpoint=Checkpoint(path, "old"), quiet=True)

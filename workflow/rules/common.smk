@@ -11,7 +11,7 @@ from typing import get_args
 
 from snakemake.exceptions import WorkflowError
 
-from correctnet.config import Config, Stage, lineage, search_rounds
+from correctnet.config import SEARCHING, Config, Stage, lineage, search_rounds
 from correctnet.errors import UserError
 
 try:
@@ -174,7 +174,7 @@ def earlier_states(wildcards):
 def all_states(wildcards):
     """All states of a search with a population; without one, a single job trains them."""
     search = settings_of(wildcards).search
-    return states(wildcards, 1 + search_rounds(search)) if search.population and search.strategy in ("reinforce", "random") else []
+    return states(wildcards, 1 + search_rounds(search)) if search.population and search.strategy in SEARCHING else []
 
 
 def sigmas(pair, row):
@@ -274,8 +274,8 @@ def figure_inputs(wildcards):
 
 
 def has(run, row):
-    """Whether every pair of a run has the row."""
-    return pairs_with(run, row) == list(CONFIG.runs[run])
+    """Whether a pair of the run has the row; what is drawn of it leaves the other pairs out."""
+    return bool(pairs_with(run, row))
 
 
 def figures(run):
