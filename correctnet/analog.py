@@ -94,7 +94,7 @@ class AnalogConv2d(AnalogLayer, nn.Conv2d):
 ANALOG = {nn.Linear: AnalogLinear, nn.Conv2d: AnalogConv2d}
 
 
-def analog_candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def crossbar_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, module) of every conv and linear layer of the original network, in order of registration.
 
     The position in this order is the layer index of the noise, for excluded layers too. Layers that were added in
@@ -134,7 +134,7 @@ def convert(model: nn.Module, variation: Variation, seed: int = 0, exclude: Iter
     Raises:
         UserError: nothing to convert, an excluded name that does not exist, or a model that is converted already.
     """
-    layers = dict(analog_candidates(model))
+    layers = dict(crossbar_layers(model))
     if any(isinstance(layer, AnalogLayer) for layer in layers.values()):
         raise UserError("convert: the model carries variation already; convert the original one")
     exclude = tuple(exclude)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from correctnet import __version__, compensation, cuda, models
-from correctnet.analog import analog_candidates, convert
+from correctnet.analog import convert, crossbar_layers
 from correctnet.bench import PRECISIONS, SIGMA, Row, Say, Variant, Work, _flat, _why_not_compiled, select
 from correctnet.config import Compensate
 from correctnet.engine import MEMORY, Engine
@@ -345,7 +345,7 @@ class Trainer:
         self.network.to(DEVICE, memory_format=torch.channels_last)
         self.parameters = compensation.compensation_parameters(self.network)
         train_only(self.network, self.parameters)
-        self.weights = [layer.weight for _, layer in analog_candidates(self.network)]
+        self.weights = [layer.weight for _, layer in crossbar_layers(self.network)]
         self._nominal = [w.detach().clone(memory_format=torch.preserve_format) for w in self.weights]
         self._seed = torch.full((), seed, dtype=torch.int64, device=DEVICE)
         self.chip = torch.zeros(1, dtype=torch.int64, device=DEVICE)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from correctnet import storage
-from correctnet.analog import analog_candidates, convert, program
+from correctnet.analog import convert, crossbar_layers, program
 from correctnet.config import Compensate, validate
 from correctnet.data import Split
 from correctnet.errors import UserError, one_line
@@ -114,7 +114,7 @@ def cost(layer: nn.Module, filters: int) -> int:
 
 def filters_of(model: nn.Module, ratios: Sequence[float]) -> dict[str, int]:
     """Generator filters by layer name, for S_1..S_n of the first n layers: m_i = round(S_i n_i), none for S_i <= 0."""
-    layers = list(analog_candidates(model))
+    layers = list(crossbar_layers(model))
     if len(ratios) > len(layers):
         raise UserError(f"{len(ratios)} ratios for a network of {len(layers)} layers")
     counts = {
@@ -128,7 +128,7 @@ def overhead(model: nn.Module, filters: Mapping[str, int]) -> float:
 
     `model` is the original network, `filters` the generator filters by layer name.
     """
-    layers = dict(analog_candidates(model))
+    layers = dict(crossbar_layers(model))
     _check_names(layers, filters)
     return sum(cost(layers[name], m) for name, m in filters.items()) / parameter_count(model)
 
@@ -150,7 +150,7 @@ def compensate(
 
     Args:
         model: the original (digital) network.
-        filters: generator filters m by layer name, names as `correctnet.analog.analog_candidates` gives them.
+        filters: generator filters m by layer name, names as `correctnet.analog.crossbar_layers` gives them.
         place: "layer": directly behind the analog layer; "block": behind the BatchNorm and ReLU of its
             `correctnet.models.Block`.
         seed: of the initial weights.
@@ -159,7 +159,7 @@ def compensate(
     Raises:
         UserError: an unknown layer, fewer than 1 filter, or place="block" where the layer is in no Block.
     """
-    _check_names([name for name, _ in analog_candidates(model)], filters)
+    _check_names([name for name, _ in crossbar_layers(model)], filters)
     compensated = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from correctnet import models, variation
-from correctnet.analog import analog_candidates, convert, program, programmed
+from correctnet.analog import convert, crossbar_layers, program, programmed
 from correctnet.arithmetic import Precision, products
 from correctnet.config import Config, Settings, Stage, lineage
 from correctnet.engine import Engine, Unsupported
@@ -47,9 +47,9 @@ def costs(settings: Settings) -> Costs:
         F.cross_entropy(logits.float(), labels).backward()
 
     # One layer stands for all: the cost of sampling is proportional to the number of weights.
-    layer = min((m for _, m in analog_candidates(model)), key=lambda m: abs(m.weight.numel() - 50000))
+    layer = min((m for _, m in crossbar_layers(model)), key=lambda m: abs(m.weight.numel() - 50000))
     analog = convert(layer, variation.make(s.variation))
-    weights = sum(m.weight.numel() for _, m in analog_candidates(model))
+    weights = sum(m.weight.numel() for _, m in crossbar_layers(model))
 
     def sample() -> None:
         program(analog, 0)
@@ -60,7 +60,7 @@ def costs(settings: Settings) -> Costs:
     test = _test_seconds(network, images, s.montecarlo.precision)
     with torch.no_grad():
         sampling = _seconds(sample) * weights / layer.weight.numel()
-    return Costs(_seconds(step) / len(images), test, sampling, len(list(analog_candidates(model))))
+    return Costs(_seconds(step) / len(images), test, sampling, len(list(crossbar_layers(model))))
 
 
 def _test_seconds(analog: nn.Module, images: Tensor, precision: Precision) -> float:

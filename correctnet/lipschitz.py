@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from correctnet.analog import analog_candidates
+from correctnet.analog import crossbar_layers
 from correctnet.models import Block
 
 
@@ -95,7 +95,7 @@ def analog_weights(model: nn.Module, fold_batchnorm: bool = False) -> list[Tenso
     """
     blocks = {id(m.layer): m for m in model.modules() if isinstance(m, Block) and hasattr(m, "norm")}
     weights = []
-    for _, layer in analog_candidates(model):
+    for _, layer in crossbar_layers(model):
         weight = layer.weight
         if fold_batchnorm and id(layer) in blocks:
             norm = blocks[id(layer)].norm
@@ -110,5 +110,5 @@ def spectral_norms(model: nn.Module) -> dict[str, float]:
     """The largest singular value of each layer's weight matrix, by layer name."""
     return {
         name: torch.linalg.matrix_norm(weight_matrix(layer.weight).float(), ord=2).item()
-        for name, layer in analog_candidates(model)
+        for name, layer in crossbar_layers(model)
     }

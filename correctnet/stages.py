@@ -28,7 +28,7 @@ from correctnet import compensation, lipschitz, models, recalibration, storage, 
 from correctnet import data as datasets
 from correctnet import search as searching
 from correctnet import sweep as sweeping
-from correctnet.analog import analog_candidates, analog_layers, check_coverage, convert, program
+from correctnet.analog import analog_layers, check_coverage, convert, crossbar_layers, program
 from correctnet.config import SEARCHING, Settings, Stage, network_mistake
 from correctnet.data import DataSet
 from correctnet.engine import MEMORY, describe
@@ -311,7 +311,7 @@ def _search_problem(
     if not 0 < limit <= 1:
         raise UserError(f"search: --limit is a fraction above 0 and at most 1, not {limit}")
     model, _ = read_network(base, runtime.device)
-    layers = dict(analog_candidates(model))
+    layers = dict(crossbar_layers(model))
     names = _candidate_names(candidates, layers)
     data = runtime.load(s)
     train, images = data.train.take(s.search.train_images), data.validation.take(s.search.images)

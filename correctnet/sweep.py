@@ -9,7 +9,7 @@ import pandas as pd
 from torch import nn
 from tqdm import tqdm
 
-from correctnet.analog import analog_candidates, analog_layers, convert
+from correctnet.analog import analog_layers, convert, crossbar_layers
 from correctnet.arithmetic import Precision
 from correctnet.engine import MEMORY, Method
 from correctnet.errors import UserError
@@ -80,7 +80,7 @@ def sweep(
     """
     if not 0 < original <= 1:
         raise UserError(f"sweep: the original accuracy must lie in (0, 1], not {original}")
-    names = tuple(name for name, _ in analog_candidates(model))
+    names = tuple(name for name, _ in crossbar_layers(model))
     if len(analog_layers(model)) != len(names):
         raise UserError("sweep: every conv and linear layer must carry variation; convert the model without `exclude`")
     results = {}
@@ -126,7 +126,7 @@ def sensitivity(
         One row a layer and chip: layer (1 is the first), name, weights (of the layer), sample, accuracy, ..., clean
         (accuracy of the nominal network on the same images).
     """
-    layers = list(analog_candidates(model))
+    layers = list(crossbar_layers(model))
     names = [name for name, _ in layers]
     clean = clean_accuracy(model, data)
     parts = []

@@ -44,10 +44,9 @@ def table1(samples: pd.DataFrame, sigma: float, labels: Mapping[str, str] | None
     """One row a (pair, row): accuracies at `sigma` against the clean accuracy of the pair's unprotected network.
 
     Columns: pair, row, label, centre, clean (of the row's own network), mean, std, ci_low, ci_high (95 % t interval),
-    ratio (mean / clean accuracy of the row `unprotected`, or else of the pair's first row, on the images of that row, of
-    which those of a row with fewer are the first), overhead, layers, chips,
-    images, epochs, seed, paper (its mean at sigma 0.5, where it is known), difference. `labels` names the rows for
-    people.
+    ratio (mean / clean accuracy of the row `unprotected`, or else of the pair's first row, on all images that that one
+    has; those of a row with fewer are its first), overhead, layers, chips, images, epochs, seed, paper (its mean
+    at sigma 0.5, where it is known), difference. `labels` names the rows for people.
 
     Raises:
         UserError: a row lacks its clean accuracy, or rows of a pair differ in split, seed or first chip and must not

@@ -33,8 +33,6 @@ def stage_seconds(stage: Stage, s: Settings, cost: Costs, chips: int | None = No
     train_images, test_images = SIZES[s.data.dataset]
     validation = round(s.data.validation * train_images)
     train_images -= validation
-    # Training with variation draws a chip a batch (or several) on top of its steps.
-    compensating = s.compensate.chips_per_batch * (cost.train + cost.sample / s.compensate.batch)
     match stage:
         case "pretrain":
             sides = [*s.pretrain.sizes, *[SIDE] * s.pretrain.epochs][: s.pretrain.epochs]
@@ -49,7 +47,7 @@ def stage_seconds(stage: Stage, s: Settings, cost: Costs, chips: int | None = No
         case "search":
             return s.search.evaluations * state_seconds(s, cost) if s.search.strategy in SEARCHING else 0.0
         case "compensate":
-            return s.compensate.epochs * train_images * compensating
+            return s.compensate.epochs * train_images * _compensating(s, cost)
         case "evaluate":
             images = s.evaluate.images or (test_images if s.evaluate.split == "test" else validation)
             return (chips or s.evaluate.chips) * images * cost.test
@@ -62,5 +60,9 @@ def state_seconds(s: Settings, cost: Costs) -> float:
     train_images, _ = SIZES[s.data.dataset]
     validation = round(s.data.validation * train_images)
     images = s.search.train_epochs * (s.search.train_images or train_images - validation)
-    compensating = s.compensate.chips_per_batch * (cost.train + cost.sample / s.compensate.batch)
-    return images * compensating + s.search.chips * (s.search.images or validation) * cost.test
+    return images * _compensating(s, cost) + s.search.chips * (s.search.images or validation) * cost.test
+
+
+def _compensating(s: Settings, cost: Costs) -> float:
+    """Seconds an image while compensators train: a chip a batch (or several) is drawn on top of its step."""
+    return s.compensate.chips_per_batch * (cost.train + cost.sample / s.compensate.batch)

@@ -12,10 +12,10 @@ from correctnet.analog import (
     AnalogConv2d,
     AnalogLinear,
     CoverageWarning,
-    analog_candidates,
     analog_layers,
     check_coverage,
     convert,
+    crossbar_layers,
     program,
     programmed,
 )
@@ -29,7 +29,7 @@ HALF = LogNormalVariation(0.5)
 def varied_by_hand(model, seed, sample, first=0, exclude=()):
     """A digital copy of `model` with each weight replaced: what a chip should compute."""
     digital = copy.deepcopy(model)
-    for index, (name, layer) in enumerate(analog_candidates(digital)):
+    for index, (name, layer) in enumerate(crossbar_layers(digital)):
         if index >= first and name not in exclude:
             layer.weight.data = HALF.sample(layer.weight.data, seed, index, sample)
     return digital

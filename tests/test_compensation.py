@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from correctnet import compensation, models
-from correctnet.analog import AnalogLayer, analog_candidates, convert
+from correctnet.analog import AnalogLayer, convert, crossbar_layers
 from correctnet.compensation import Compensated, compensate
 from correctnet.config import Training
 from correctnet.errors import UserError
@@ -45,7 +45,7 @@ def test_pooled_input_has_the_output_s_size(pool, options):
 
 @pytest.mark.parametrize("place", ["layer", "block"])
 def test_it_starts_from_the_identity(lenet, place):
-    names = [name for name, _ in analog_candidates(lenet)]
+    names = [name for name, _ in crossbar_layers(lenet)]
     compensated = compensate(lenet, dict.fromkeys(names[:-1], 3), place=place)
     x = torch.randn(2, 1, 32, 32)
     torch.testing.assert_close(compensated(x), lenet(x))
@@ -163,7 +163,7 @@ def test_what_of_batchnorm_changes_while_compensators_train(tiny, blobs, batchno
     before, after = tiny[0].norm.state_dict(), compensated[0].norm.state_dict()
     different = {name for name in before if not torch.equal(before[name], after[name])}
     assert different - {"num_batches_tracked"} == changed
-    for name, layer in analog_candidates(tiny):
+    for name, layer in crossbar_layers(tiny):
         kept = compensated.get_submodule(name.replace("0.layer", "0.layer.original"))
         assert torch.equal(kept.weight, layer.weight)
         assert torch.equal(kept.bias, layer.bias)

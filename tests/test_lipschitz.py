@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from correctnet import lipschitz, models
-from correctnet.analog import analog_candidates
+from correctnet.analog import crossbar_layers
 
 
 def test_lambda_of_the_paper_s_setting():
@@ -80,7 +80,7 @@ def test_folded_weights_are_the_matrices_that_the_layers_apply(batchnorm):
     for name, value in model.state_dict().items():
         if "norm" in name and value.is_floating_point():
             value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
-    folded = dict(zip(dict(analog_candidates(model)), lipschitz.analog_weights(model, True), strict=True))
+    folded = dict(zip(dict(crossbar_layers(model)), lipschitz.analog_weights(model, True), strict=True))
     plain = dict(zip(folded, lipschitz.analog_weights(model), strict=True))
     assert folded["linear2.layer"] is plain["linear2.layer"]  # without BatchNorm
     for name, shape in {"conv2": (1, 64, 5, 5), "linear1": (1, 512)}.items():

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from correctnet import compensation, config, models
-from correctnet.analog import analog_candidates
+from correctnet.analog import crossbar_layers
 from correctnet.errors import UserError
 
 
@@ -14,14 +14,14 @@ def test_lenet5_has_the_published_number_of_parameters():
 
 def test_lenet5_widths_are_parameters():
     network = models.lenet5(classes=10, channels=3, widths=(32, 64, 256, 128))
-    shapes = [tuple(layer.weight.shape) for _, layer in analog_candidates(network)]
+    shapes = [tuple(layer.weight.shape) for _, layer in crossbar_layers(network)]
     assert shapes == [(32, 3, 5, 5), (64, 32, 5, 5), (256, 1600), (128, 256), (10, 128)]
 
 
 @pytest.mark.parametrize(("batchnorm", "norms"), [("before", 14), ("after", 14), ("none", 0)])
 def test_vgg16_layers(batchnorm, norms):
     network = models.vgg16(100, batchnorm=batchnorm)
-    layers = [layer for _, layer in analog_candidates(network)]
+    layers = [layer for _, layer in crossbar_layers(network)]
     assert [type(layer) for layer in layers] == [nn.Conv2d] * 13 + [nn.Linear] * 2
     found = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert len(found) == norms
@@ -30,7 +30,7 @@ def test_vgg16_layers(batchnorm, norms):
 
 def test_vgg16_widths_are_parameters():
     widths = (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
-    shapes = [tuple(layer.weight.shape) for _, layer in analog_candidates(models.vgg16(7, widths=widths))]
+    shapes = [tuple(layer.weight.shape) for _, layer in crossbar_layers(models.vgg16(7, widths=widths))]
     assert shapes == [*((o, i, 3, 3) for i, o in zip((3, *widths), widths[:13], strict=False)), (15, 14), (7, 15)]
     section = config.Network(name="vgg16", widths=widths, batchnorm="none", dropout=0.1)
     network = models.build("vgg16", 7, 3, **models.options(section))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from correctnet import compensation, models
 from correctnet import search as searching
-from correctnet.analog import analog_candidates
+from correctnet.analog import crossbar_layers
 from correctnet.config import Search, search_rounds
 from correctnet.errors import UserError
 from correctnet.search import Explored, Log, Pending, Policy, Problem, read_log, reward, search
@@ -231,7 +231,7 @@ def test_greedy_takes_the_first_layers_as_far_as_the_limit_goes():
     # parameters. Five convolutions in full are 382,400 of 15,038,116; a sixth and the wide ones behind it take more
     # than is left of 3 %, and the last layer has room for 0.75: 75 filters.
     network = models.vgg16(100)
-    layers = dict(analog_candidates(network))
+    layers = dict(crossbar_layers(network))
     widths = tuple(layer.weight.shape[0] for layer in layers.values())
     problem = Problem(
         widths, RATIOS, 0.03, lambda f: compensation.overhead(network, dict(zip(layers, f, strict=True))), None

@@ -3,7 +3,7 @@ import copy
 import pandas as pd
 import pytest
 
-from correctnet.analog import analog_candidates, convert
+from correctnet.analog import convert, crossbar_layers
 from correctnet.errors import UserError
 from correctnet.montecarlo import clean_accuracy, evaluate
 from correctnet.results import COLUMNS, Result
@@ -59,7 +59,7 @@ def test_sensitivity_is_variation_in_one_layer_alone(tiny, blobs):
     assert set(found["clean"]) == {clean_accuracy(tiny, blobs)}
     for row in found.to_dict("records"):
         chip = copy.deepcopy(tiny)
-        layer = dict(analog_candidates(chip))[row["name"]]
+        layer = dict(crossbar_layers(chip))[row["name"]]
         assert row["weights"] == layer.weight.numel()
         layer.weight.data = variation.sample(layer.weight.data, 3, row["layer"] - 1, row["sample"])
         assert row["accuracy"] == clean_accuracy(chip, blobs)

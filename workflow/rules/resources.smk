@@ -23,24 +23,25 @@ def vgg16_share(network):
     return (sum(network.widths) / 4736) ** 2 if network.widths else 1.0
 
 
-def multiply_adds(network, channels):
-    """Multiply-adds of an image of 32 x 32 pixels."""
+def work_of(network, channels):
+    """Multiply-adds of an image of 32 x 32 pixels, weights, and crossbar layers."""
     if network.name == "vgg16":
-        return 313e6 * vgg16_share(network)
+        return 313e6 * vgg16_share(network), 15e6 * vgg16_share(network), 15
     a, b, c, d = network.widths or (6, 16, 120, 84)
-    return 28 * 28 * 25 * channels * a + 10 * 10 * 25 * a * b + 25 * b * c + c * d + 10 * d
+    first, second, linear = 25 * channels * a, 25 * a * b, 25 * b * c + c * d + 10 * d
+    return 28 * 28 * first + 10 * 10 * second + linear, first + second + linear, 5
 
 
 def training_threads(wildcards):
     """LeNet-5 and a narrow VGG16 are too small for more than one thread; VGG16 takes what there is."""
-    return 8 if multiply_adds(settings_of(wildcards).network, channels=3) > 1e8 else 1
+    multiply_adds, _, _ = work_of(settings_of(wildcards).network, channels=3)
+    return 8 if multiply_adds > 1e8 else 1
 
 
 def costs(settings):
     """Seconds of one thread on the machine above; the time asked for is a multiple of what follows from them."""
     channels = 1 if settings.data.dataset in ("digits", "mnist") else 3
-    work = multiply_adds(settings.network, channels)
-    layers, weights = (16, 15e6 * vgg16_share(settings.network)) if settings.network.name == "vgg16" else (5, 6e4)
+    work, weights, layers = work_of(settings.network, channels)
     return Costs(train=1.5e-4 + 6e-11 * work, test=1e-5 + 2.5e-11 * work, sample=4e-9 * weights, layers=layers)
 
 
