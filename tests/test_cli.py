@@ -409,6 +409,7 @@ def test_what_may_be_empty_can_be_said_to_be(tmp_path, monkeypatch):
     succeed("pretrain", *of_row, "--clip", "none", "--widths", "none", "--sizes", "none")
     assert [len(s.network.widths) for s in seen] == [14, 0]
     assert [s.pretrain.clip for s in seen] == [1.0, None]
+    monkeypatch.undo()
     assert "four are expected" in fail("pretrain", "--widths", "8,8", "--out", tmp_path)
 
 
