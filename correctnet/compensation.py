@@ -269,19 +269,18 @@ def plan_of(model: nn.Module) -> dict[str, Any]:
 
     Raises UserError where the compensated layers differ in place, activation or pooling: `compensate` makes all alike.
     """
-    filters, alike = {}, set()
+    filters: dict[str, int] = {}
+    made: dict[str, set[str]] = {"place": set(), "activation": set(), "pool": set()}
     for name, module in compensation_modules(model).items():
         block = isinstance(module.original, Block)
         filters[f"{name}.layer" if block else name] = module.generator.weight.shape[0]
-        activation = "relu" if isinstance(module.activation, nn.ReLU) else "none"
-        # A linear layer pools nothing, whatever it was told.
-        alike.add(("block" if block else "layer", activation, None if module.pool == "none" else module.pool))
-    if len({(place, activation) for place, activation, _ in alike}) > 1 or len({p for *_, p in alike if p}) > 1:
+        made["place"].add("block" if block else "layer")
+        made["activation"].add("relu" if isinstance(module.activation, nn.ReLU) else "none")
+        if module.pool != "none":  # a linear layer pools nothing, whatever it was told
+            made["pool"].add(module.pool)
+    if any(len(values) > 1 for values in made.values()):
         raise UserError("save: the compensated layers differ in place, activation or pooling")
-    plan: dict[str, Any] = {"filters": filters}
-    for place, activation, pool in alike:
-        plan |= {"place": place, "activation": activation, **({"pool": pool} if pool else {})}
-    return plan
+    return {"filters": filters, **{option: value for option, values in made.items() for value in values}}
 
 
 def load(original: nn.Module, path: str | Path) -> nn.Module:

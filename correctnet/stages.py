@@ -9,6 +9,7 @@ last and whole, and keeps what it needs to go on after a kill in a folder of its
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -30,7 +31,7 @@ from correctnet import search as searching
 from correctnet import sweep as sweeping
 from correctnet.analog import analog_layers, check_coverage, convert, crossbar_layers, program
 from correctnet.config import SEARCHING, Settings, Stage, network_mistake
-from correctnet.data import DataSet
+from correctnet.data import DataSet, Split
 from correctnet.engine import MEMORY, describe
 from correctnet.errors import UserError, one_line
 from correctnet.montecarlo import clean_accuracy, evaluate
@@ -313,12 +314,16 @@ def _search_problem(
     model, _ = read_network(base, runtime.device)
     layers = dict(crossbar_layers(model))
     names = _candidate_names(candidates, layers)
-    data = runtime.load(s)
-    train, images = data.train.take(s.search.train_images), data.validation.take(s.search.images)
     section = SimpleNamespace(**{**vars(s.compensate), "epochs": s.search.train_epochs})
     device = variation.make(s.variation)
 
+    @functools.cache
+    def splits() -> tuple[Split, Split]:  # read once, and not at all where nothing is trained
+        data = runtime.load(s)
+        return data.train.take(s.search.train_images), data.validation.take(s.search.images)
+
     def score(filters: searching.Filters) -> tuple[float, float]:
+        train, images = splits()
         analog, _, hooks = compensation.prepare(model, _named(names, filters), section, device, s.seed)
         parameters = compensation.trained_parameters(analog, section)
         if parameters:
