@@ -62,9 +62,16 @@ def exact(model: nn.Module, analog: nn.Module, x: torch.Tensor, sample: int, fir
 
 
 def check(model: nn.Module, x: torch.Tensor, first_layer: int = 0, samples: tuple[int, ...] = (0, 137)) -> Engine:
-    """The engine's error is at most twice torch's, both against float64."""
+    """The engine's error against float64 is at most twice torch's and what sums that long lose by themselves.
+
+    Each product costs up to half a unit in the last place of its sum, in a random direction: n of them, over all layers
+    in a row, sqrt(n) units. The engine adds up the up to 4608 products of an output of VGG16 one by one; torch adds them
+    up in blocks, and loses a third of that.
+    """
     model = randomised(model)
     analog = convert(model, VARIATION, SEED)
+    products = sum(layer.weight[0].numel() for layer in analog_layers(analog))
+    rounding = torch.finfo(torch.float32).eps / 2 * products**0.5
     engine = Engine(analog, x, first_layer)
     found = engine.outputs(x, samples)
     for i, sample in enumerate(samples):
@@ -72,7 +79,7 @@ def check(model: nn.Module, x: torch.Tensor, first_layer: int = 0, samples: tupl
         with torch.no_grad(), programmed(analog, sample, first_layer):
             plain = (analog(x).double() - wanted).abs().max().item()
         error = (found[i].double() - wanted).abs().max().item()
-        assert error <= 2 * plain + 1e-6 * wanted.abs().max().item()
+        assert error <= 2 * plain + (rounding + 1e-6) * wanted.abs().max().item()
         assert wanted.abs().max() > 0
     return engine
 
