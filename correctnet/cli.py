@@ -247,6 +247,10 @@ def _say_without_kernels() -> None:
         warnings.filterwarnings("ignore", again, EngineWarning)
 
 
+# The commands that keep what they have done when they are stopped; the others take minutes.
+RESUMED = ("pretrain", "suppress", "inject", "search", "compensate", "finetune", "evaluate")
+
+
 class Stopped(BaseException):
     """A signal that asks the process to end: what is half written is taken away, and one line says so."""
 
@@ -299,7 +303,8 @@ class Group(click.Group):
                 click.echo(f"error: {line}", err=True)
             ctx.exit(2)
         except Stopped as stopped:
-            click.echo(f"stopped by {stopped.signal.name}; the same command goes on from what is done", err=True)
+            again = "; the same command goes on from what is done" if ctx.invoked_subcommand in RESUMED else ""
+            click.echo(f"stopped by {stopped.signal.name}{again}", err=True)
             ctx.exit(128 + stopped.signal)
 
 

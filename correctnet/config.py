@@ -467,6 +467,8 @@ class Config(Section):
 
     def _mistakes(self, source: str) -> Iterator[str]:
         for run, pairs in self.runs.items():
+            if not pairs:
+                yield f"{source}: runs.{run}: one pair or more is expected"
             for pair in pairs:
                 if pair not in self.pairs:
                     yield f"{source}: runs.{run}: no pair {pair!r}{_suggest(pair, self.pairs)}"
@@ -510,6 +512,11 @@ class Config(Section):
                     )
                 if mistake := network_mistake(settings):
                     yield f"{source}: pairs.{pair}: {mistake}"
+        for run, pairs in () if wrong else self.runs.items():
+            sigmas = sorted({self.settings(pair).variation.sigma for pair in pairs if pair in self.pairs})
+            if len(sigmas) > 1:
+                listed = ", ".join(f"{sigma:g}" for sigma in sigmas)
+                yield f"{source}: runs.{run}: its pairs are one table, but their variation.sigma differ ({listed})"
 
     def rows_of(self, pair: str) -> tuple[str, ...]:
         """The rows of a pair: its own list, else all."""

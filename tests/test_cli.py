@@ -273,6 +273,27 @@ def test_a_killed_stage_goes_on(tmp_path, sent):
     assert all(torch.equal(resumed[k], v) for k, v in whole.items())
 
 
+@pytest.mark.parametrize("stage", ["evaluate", "sweep"])
+def test_only_what_kept_its_work_promises_to_go_on(chain, tmp_path, monkeypatch, stage):
+    def stopped(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+    for module in (stages, sweep):
+        monkeypatch.setattr(module, "evaluate", stopped)
+    models = {"evaluate": ["--model", chain / "pretrain"]}
+    models["sweep"] = ["--pretrained", chain / "pretrain", "--base", chain / "suppress"]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        result = run(stage, "--quiet", "--images", 20, *models[stage], "--out", tmp_path / "out")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert result.exit_code == 128 + signal.SIGTERM
+    goes_on = "; the same command goes on from what is done" if stage == "evaluate" else ""
+    assert result.output.splitlines()[-1] == f"stopped by SIGTERM{goes_on}"
+
+
 def test_threads_stay_within_the_process_s_cpus(monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)

@@ -61,6 +61,7 @@ def test_a_row_that_the_search_would_judge_otherwise_than_its_evaluation():
         ("pairs/vgg16-cifar10/network/widths", [8] * 4, "network.widths: fourteen are expected for vgg16"),
         ("pairs/vgg16-cifar10/network/widths", [0] * 14, "network.widths: positive widths are expected"),
         ("runs/paper", ["lenet5-mnits"], "runs.paper: no pair 'lenet5-mnits' (did you mean 'lenet5-mnist'?)"),
+        ("runs/paper", [], "runs.paper: one pair or more is expected"),
         ("pairs/lenet5-mnist/rows", ["unprotected", "corectnet"], "no row 'corectnet' (did you mean 'correctnet'?)"),
         ("pairs/lenet5-mnist/rows", ["correctnet"], "the first row must evaluate the original network"),
         ("pairs/lenet5-mnist/rows", ["unprotected", "recalibrated"], "'recalibrated' recalibrates BatchNorm"),
@@ -95,6 +96,14 @@ def test_every_mistake_is_named_at_once():
     text = str(caught.value)
     assert len(text.splitlines()) == 3
     assert all(part in text for part in ("defaults.sweep.chips", "runs.quick", "defaults.sed"))
+
+
+def test_the_pairs_of_a_run_are_one_table():
+    with pytest.raises(UserError) as caught:
+        Config.check(changed("pairs/lenet5-cifar10/variation", {"sigma": 0.3}))
+    lines = str(caught.value).splitlines()  # one for each run that has the pair
+    assert [line.split(":")[1].strip() for line in lines] == ["runs.paper", "runs.lenet", "runs.seeds"]
+    assert all("their variation.sigma differ (0.3, 0.5)" in line for line in lines)
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "", "\x00"])

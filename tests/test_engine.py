@@ -65,8 +65,8 @@ def check(model: nn.Module, x: torch.Tensor, first_layer: int = 0, samples: tupl
     """The engine's error against float64 is at most twice torch's and what sums that long lose by themselves.
 
     Each product costs up to half a unit in the last place of its sum, in a random direction: n of them, over all layers
-    in a row, sqrt(n) units. The engine adds up the up to 4608 products of an output of VGG16 one by one; torch adds them
-    up in blocks, and loses a third of that.
+    in a row, up to sqrt(n) half units. The engine adds the up to 4608 products of an output of VGG16 one by one; torch
+    adds them in blocks, and loses a third of what the engine does.
     """
     model = randomised(model)
     analog = convert(model, VARIATION, SEED)
