@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from workflows import PAIR, ROOT, configure, prepare, snakemake, stats
+from workflows import PAIR, ROOT, configuration, configure, prepare, snakemake, stats
 
 from correctnet.config import Config
 
@@ -278,3 +278,17 @@ def test_every_run_that_ships_can_be_planned(tmp_path, run):
     assert planned["pretrain"] >= 1
     assert planned["evaluate"] >= 2
     assert planned["table1"] == 1
+
+
+def test_what_is_drawn_of_a_row_leaves_out_the_pairs_without_it(tmp_path):
+    """Pair two has the original network alone."""
+    plan = snakemake(prepare(tmp_path), "-n", "both")
+    drawn = re.findall(r"rule figure:\n +input: (.*)\n +output: \S*?figure-(\w+)\.png", plan)
+    pairs = {name: set(re.findall(r"results/(one|two)/", files)) for files, name in drawn}
+    of_all, of_one = ("2", "rows", "yield"), ("7", "9", "10", "sensitivity")
+    assert pairs == {name: {"one", "two"} for name in of_all} | {name: {"one"} for name in of_one}
+    config = configuration()
+    config["runs"]["both"] = ["two"]
+    plan = snakemake(prepare(tmp_path / "without", config), "-n", "both")
+    assert set(re.findall(r"figure-(\w+)\.png", plan)) == {"2", "rows", "yield"}
+    assert "search" not in stats(plan)
