@@ -520,8 +520,9 @@ def table(samples: tuple[Path, ...], sigma: float, label: tuple[str, ...], out: 
 @click.argument("name", type=click.Choice(["2", "7", "9", "10", "rows", "yield", "sensitivity"]))
 @click.argument("files", type=PATH, nargs=-1, required=True)
 @click.option("--label", multiple=True, metavar="ROW=LABEL", help="What `rows` calls a row; may be repeated.")
+@click.option("--only", multiple=True, metavar="ROW", help="A row that `rows` shows, and no other; may be repeated.")
 @click.option("--out", type=PATH, required=True, help="PNG; an SVG of the same name is written beside it.")
-def figure(name: str, files: tuple[Path, ...], label: tuple[str, ...], out: Path) -> None:
+def figure(name: str, files: tuple[Path, ...], label: tuple[str, ...], only: tuple[str, ...], out: Path) -> None:
     """One figure: 2, 7, 9 or 10 of the paper, all rows, the yield over accuracy, or each layer's sensitivity.
 
     FILES are per-sample results (2, 7, rows, yield), accuracy.csv of `sweep` (9), log.csv of `search` (10), or what
@@ -532,7 +533,7 @@ def figure(name: str, files: tuple[Path, ...], label: tuple[str, ...], out: Path
     matplotlib.use("Agg")  # no window, no display
     from correctnet import figures
 
-    figures.draw(name, files, out, _pairs("--label", label))
+    figures.draw(name, files, out, _pairs("--label", label), only)
 
 
 @main.command()

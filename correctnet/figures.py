@@ -45,12 +45,18 @@ STYLE = {
 }
 
 
-def draw(name: str, files: Sequence[Path], out: Path, labels: Mapping[str, str] | None = None) -> None:
-    """Draw a figure (a key of FIGURES) from files, as PNG (`out`) and SVG (beside it). `labels` are those of `rows`."""
-    if labels and name != "rows":
-        raise UserError(f"--label: figure {name} names no rows")
+def draw(
+    name: str, files: Sequence[Path], out: Path, labels: Mapping[str, str] | None = None, only: Sequence[str] = ()
+) -> None:
+    """Draw a figure (a key of FIGURES) from files, as PNG (`out`) and SVG (beside it).
+
+    `labels` and `only` are those of `rows`.
+    """
+    for option, given in (("--label", labels), ("--only", only)):
+        if given and name != "rows":
+            raise UserError(f"{option}: figure {name} names no rows")
     with plt.rc_context(STYLE):
-        figure = rows(files, labels) if name == "rows" else FIGURES[name](files)
+        figure = rows(files, labels, only) if name == "rows" else FIGURES[name](files)
         for path, metadata in ((out.with_suffix(".png"), None), (out.with_suffix(".svg"), {"Date": None})):
             with storage.replacing(path) as temporary:
                 figure.savefig(temporary, format=path.suffix[1:], dpi=160, metadata=metadata)
@@ -212,24 +218,31 @@ def yield_curve(files: Sequence[Path]) -> plt.Figure:
     return figure
 
 
-def rows(files: Sequence[Path], labels: Mapping[str, str] | None = None) -> plt.Figure:
+def rows(files: Sequence[Path], labels: Mapping[str, str] | None = None, only: Sequence[str] = ()) -> plt.Figure:
     """Every row of Table I at its sigma: its clean accuracy, its chips, their mean with its 95 % interval.
 
-    A dotted line goes through the first row's mean. `labels` says what rows are called.
+    A dotted line goes through the first row's mean, a star stands for the paper's mean where that is known. `labels`
+    says what rows are called; `only` leaves all rows out but these.
+
+    Raises:
+        UserError: no pair has a row of `only`.
     """
     samples = tables.read_samples(files)
+    for row in only:
+        if row not in set(samples["row"]):
+            raise UserError(f"figure: no row {row!r} (rows: {', '.join(samples['row'].unique())})")
+    sigmas = {pair: table_sigma(of_pair) for pair, of_pair in samples.groupby("pair")}
+    if only:
+        samples = samples[samples["row"].isin(only)]
     pairs = list(samples["pair"].unique())
     counts = samples.groupby("pair")["row"].nunique()
-    figure, axes = plt.subplots(
-        len(pairs),
-        1,
-        figsize=(8, sum(1.5 + 0.28 * counts[p] for p in pairs)),
-        squeeze=False,
-        height_ratios=[1.5 + 0.28 * counts[p] for p in pairs],
-    )
+    heights = [0.8 + 0.28 * counts[pair] for pair in pairs]
+    size = (8, 0.5 + sum(heights))
+    figure, axes = plt.subplots(len(pairs), 1, figsize=size, squeeze=False, height_ratios=heights)
+    stars = False
     for ax, pair in zip(axes.flat, pairs, strict=True):
         of_pair = samples[samples["pair"] == pair]
-        varied = of_pair[of_pair["sigma"] == table_sigma(of_pair)]
+        varied = of_pair[of_pair["sigma"] == sigmas[pair]]
         names = list(varied["row"].unique())
         texts = ["\n".join(textwrap.wrap((labels or {}).get(name, name), 48)) for name in names]
         ax.axvline(varied[varied["row"] == names[0]]["accuracy"].mean(), color=GREY, linewidth=0.8, linestyle=":")
@@ -241,21 +254,28 @@ def rows(files: Sequence[Path], labels: Mapping[str, str] | None = None) -> plt.
             ax.errorbar([result.mean], [y], xerr=error, fmt="o", color=colour, markersize=5, capsize=3)
             clean = of_pair[(of_pair["row"] == row) & (of_pair["sigma"] == 0)]["accuracy"]
             ax.plot(clean, np.full(len(clean), y), "D", color=colour, markerfacecolor="none", markersize=5)
-        ax.set(
-            title=pair, yticks=range(len(names)), yticklabels=texts, ylim=(len(names) - 0.4, -0.6), xlabel="accuracy"
-        )
+            published = _published(varied, row)
+            ax.plot(published, np.full(len(published), y), "*", color="black", markerfacecolor="none", markersize=9)
+            stars |= bool(published)
+        ax.set(title=pair, yticks=range(len(names)), yticklabels=texts, ylim=(len(names) - 0.4, -0.6))
         ax.tick_params(axis="y", labelsize=8)
         ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes[-1, 0].set(xlabel="accuracy")
+    marks = [("|", GREY, "a chip"), ("o", GREY, "their mean, 95 % interval"), ("D", "none", "without variation")]
+    marks += [("*", "none", "the paper's mean")] if stars else []
     key = [
         Line2D([], [], color=GREY, marker=marker, linestyle="", markerfacecolor=face, markersize=5, label=text)
-        for marker, face, text in (
-            ("|", GREY, "a chip"),
-            ("o", GREY, "their mean, 95 % interval"),
-            ("D", "none", "without variation"),
-        )
+        for marker, face, text in marks
     ]
-    figure.legend(handles=key, fontsize=7, loc="outside lower center", ncols=3)
+    figure.legend(handles=key, fontsize=7, loc="outside lower center", ncols=len(key))
     return figure
+
+
+def _published(varied: pd.DataFrame, row: str) -> list[float]:
+    """The paper's mean of a row of a pair: none or one."""
+    first = varied.iloc[0]
+    stated = tables.PAPER.get((first["network"], first["dataset"]), {})
+    return [stated[row][0]] if row in stated and first["sigma"] == tables.PAPER_SIGMA else []
 
 
 def sensitivity(files: Sequence[Path]) -> plt.Figure:
