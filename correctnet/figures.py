@@ -139,10 +139,10 @@ def _over_sigma(samples: pd.DataFrame, rows: Sequence[str], optional: Sequence[s
 
 
 def _paper_point(ax: Axes, of_row: pd.DataFrame, row: str, colour: str) -> None:
-    key = (of_row["network"].iloc[0], of_row["dataset"].iloc[0])
     style = {"marker": "*", "s": 90, "facecolor": "none", "edgecolor": colour, "zorder": 3}
-    if row in tables.PAPER.get(key, {}):
-        ax.scatter([tables.PAPER_SIGMA], [tables.PAPER[key][row][0]], **style, label=f"paper, {ROW_STYLE[row][2]}")
+    if (mean := tables.paper_mean(of_row, row)) is not None:
+        ax.scatter([tables.PAPER_SIGMA], [mean], **style, label=f"paper, {ROW_STYLE[row][2]}")
+    key = (of_row["network"].iloc[0], of_row["dataset"].iloc[0])
     if row == "unprotected" and key in tables.PAPER_CLEAN:
         ax.scatter([0], [tables.PAPER_CLEAN[key]], **style, label="paper, clean")
 
@@ -237,7 +237,7 @@ def rows(files: Sequence[Path], labels: Mapping[str, str] | None = None, only: S
     pairs = list(samples["pair"].unique())
     counts = samples.groupby("pair")["row"].nunique()
     heights = [0.8 + 0.28 * counts[pair] for pair in pairs]
-    size = (8, 0.5 + sum(heights))
+    size = (8, 0.6 + sum(heights))
     figure, axes = plt.subplots(len(pairs), 1, figsize=size, squeeze=False, height_ratios=heights)
     stars = False
     for ax, pair in zip(axes.flat, pairs, strict=True):
@@ -254,9 +254,10 @@ def rows(files: Sequence[Path], labels: Mapping[str, str] | None = None, only: S
             ax.errorbar([result.mean], [y], xerr=error, fmt="o", color=colour, markersize=5, capsize=3)
             clean = of_pair[(of_pair["row"] == row) & (of_pair["sigma"] == 0)]["accuracy"]
             ax.plot(clean, np.full(len(clean), y), "D", color=colour, markerfacecolor="none", markersize=5)
-            published = _published(varied, row)
-            ax.plot(published, np.full(len(published), y), "*", color="black", markerfacecolor="none", markersize=9)
-            stars |= bool(published)
+            published = tables.paper_mean(varied, row)
+            if published is not None and sigmas[pair] == tables.PAPER_SIGMA:
+                ax.plot([published], [y], "*", color="black", markerfacecolor="none", markersize=9)
+                stars = True
         ax.set(title=pair, yticks=range(len(names)), yticklabels=texts, ylim=(len(names) - 0.4, -0.6))
         ax.tick_params(axis="y", labelsize=8)
         ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -269,13 +270,6 @@ def rows(files: Sequence[Path], labels: Mapping[str, str] | None = None, only: S
     ]
     figure.legend(handles=key, fontsize=7, loc="outside lower center", ncols=len(key))
     return figure
-
-
-def _published(varied: pd.DataFrame, row: str) -> list[float]:
-    """The paper's mean of a row of a pair: none or one."""
-    first = varied.iloc[0]
-    stated = tables.PAPER.get((first["network"], first["dataset"]), {})
-    return [stated[row][0]] if row in stated and first["sigma"] == tables.PAPER_SIGMA else []
 
 
 def sensitivity(files: Sequence[Path]) -> plt.Figure:

@@ -28,6 +28,12 @@ PAPER_SIGMA = 0.5
 KEYS = ["pair", "row", "network", "dataset", "split", "sigma", "centre", "overhead", "layers", "epochs"]
 
 
+def paper_mean(samples: pd.DataFrame, row: str) -> float | None:
+    """The paper's mean of a row at PAPER_SIGMA, for the network and data set of a pair's samples; None: not stated."""
+    key = (samples["network"].iloc[0], samples["dataset"].iloc[0])
+    return PAPER.get(key, {}).get(row, (None,))[0]
+
+
 def read_samples(files: Iterable[Path]) -> pd.DataFrame:
     """Per-sample results of several files as one table. Raises UserError for a file that is not one."""
     tables = []
@@ -70,7 +76,7 @@ def table1(samples: pd.DataFrame, sigma: float, labels: Mapping[str, str] | None
         for row, of_row in varied.groupby("row", sort=False):
             result, first = Result(of_row), of_row.iloc[0]
             interval = result.interval()
-            paper = PAPER.get((first["network"], first["dataset"]), {}).get(row) if sigma == PAPER_SIGMA else None
+            paper = paper_mean(of_row, row) if sigma == PAPER_SIGMA else None
             rows.append(
                 {
                     "pair": pair,
@@ -89,8 +95,8 @@ def table1(samples: pd.DataFrame, sigma: float, labels: Mapping[str, str] | None
                     "images": result.images,
                     "epochs": first["epochs"],
                     "seed": first["seed"],
-                    "paper": paper[0] if paper else None,
-                    "difference": result.mean - paper[0] if paper else None,
+                    "paper": paper,
+                    "difference": None if paper is None else result.mean - paper,
                 }
             )
     return pd.DataFrame(rows)
