@@ -588,6 +588,13 @@ def check(config: Path, run: str | None) -> None:
     """Check a config.yaml."""
     loaded = Config.load(config)
     click.echo(f"{config}: {len(loaded.pairs)} pairs, {len(loaded.rows)} rows, no mistakes")
+    for name in loaded.runs:
+        try:
+            loaded.sigma_of(name)
+        except UserError as error:
+            if name == run:
+                raise
+            click.echo(f"{config}: {error}; each pair can be run, this table not")
     if run:
         from correctnet import estimate
         from correctnet.stages import available_cpus

@@ -512,15 +512,23 @@ class Config(Section):
                     )
                 if mistake := network_mistake(settings):
                     yield f"{source}: pairs.{pair}: {mistake}"
-        for run, pairs in () if wrong else self.runs.items():
-            sigmas = sorted({self.settings(pair).variation.sigma for pair in pairs if pair in self.pairs})
-            if len(sigmas) > 1:
-                listed = ", ".join(f"{sigma:g}" for sigma in sigmas)
-                yield f"{source}: runs.{run}: its pairs are one table, but their variation.sigma differ ({listed})"
 
     def rows_of(self, pair: str) -> tuple[str, ...]:
         """The rows of a pair: its own list, else all."""
         return tuple(self.pairs[pair].get("rows") or self.rows)
+
+    def sigma_of(self, run: str) -> float:
+        """The sigma of a run's table.
+
+        Raises:
+            UserError: its pairs differ in it. No mistake as long as nobody asks for that table, as each pair of its own
+                can be run.
+        """
+        sigmas = sorted({self.settings(pair).variation.sigma for pair in self.runs[run]})
+        if len(sigmas) > 1:
+            listed = ", ".join(f"{sigma:g}" for sigma in sigmas)
+            raise UserError(f"runs.{run}: its pairs are one table, but their variation.sigma differ ({listed})")
+        return sigmas[0]
 
     def settings(self, pair: str, row: str | None = None) -> Settings:
         """The settings of a pair, or of one of its rows."""

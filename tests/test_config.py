@@ -99,11 +99,12 @@ def test_every_mistake_is_named_at_once():
 
 
 def test_the_pairs_of_a_run_are_one_table():
-    with pytest.raises(UserError) as caught:
-        Config.check(changed("pairs/lenet5-cifar10/variation", {"sigma": 0.3}))
-    lines = str(caught.value).splitlines()  # one for each run that has the pair
-    assert [line.split(":")[1].strip() for line in lines] == ["runs.paper", "runs.lenet", "runs.seeds"]
-    assert all("their variation.sigma differ (0.3, 0.5)" in line for line in lines)
+    config = Config.check(changed("pairs/lenet5-cifar10/variation", {"sigma": 0.3}))
+    assert config.sigma_of("quick") == 0.5
+    for run in ("paper", "lenet", "seeds"):
+        with pytest.raises(UserError) as caught:
+            config.sigma_of(run)
+        assert str(caught.value) == f"runs.{run}: its pairs are one table, but their variation.sigma differ (0.3, 0.5)"
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "", "\x00"])

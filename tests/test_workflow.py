@@ -182,6 +182,31 @@ def test_mistakes_in_the_configuration_stop_before_anything_runs(folder):
     assert "Traceback" not in output
 
 
+def test_one_pair_may_have_another_sigma_but_no_table_with_the_others(folder):
+    path = folder / "config.yaml"
+    before = path.read_text()
+    config = yaml.safe_load(before)
+    config["pairs"]["two"]["variation"] = {"sigma": 0.4}
+    try:
+        configure(folder, config)
+        refused = snakemake(folder, "-n", "both", check=False)
+        alone = stats(snakemake(folder, "-n", "results/two/evaluate/unprotected/sigma-0.4.csv"))
+        command = [sys.executable, "-m", "correctnet.cli", "check", path]
+        check, check_both = (
+            subprocess.run([*command, *run], capture_output=True, text=True) for run in ([], ["--run", "both"])
+        )
+    finally:
+        path.write_text(before)
+    mistake = "runs.both: its pairs are one table, but their variation.sigma differ (0.4, 0.5)"
+    assert mistake in refused
+    assert "Job stats" not in refused
+    assert alone["evaluate"] == 2
+    assert mistake in check.stdout
+    assert check.returncode == 0
+    assert check_both.returncode == 2
+    assert check_both.stderr.strip() == f"error: {mistake}"
+
+
 def test_a_full_run_prints_its_estimate(folder):
     output = snakemake(folder, "all")
     assert re.search(r"paper: about \d+ (s|min) on \d+ cores", output), output

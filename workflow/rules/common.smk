@@ -301,8 +301,17 @@ def run_facts(wildcards):
 
 
 def table_sigma(wildcards):
-    """The sigma of Table I, which all pairs of a run have (Config.check)."""
-    return CONFIG.settings(CONFIG.runs[wildcards.run][0]).variation.sigma
+    """The sigma of Table I, which all pairs of a run have."""
+    try:
+        return CONFIG.sigma_of(wildcards.run)
+    except UserError as error:
+        raise WorkflowError(str(error))
+
+
+def table_inputs(wildcards):
+    """What Table I is made of; refused before any job runs where it would be of several sigmas."""
+    table_sigma(wildcards)
+    return samples(wildcards.run)
 
 
 def print_estimate():

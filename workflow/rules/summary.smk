@@ -10,7 +10,7 @@ localrules:
 
 rule table1:
     input:
-        lambda wildcards: samples(wildcards.run),
+        table_inputs,
     output:
         csv=report(
             f"{RESULTS}/summary/{{run}}/table1.csv",
