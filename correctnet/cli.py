@@ -462,8 +462,8 @@ def evaluate(
     """Evaluate a model over chip samples: a CSV with the accuracy of each."""
     from correctnet import stages
 
-    columns = _pairs("--note", note)
-    result = stages.evaluate_chips(settings, model, out, runtime, chips=chips, start=start, **columns)
+    notes = _pairs("--note", note)
+    result = stages.evaluate_chips(settings, model, out, runtime, chips=chips, start=start, notes=notes)
     first = result.table.iloc[0]
     click.echo(
         f"{first['variation']} {first['on']}s, sigma {first['sigma']:g}, centre {first['centre']}: w / nominal has "
@@ -521,8 +521,16 @@ def table(samples: tuple[Path, ...], sigma: float, label: tuple[str, ...], out: 
 @click.argument("files", type=PATH, nargs=-1, required=True)
 @click.option("--label", multiple=True, metavar="ROW=LABEL", help="What `rows` calls a row; may be repeated.")
 @click.option("--only", multiple=True, metavar="ROW", help="A row that `rows` shows, and no other; may be repeated.")
+@click.option("--sigma", type=float, help="The sigma of Table I (7, rows, yield); else the largest that all rows have.")
 @click.option("--out", type=PATH, required=True, help="PNG; an SVG of the same name is written beside it.")
-def figure(name: str, files: tuple[Path, ...], label: tuple[str, ...], only: tuple[str, ...], out: Path) -> None:
+def figure(
+    name: str,
+    files: tuple[Path, ...],
+    label: tuple[str, ...],
+    only: tuple[str, ...],
+    sigma: float | None,
+    out: Path,
+) -> None:
     """One figure: 2, 7, 9 or 10 of the paper, all rows, the yield over accuracy, or each layer's sensitivity.
 
     FILES are per-sample results (2, 7, rows, yield), accuracy.csv of `sweep` (9), log.csv of `search` (10), or what
@@ -533,7 +541,7 @@ def figure(name: str, files: tuple[Path, ...], label: tuple[str, ...], only: tup
     matplotlib.use("Agg")  # no window, no display
     from correctnet import figures
 
-    figures.draw(name, files, out, _pairs("--label", label), only)
+    figures.draw(name, files, out, _pairs("--label", label), only, sigma)
 
 
 @main.command()

@@ -253,7 +253,8 @@ def fit_compensators(
     section = validate(Compensate, settings, "fit_compensators")
     analog, plan, hooks = prepare(model, filters, section, variation, seed)
     parameters = trained_parameters(analog, section)
-    fit(analog, Split(images, labels), section, seed, parameters=parameters, hooks=hooks, quiet=quiet)
+    if parameters:  # none where no layer is compensated
+        fit(analog, Split(images, labels), section, seed, parameters=parameters, hooks=hooks, quiet=quiet)
     compensated = compensate(model, **plan).eval()
     compensated.load_state_dict(analog.state_dict())
     return compensated

@@ -10,7 +10,8 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, get_args
@@ -359,7 +360,7 @@ class Settings(Section):
 # Which keys each stage reads. A key that is not here cannot make the stage run again.
 READS: dict[Stage, tuple[str, ...]] = {
     "pretrain": ("seed", "data", "network", "pretrain"),
-    "suppress": ("seed", "data", "variation.sigma", "suppress"),
+    "suppress": ("seed", "data", "variation", "suppress"),
     "inject": ("seed", "data", "variation", "inject"),
     "sweep": ("seed", "data.dataset", "data.validation", "variation", "montecarlo", "sweep"),
     "search": (
@@ -403,6 +404,12 @@ def lineage(settings: Settings, stage: Stage) -> tuple[Stage, ...]:
         return tuple(dict.fromkeys(("pretrain", stage)))
     own: tuple[Stage, ...] = ("sweep", "search", "compensate", "finetune")
     return tuple(dict.fromkeys(("pretrain", settings.base, *own[: own.index(stage) + 1])))
+
+
+def searched_limits(settings: Settings) -> tuple[float, ...]:
+    """The overhead limits that are searched. `strategy: all` has none, and stands as 1; `greedy` keeps the largest."""
+    search = settings.search
+    return {"all": (1.0,), "greedy": (max(search.limits),)}.get(search.strategy, search.limits)
 
 
 class Row(Section):
@@ -469,6 +476,7 @@ class Config(Section):
         for run, pairs in self.runs.items():
             if not pairs:
                 yield f"{source}: runs.{run}: one pair or more is expected"
+            yield from (f"{source}: runs.{run}: {pair!r} stands there twice" for pair in _repeated(pairs))
             for pair in pairs:
                 if pair not in self.pairs:
                     yield f"{source}: runs.{run}: no pair {pair!r}{_suggest(pair, self.pairs)}"
@@ -497,6 +505,7 @@ class Config(Section):
                 if row not in self.rows:
                     wrong = True
                     yield f"{source}: pairs.{pair}.rows: no row {row!r}{_suggest(row, self.rows)}"
+            yield from (f"{source}: pairs.{pair}.rows: {row!r} stands there twice" for row in _repeated(rows))
         for pair in () if wrong else self.pairs:
             if self.rows[self.rows_of(pair)[0]].evaluate != "pretrain":
                 yield f"{source}: pairs.{pair}.rows: the first row must evaluate the original network (pretrain)"
@@ -552,10 +561,15 @@ class Config(Section):
         stages = lineage(changed, stage)
 
         def read(settings: Settings) -> dict[str, Any]:
-            return dict(leaf for s in stages for leaf in _leaves(settings._read_by(s)))
+            leaves = dict(leaf for s in stages for leaf in _leaves(settings._read_by(s)))
+            if "compensate" in stages:  # which takes the best of the searches within these limits
+                leaves["search.limits"] = list(searched_limits(settings))
+            return leaves
 
         before, after = read(own), read(changed)
         differing = {key: value for key, value in after.items() if value != before[key]}
+        if "search.strategy" in differing and changed.search.limits == own.search.limits:
+            differing.pop("search.limits", None)  # it follows from the strategy
         if lineage(own, stage) != stages:
             differing = {"base": changed.base, **differing}
         if not differing:
@@ -564,6 +578,11 @@ class Config(Section):
         if len(name) > LONGEST:
             name = f"{name[:LONGEST]}+{hashlib.sha256(name.encode()).hexdigest()[:8]}"
         return f"@{name}"
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    """The names that stand there more than once."""
+    return [name for name, count in Counter(list(names)).items() if count > 1]
 
 
 # Letters of a folder's name that tell what differs; file systems take 255 in all.

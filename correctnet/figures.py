@@ -46,17 +46,25 @@ STYLE = {
 
 
 def draw(
-    name: str, files: Sequence[Path], out: Path, labels: Mapping[str, str] | None = None, only: Sequence[str] = ()
+    name: str,
+    files: Sequence[Path],
+    out: Path,
+    labels: Mapping[str, str] | None = None,
+    only: Sequence[str] = (),
+    sigma: float | None = None,
 ) -> None:
     """Draw a figure (a key of FIGURES) from files, as PNG (`out`) and SVG (beside it).
 
-    `labels` and `only` are those of `rows`.
+    `labels` and `only` are those of `rows`; `sigma` is Table I's, for those that show it (AT_SIGMA).
     """
+    if sigma is not None and name not in AT_SIGMA:
+        raise UserError(f"--sigma: figure {name} does not show one of several")
     for option, given in (("--label", labels), ("--only", only)):
         if given and name != "rows":
             raise UserError(f"{option}: figure {name} names no rows")
     with plt.rc_context(STYLE):
-        figure = rows(files, labels, only) if name == "rows" else FIGURES[name](files)
+        at = {"sigma": sigma} if name in AT_SIGMA else {}
+        figure = rows(files, labels, only, **at) if name == "rows" else FIGURES[name](files, **at)
         for path, metadata in ((out.with_suffix(".png"), None), (out.with_suffix(".svg"), {"Date": None})):
             with storage.replacing(path) as temporary:
                 figure.savefig(temporary, format=path.suffix[1:], dpi=160, metadata=metadata)
@@ -96,7 +104,7 @@ def figure2(files: Sequence[Path]) -> plt.Figure:
     return _over_sigma(samples, ["unprotected"])
 
 
-def figure7(files: Sequence[Path]) -> plt.Figure:
+def figure7(files: Sequence[Path], sigma: float | None = None) -> plt.Figure:
     """Accuracy of CorrectNet, trained once at its own sigma, and of the unprotected network, over sigma.
 
     Rows named "correctnet-sigma-S" are CorrectNet trained for S: each gives the point at S of a curve of its own.
@@ -105,15 +113,19 @@ def figure7(files: Sequence[Path]) -> plt.Figure:
     trained_for = pd.to_numeric(samples["row"].str.removeprefix(ANEW), errors="coerce")
     anew = samples["row"].str.startswith(ANEW) & (samples["sigma"] == trained_for)
     # The one of Table I is the one that was trained for the table's own sigma.
-    of_table = samples["pair"].map({pair: table_sigma(of_pair) for pair, of_pair in samples.groupby("pair")})
+    of_table = samples["pair"].map({pair: table_sigma(of_pair, sigma) for pair, of_pair in samples.groupby("pair")})
     own = (samples["row"] == "correctnet") & (samples["sigma"] == of_table)
     with_anew = samples["pair"].isin(samples["pair"][anew].unique())
     curve = samples[(anew | own) & with_anew].assign(row=ANEW)
     return _over_sigma(pd.concat([samples, curve]), ["correctnet", "unprotected"], [ANEW])
 
 
-def table_sigma(of_pair: pd.DataFrame) -> float:
-    """The sigma of Table I, of a pair's samples: the largest at which every row was evaluated."""
+def table_sigma(of_pair: pd.DataFrame, given: float | None = None) -> float:
+    """The sigma of Table I, of a pair's samples: the one that is given, else the largest that every row has."""
+    if given is not None:
+        if given not in set(of_pair["sigma"]):
+            raise UserError(f"figure: pair {of_pair['pair'].iloc[0]} has no results at sigma {given:g}")
+        return given
     rows = of_pair.groupby("sigma")["row"].nunique()
     return rows.index[rows == of_pair["row"].nunique()].max()
 
@@ -173,7 +185,7 @@ def figure10(files: Sequence[Path]) -> plt.Figure:
     """The states that the search explored: overhead and validation accuracy, the best of each limit marked."""
     by_pair: dict[str, list[Path]] = {}
     for path in files:
-        by_pair.setdefault(path.parents[2].name, []).append(path)
+        by_pair.setdefault(path.absolute().parents[2].name, []).append(path)
     figure, axes = _panels(list(by_pair))
     for ax, logs in zip(axes, by_pair.values(), strict=True):
         for k, path in enumerate(logs):
@@ -194,14 +206,14 @@ def figure10(files: Sequence[Path]) -> plt.Figure:
     return figure
 
 
-def yield_curve(files: Sequence[Path]) -> plt.Figure:
+def yield_curve(files: Sequence[Path], sigma: float | None = None) -> plt.Figure:
     """The fraction of chips at or above an accuracy, for every row of Table I at its sigma."""
     samples = tables.read_samples(files)
     pairs = list(samples["pair"].unique())
     figure, axes = _panels(pairs)
     for ax, pair in zip(axes, pairs, strict=True):
         of_pair = samples[samples["pair"] == pair]
-        varied = of_pair[of_pair["sigma"] == table_sigma(of_pair)]
+        varied = of_pair[of_pair["sigma"] == table_sigma(of_pair, sigma)]
         colours = itertools.chain((GREEN, PINK, YELLOW, SKY), itertools.cycle(plt.cm.tab20.colors))
         for row in varied["row"].unique():
             accuracies = np.sort(varied["accuracy"][varied["row"] == row].to_numpy())
@@ -218,7 +230,12 @@ def yield_curve(files: Sequence[Path]) -> plt.Figure:
     return figure
 
 
-def rows(files: Sequence[Path], labels: Mapping[str, str] | None = None, only: Sequence[str] = ()) -> plt.Figure:
+def rows(
+    files: Sequence[Path],
+    labels: Mapping[str, str] | None = None,
+    only: Sequence[str] = (),
+    sigma: float | None = None,
+) -> plt.Figure:
     """Every row of Table I at its sigma: its clean accuracy, its chips, their mean with its 95 % interval.
 
     A dotted line goes through the first row's mean, a star stands for the paper's mean where that is known. `labels`
@@ -231,7 +248,7 @@ def rows(files: Sequence[Path], labels: Mapping[str, str] | None = None, only: S
     for row in only:
         if row not in set(samples["row"]):
             raise UserError(f"figure: no row {row!r} (rows: {', '.join(samples['row'].unique())})")
-    sigmas = {pair: table_sigma(of_pair) for pair, of_pair in samples.groupby("pair")}
+    sigmas = {pair: table_sigma(of_pair, sigma) for pair, of_pair in samples.groupby("pair")}
     if only:
         samples = samples[samples["row"].isin(only)]
     pairs = list(samples["pair"].unique())
@@ -276,7 +293,7 @@ def sensitivity(files: Sequence[Path]) -> plt.Figure:
     """Points of accuracy that variation in one layer alone costs, by layer and network, on validation images."""
     by_pair: dict[str, list[Path]] = {}
     for path in files:
-        by_pair.setdefault(path.parents[1].name, []).append(path)
+        by_pair.setdefault(path.absolute().parents[1].name, []).append(path)
     figure, axes = _panels(list(by_pair))
     for ax, paths in zip(axes, by_pair.values(), strict=True):
         for k, path in enumerate(paths):
@@ -323,7 +340,7 @@ def chip_histogram(result: Result, ax: Axes | None = None, label: str | None = N
     return ax
 
 
-FIGURES: dict[str, Callable[[Sequence[Path]], plt.Figure]] = {
+FIGURES: dict[str, Callable[..., plt.Figure]] = {
     "2": figure2,
     "7": figure7,
     "9": figure9,
@@ -332,3 +349,4 @@ FIGURES: dict[str, Callable[[Sequence[Path]], plt.Figure]] = {
     "yield": yield_curve,
     "sensitivity": sensitivity,
 }
+AT_SIGMA = ("7", "rows", "yield")

@@ -13,20 +13,21 @@ from correctnet.analog import crossbar_layers
 from correctnet.models import Block
 
 
-def bound(sigma: float, k: float = 1.0) -> float:
-    """lambda = k / (exp(sigma^2 / 2) + 3 sqrt((exp(sigma^2) - 1) exp(sigma^2))): (10) of the paper.
+def bound(sigma: float, k: float = 1.0, shift: float = 0.0) -> float:
+    """lambda = k / (exp(sigma^2 / 2) + 3 sqrt((exp(sigma^2) - 1) exp(sigma^2))) / exp(shift): (10) of the paper.
 
-    The denominator is mean + 3 standard deviations of the lognormal factor exp(theta), theta ~ N(0, sigma^2).
+    The denominator is mean + 3 standard deviations of the lognormal factor exp(theta + shift), theta ~ N(0, sigma^2).
 
     Args:
         sigma: standard deviation of theta, >= 0.
         k: the Lipschitz constant that a layer under variation is to keep; 1 in the paper.
+        shift: that of `correctnet.LogNormalVariation`; 0 in the paper.
 
     Returns:
         The bound on the spectral norm of a nominal weight matrix: 0.33958 at sigma 0.5, k at sigma 0.
     """
     variance = math.expm1(sigma**2) * math.exp(sigma**2)
-    return k / (math.exp(sigma**2 / 2) + 3 * math.sqrt(variance))
+    return k / (math.exp(sigma**2 / 2) + 3 * math.sqrt(variance)) / math.exp(shift)
 
 
 def weight_matrix(weight: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from correctnet import config
 from correctnet.errors import UserError
@@ -126,8 +126,3 @@ def options(section: config.Network) -> dict[str, Any]:
 def parameter_count(model: nn.Module) -> int:
     """Number of parameters, weights and biases."""
     return sum(p.numel() for p in model.parameters())
-
-
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Fraction of rows of (N, classes) logits whose largest entry is the (N,) label."""
-    return (logits.argmax(1) == labels).float().mean().item()

@@ -105,7 +105,7 @@ def search_scatter(logs: Sequence[Path]) -> str:
 
     by_pair: dict[str, list[Path]] = {}
     for path in logs:
-        by_pair.setdefault(path.parents[2].name, []).append(path)
+        by_pair.setdefault(path.absolute().parents[2].name, []).append(path)
     drawn = []
     for pair, paths in by_pair.items():
         axes = {"x_axis_label": "overhead, % of the network's parameters", "y_axis_label": "validation accuracy, %"}

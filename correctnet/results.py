@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,12 +105,18 @@ class Result:
 
     @classmethod
     def concatenate(cls, results: Iterable[Result]) -> Result:
-        """Results of several chunks as one, ordered by sample. Raises UserError for a chip that comes twice."""
+        """Results of several chunks as one, ordered by sample.
+
+        Raises UserError for a chip that comes twice, and for chunks that are not of one evaluation.
+        """
         table = pd.concat([r.table for r in results], ignore_index=True).sort_values("sample", ignore_index=True)
         if table.duplicated(["seed", "sample"]).any():
             raise UserError("chunks of a Monte Carlo run overlap: a chip comes twice")
         if table["images"].nunique() != 1:
             raise UserError("chunks of a Monte Carlo run saw different numbers of images")
+        for column in table.columns.difference(COLUMNS):
+            if table[column].nunique(dropna=False) != 1:
+                raise UserError(f"chunks of a Monte Carlo run differ in {column}")
         return cls(table)
 
     def plot(self, ax: Axes | None = None, label: str | None = None) -> Axes:
@@ -137,7 +143,7 @@ def _mean_interval(values: np.ndarray, level: float) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def record(result: Result, **columns: Any) -> Result:
+def record(result: Result, columns: Mapping[str, Any]) -> Result:
     """`result` with further columns of constant value (pair, row, sigma, ...), put first."""
     table = result.table.copy()
     for i, (name, value) in enumerate(columns.items()):

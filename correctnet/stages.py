@@ -15,7 +15,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +35,7 @@ from correctnet.data import DataSet, Split
 from correctnet.engine import MEMORY, describe
 from correctnet.errors import UserError, one_line
 from correctnet.montecarlo import clean_accuracy, evaluate
-from correctnet.results import Result, record
+from correctnet.results import COLUMNS, Result, record
 from correctnet.training import Checkpoint, Hooks, fit
 
 
@@ -97,7 +97,7 @@ def _train(
     inputs: Sequence[Path] = (),
     parameters: Sequence[nn.Parameter] | None = None,
 ) -> None:
-    """Train a stage's model, resumably, and write it: what pretrain, suppress, inject and compensate share."""
+    """Train a stage's model, resumably, and write it: what all stages that train share."""
     s = settings.of(stage)
     hooks.augment = s.data.augment
     # A checkpoint is for these settings, these inputs, and no others.
@@ -141,7 +141,7 @@ def suppress(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) 
     if s.suppress.start == "scratch":
         model = _build(base["network"], s.seed).to(runtime.device)
         base = {"network": base["network"]}
-    lam = lipschitz.bound(s.variation.sigma, s.suppress.k)
+    lam = lipschitz.bound(s.variation.sigma, s.suppress.k, variation.make(s.variation).shift)
     ramp, beta = s.suppress.ramp, s.suppress.beta
     hooks = Hooks(
         penalty=lambda: lipschitz.penalty(
@@ -289,6 +289,8 @@ def search_state(
     number `slot`. Where there are not so many, or the search is over, the file says `null`.
     """
     s = settings.of("search")
+    if s.search.strategy not in SEARCHING:
+        raise UserError(f"search: strategy {s.search.strategy} trains no states")
     problem, _ = _search_problem(settings, base, candidates, limit, runtime)
     try:
         searching.search(replace(problem, score=None), s.search, s.seed, None, False, _read_states(known))
@@ -375,7 +377,8 @@ def _read_states(paths: Sequence[Path]) -> list[searching.Explored]:
 
 
 def _candidate_names(path: Path, layers: dict[str, nn.Module]) -> list[str]:
-    names = storage.read_json(path).get("candidates")
+    found = storage.read_json(path)
+    names = found.get("candidates") if isinstance(found, dict) else None
     if not isinstance(names, list) or not set(names) <= set(layers):
         raise UserError(f"{path}: names no candidate layers of this network")
     return names
@@ -390,7 +393,7 @@ def compensate(settings: Settings, base: Path, found: Sequence[Path], out: Path,
             with the least overhead. Where no layer is a candidate the result is that network itself.
     """
     s = settings.of("compensate")
-    results = [storage.read_json(path) for path in found]
+    results = [_read_best(path) for path in found]
     best = max(results, key=lambda r: (r["mean"] if r["mean"] is not None else 1.0, -r["overhead"]))
     model, described = read_network(base, runtime.device)
     device = variation.make(s.variation)
@@ -406,6 +409,14 @@ def compensate(settings: Settings, base: Path, found: Sequence[Path], out: Path,
     _train("compensate", analog, described, runtime.load(s), settings, hooks, out, runtime, inputs, parameters)
 
 
+def _read_best(path: Path) -> dict[str, Any]:
+    """The result of a search."""
+    best = storage.read_json(path)
+    if not isinstance(best, dict) or not {"filters", "mean", "overhead"} <= set(best):
+        raise UserError(f"{path}: not what a search found (its best.json)")
+    return best
+
+
 def evaluate_chips(
     settings: Settings,
     path: Path,
@@ -414,7 +425,7 @@ def evaluate_chips(
     *,
     chips: int,
     start: int = 0,
-    **columns: Any,
+    notes: Mapping[str, Any] | None = None,
 ) -> Result:
     """Accuracy of chips start, ..., start + chips - 1. Writes a CSV, a row a chip.
 
@@ -423,7 +434,7 @@ def evaluate_chips(
         path: a model.
         chips, start: as in `correctnet.montecarlo.evaluate`; with `variation.sigma` 0 all chips are the nominal
             network, and it is evaluated once.
-        columns: constants (pair, row, label) that are put before the others.
+        notes: further columns of one value each (pair, row), put before the others.
     """
     s = settings.of("evaluate")
     storage.check_writable(out)
@@ -431,6 +442,19 @@ def evaluate_chips(
     data = runtime.load(s)
     images = getattr(data, s.evaluate.split).take(s.evaluate.images)
     analog = convert(model, variation.make(s.variation), s.seed)
+    history = description.get("history", [])
+    plan = description.get("compensation") or {"filters": {}}
+    columns = {
+        "network": description["network"]["name"],
+        "dataset": s.data.dataset,
+        "split": s.evaluate.split,
+        **_variation_columns(analog),
+        "overhead": description.get("overhead", 0.0),
+        "layers": len(plan["filters"]),
+        "epochs": " + ".join(f"{h['epochs']} {h['stage']}" for h in history),
+    }
+    if taken := sorted(set(notes or {}) & {*columns, *COLUMNS}):
+        raise UserError(f"--note {taken[0]}: the evaluation has a column of that name")
     if s.variation.sigma > 0:
         check_coverage(model, analog, images.images[:8], sample=start)
     else:
@@ -462,19 +486,7 @@ def evaluate_chips(
         save=save,
         progress=not runtime.quiet,
     )
-    history = description.get("history", [])
-    plan = description.get("compensation") or {"filters": {}}
-    result = record(
-        result,
-        **columns,
-        network=description["network"]["name"],
-        dataset=s.data.dataset,
-        split=s.evaluate.split,
-        **_variation_columns(analog),
-        overhead=description.get("overhead", 0.0),
-        layers=len(plan["filters"]),
-        epochs=" + ".join(f"{h['epochs']} {h['stage']}" for h in history),
-    )
+    result = record(result, {**(notes or {}), **columns})
     result.to_csv(out)
     if save:
         _discard(save)

@@ -35,7 +35,10 @@ def paper_mean(samples: pd.DataFrame, row: str) -> float | None:
 
 
 def read_samples(files: Iterable[Path]) -> pd.DataFrame:
-    """Per-sample results of several files as one table. Raises UserError for a file that is not one."""
+    """Per-sample results of several files as one table.
+
+    Raises UserError for a file that is not one, and for a chip of a row that comes twice.
+    """
     tables = []
     for path in files:
         table = Result.from_csv(path).table
@@ -43,7 +46,14 @@ def read_samples(files: Iterable[Path]) -> pd.DataFrame:
         if missing:
             raise UserError(f"{path}: no column {missing[0]!r}; evaluate with --note {missing[0]}=...")
         tables.append(table)
-    return pd.concat(tables, ignore_index=True)
+    samples = pd.concat(tables, ignore_index=True)
+    twice = samples.duplicated(["pair", "row", "sigma", "seed", "sample"])
+    if twice.any():
+        first = samples[twice].iloc[0]
+        raise UserError(
+            f"chip {first['sample']} of row {first['row']} of {first['pair']} at sigma {first['sigma']:g} comes twice"
+        )
+    return samples
 
 
 def table1(samples: pd.DataFrame, sigma: float, labels: Mapping[str, str] | None = None) -> pd.DataFrame:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from correctnet import native
 
-# Disjoint ranges of sample numbers, so that nothing is judged on a chip that it was trained or chosen on.
+# Disjoint ranges of sample numbers, so that nothing is judged on a chip that it was trained on, or that the sweep or
+# the search chose on. Evaluations count from TEST_CHIPS on, those of validation images, too.
 TEST_CHIPS = 0
 VALIDATION_CHIPS = 1 << 30
 TRAINING_CHIPS = 1 << 31

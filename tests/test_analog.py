@@ -179,6 +179,18 @@ def test_coverage_finds_variation_at_a_wrong_address(lenet):
         check_coverage(lenet, wrong, x)
 
 
+def test_coverage_takes_a_layer_whose_input_is_zero(lenet):
+    """No chip's weights can show there, and the network may have come to that in training."""
+    with torch.no_grad():
+        lenet.linear1.layer.weight.zero_()
+        lenet.linear1.layer.bias.fill_(-1.0)
+    with pytest.raises(UserError, match=r"linear1\.layer carries no variation"):
+        check_coverage(lenet, convert(lenet, HALF), torch.randn(2, 1, 32, 32))  # zeros have no variation
+    with torch.no_grad():
+        lenet.linear1.layer.weight.fill_(-1e-6)
+    assert "linear2.layer" in check_coverage(lenet, convert(lenet, HALF), torch.randn(2, 1, 32, 32))
+
+
 def test_coverage_finds_a_digital_layer_that_changes(tiny):
     analog = convert(tiny, HALF)
     norm = analog[0].norm

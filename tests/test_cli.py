@@ -14,7 +14,7 @@ import pytest
 import torch
 from by_hand import every_stage, run, succeed
 
-from correctnet import compensation, cuda, data, models, native, stages, storage, sweep, training, variation
+from correctnet import compensation, cuda, data, native, stages, storage, sweep, training, variation
 from correctnet.config import READS
 
 FAST = ["--quiet", "--threads", "1", "--batch", "64"]
@@ -131,8 +131,8 @@ def test_the_sweep_is_about_validation_images(chain):
     model, _ = stages.read_network(chain / "pretrain")
     validation = data.load("digits").validation.take(50)
     with torch.no_grad():
-        accuracy = models.accuracy(model(validation.images), validation.labels)
-    assert summary["original"] == pytest.approx(accuracy)
+        correct = model(validation.images).argmax(1) == validation.labels
+    assert summary["original"] == correct.sum().item() / 50
     table = pd.read_csv(chain / "sweep" / "accuracy.csv")
     assert table.groupby("layer").size().to_dict() == dict.fromkeys(range(1, 6), 3)
     assert (table["sample"] >= 2**30).all()
@@ -187,6 +187,29 @@ def test_candidates_of_another_network(chain, tmp_path):
     (tmp_path / "c.json").write_text('{"candidates": ["conv7"]}')
     given = ["--base", chain / "suppress", "--candidates", tmp_path / "c.json", "--out", tmp_path, "--quiet"]
     assert "names no candidate layers of this network" in fail("search", *given)
+
+
+def test_files_of_another_stage(chain, tmp_path):
+    (tmp_path / "list.json").write_text('["conv1.layer"]')
+    given = ["--base", chain / "suppress", "--out", tmp_path / "out", "--quiet"]
+    line = fail("search", *given, "--candidates", tmp_path / "list.json")
+    assert "list.json: names no candidate layers of this network" in line
+    for path in (tmp_path / "list.json", chain / "sweep" / "candidates.json"):
+        assert f"{path.name}: not what a search found (its best.json)" in fail("compensate", *given, "--found", path)
+    given += ["--candidates", chain / "sweep" / "candidates.json", "--strategy", "all", "--state", 0]
+    assert "strategy all trains no states" in fail("search", *given)
+
+
+@pytest.mark.parametrize("name", ["sigma", "split", "sample", "chips", "seed"])
+def test_notes_of_a_name_that_is_taken(chain, tmp_path, name, monkeypatch):
+    monkeypatch.setattr(stages, "evaluate", lambda *a, **k: pytest.fail("chips were evaluated"))
+    given = ["--model", chain / "pretrain", "--quiet", "--out", tmp_path / "e.csv", "--note", f"{name}=0.5"]
+    if name == "chips":  # no column of an evaluation
+        monkeypatch.undo()
+        succeed("evaluate", *given, "--chips", 1, "--images", 10)
+        assert list(pd.read_csv(tmp_path / "e.csv")["chips"]) == [0.5]
+    else:
+        assert f"--note {name}: the evaluation has a column of that name" in fail("evaluate", *given)
 
 
 def test_missing_and_truncated_data(tmp_path, monkeypatch):

@@ -167,3 +167,9 @@ def test_what_of_batchnorm_changes_while_compensators_train(tiny, blobs, batchno
         kept = compensated.get_submodule(name.replace("0.layer", "0.layer.original"))
         assert torch.equal(kept.weight, layer.weight)
         assert torch.equal(kept.bias, layer.bias)
+
+
+def test_nothing_to_compensate_is_the_network_itself(tiny, blobs):
+    untouched = compensation.fit_compensators(tiny, {}, blobs.images, blobs.labels, LogNormalVariation(0.3), quiet=True)
+    with torch.no_grad():
+        assert torch.equal(untouched(blobs.images), tiny(blobs.images))

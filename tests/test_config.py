@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from correctnet.config import READS, VERSIONS, Config, Settings, lineage
+from correctnet.config import READS, VERSIONS, Config, Settings, lineage, searched_limits
 from correctnet.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -173,14 +173,40 @@ def test_folders_are_named_by_what_differs_whatever_other_rows_there_are():
     for pair in config.pairs:
         names: dict[str, str] = {}
         for row in config.rows_of(pair):
-            alone = Config.check(changed(f"pairs/{pair}/rows", ["unprotected", row]))
+            alone = Config.check(changed(f"pairs/{pair}/rows", list(dict.fromkeys(["unprotected", row]))))
             settings = config.settings(pair, row)
             for stage in lineage(settings, config.rows[row].evaluate):
                 variant = config.variant(pair, row, stage)
                 assert re.fullmatch(r"(@[A-Za-z0-9._+-]{1,130})?", variant)
                 assert variant == alone.variant(pair, row, stage)
                 made_with = " ".join(settings.canonical(s) for s in lineage(settings, stage))
+                if stage in ("compensate", "finetune"):
+                    made_with += f" {searched_limits(settings)}"
                 assert names.setdefault(f"{stage}{variant}", made_with) == made_with, "one name, one run"
+
+
+def test_a_row_with_limits_of_its_own_takes_the_best_of_those():
+    pair = "lenet5-mnist"
+    rows = {"tight": {"search": {"limits": [0.01]}}, "greedy": None}
+    rows |= {"greedy-tight": {"search": {"strategy": "greedy", "limits": [0.01]}}}
+    config = changed(f"pairs/{pair}/rows", {"unprotected": None, "correctnet": None, **rows})
+    for row in ("tight", "greedy-tight"):
+        config = changed(f"rows/{row}", {"evaluate": "compensate", "label": row}, config)
+    config = Config.check(config)
+    assert config.variant(pair, "correctnet", "compensate") == ""
+    assert config.variant(pair, "tight", "compensate") == "@search.limits-0.01"
+    assert config.variant(pair, "tight", "search") == "", "the search within one limit knows of no other"
+    assert config.variant(pair, "greedy", "compensate") == "@search.strategy-greedy"
+    assert config.variant(pair, "greedy-tight", "compensate") == "@search.strategy-greedy+search.limits-0.01"
+
+
+def test_a_name_that_stands_twice_is_a_mistake():
+    config = changed("pairs/lenet5-mnist/rows", ["unprotected", "suppressed", "suppressed"])
+    config = changed("runs/quick", ["lenet5-digits", "lenet5-digits"], config)
+    with pytest.raises(UserError) as caught:
+        Config.check(config)
+    assert "pairs.lenet5-mnist.rows: 'suppressed' stands there twice" in str(caught.value)
+    assert "runs.quick: 'lenet5-digits' stands there twice" in str(caught.value)
 
 
 # Which stages read what, by hand: a setting in a stage's own section is its own; these are shared.
@@ -190,8 +216,7 @@ SHARED = {
     "data.validation": set(READS),
     "data.augment": {"pretrain", "suppress", "inject", "search", "compensate", "finetune"},
     "network": {"pretrain"},
-    "variation": {"inject", "sweep", "search", "compensate", "finetune", "evaluate", "sensitivity"},
-    "variation.sigma": set(READS) - {"pretrain"},
+    "variation": set(READS) - {"pretrain"},
     "montecarlo": {"sweep", "search", "evaluate", "sensitivity"},
     "compensate": {"search", "compensate"},
     "compensate.epochs": {"compensate"},  # a state of the search trains for search.train_epochs

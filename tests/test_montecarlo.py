@@ -13,7 +13,7 @@ from correctnet.analog import analog_layers, chip_of, convert, program
 from correctnet.errors import UserError
 from correctnet.montecarlo import EngineWarning, clean_accuracy, count_correct, evaluate
 from correctnet.recalibration import recalibrate
-from correctnet.results import COLUMNS, Result
+from correctnet.results import COLUMNS, Result, record
 from correctnet.variation import LogNormalVariation
 
 
@@ -132,6 +132,9 @@ def test_chunks_that_overlap_or_differ():
         Result.concatenate([result([0.9, 0.8]), result([0.7], start=1)])
     with pytest.raises(UserError, match="different numbers of images"):
         Result.concatenate([result([0.9]), result([0.7], start=1, images=10)])
+    parts = [record(result([0.9], start=k), {"row": "r", "sigma": sigma}) for k, sigma in enumerate((0.5, 0.4))]
+    with pytest.raises(UserError, match="differ in sigma"):
+        Result.concatenate(parts)
 
 
 def test_bad_calls(tiny, blobs):

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -17,7 +19,7 @@ def samples(pair="vgg16-cifar100", row="correctnet", sigma=0.5, accuracies=(0.6,
     rows = [(i, round(a * images), images, a, 0) for i, a in enumerate(accuracies)]
     values = {"pair": pair, "row": row, "network": network, "dataset": dataset, "split": "test"}
     values |= {"sigma": sigma, "centre": "median", "overhead": 0.02, "layers": 4, "epochs": "1 pretrain"}
-    return record(Result(pd.DataFrame(rows, columns=COLUMNS)), **{**values, **columns}).table
+    return record(Result(pd.DataFrame(rows, columns=COLUMNS)), {**values, **columns}).table
 
 
 def complete(pair="vgg16-cifar100"):
@@ -109,6 +111,12 @@ def test_read_samples_names_what_is_missing(tmp_path):
         tables.read_samples([path])
 
 
+def test_a_file_that_is_given_twice_does_not_double_the_chips(tmp_path):
+    complete().to_csv(tmp_path / "s.csv", index=False)
+    with pytest.raises(UserError, match="chip 0 of row unprotected of vgg16-cifar100 at sigma 0 comes twice"):
+        tables.read_samples([tmp_path / "s.csv"] * 2)
+
+
 @pytest.fixture
 def files(tmp_path):
     """Files of a run, where the workflow puts them."""
@@ -186,6 +194,31 @@ def test_a_sigma_beyond_the_table_s_own_is_no_row_of_it(tmp_path):
     assert [label.get_text() for label in ax.get_yticklabels()] == ["unprotected", "correctnet"]
     assert ("o", [pytest.approx(0.67)]) in [(line.get_marker(), list(line.get_xdata())) for line in ax.lines]
     assert {"unprotected", "correctnet"} <= set(lines(figures.yield_curve([tmp_path / "s.csv"])))
+    plt.close("all")
+
+
+def test_the_sigma_of_the_table_is_taken_if_it_is_given(tmp_path):
+    """All rows have curves up to 0.5, and Table I is at 0.3."""
+    at = [samples(row=row, sigma=0.3, accuracies=(0.4, 0.6)) for row in ("unprotected", "correctnet")]
+    pd.concat([complete()[complete()["sigma"] != 0.3], *at]).to_csv(tmp_path / "s.csv", index=False)
+    figures.draw("rows", [tmp_path / "s.csv"], tmp_path / "f.png", sigma=0.3)
+    for sigma, mean in ((0.3, 0.5), (None, 0.67)):
+        ax = figures.rows([tmp_path / "s.csv"], only=["correctnet"], sigma=sigma).axes[0]
+        assert [list(line.get_xdata()) for line in ax.lines if line.get_marker() == "o"] == [[pytest.approx(mean)]]
+    ax = figures.yield_curve([tmp_path / "s.csv"], sigma=0.3).axes[0]
+    assert "σ = 0.3, 2 chips" in [text.get_text() for text in ax.texts]
+    with pytest.raises(UserError, match=r"pair vgg16-cifar100 has no results at sigma 0\.4"):
+        figures.draw("yield", [tmp_path / "s.csv"], tmp_path / "f.png", sigma=0.4)
+    with pytest.raises(UserError, match="--sigma: figure 9"):
+        figures.draw("9", [tmp_path / "s.csv"], tmp_path / "f.png", sigma=0.3)
+    plt.close("all")
+
+
+def test_files_of_stages_run_by_hand_have_no_pair_s_folder_above_them(tmp_path, monkeypatch):
+    log = log_of_a_search(tmp_path, 0.01, [(1, 0, "", "", 0.0, 0.9, 0.1)])
+    monkeypatch.chdir(log.parent)
+    figures.draw("10", [Path("log.csv")], Path("f.png"))
+    assert "pair" in pages.search_scatter([Path("log.csv")])
     plt.close("all")
 
 

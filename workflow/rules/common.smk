@@ -11,7 +11,7 @@ from typing import get_args
 
 from snakemake.exceptions import WorkflowError
 
-from correctnet.config import SEARCHING, Config, Stage, lineage, search_rounds
+from correctnet.config import SEARCHING, Config, Stage, lineage, search_rounds, searched_limits
 from correctnet.errors import UserError
 
 try:
@@ -75,20 +75,21 @@ check_place()
 
 @functools.cache
 def rows_by_variant(pair):
-    """{variant: a row whose stages have it}.
-
-    Of several rows the one that has it at the latest stage: what its name says is what all stages before differ in.
-    """
+    """{variant: {stage: a row that has the stage in this variant}}, the latest stage first."""
     found = {}
     for stage in reversed(get_args(Stage)):
         for row in CONFIG.rows_of(pair):
             if stage in lineage(CONFIG.settings(pair, row), CONFIG.rows[row].evaluate):
-                found.setdefault(CONFIG.variant(pair, row, stage), row)
+                found.setdefault(CONFIG.variant(pair, row, stage), {}).setdefault(stage, row)
     return found
 
 
-def row_of(wildcards):
-    """A row with whose settings a stage's folder is made; None: the pair's own."""
+def row_of(wildcards, stage=None):
+    """A row with whose settings a stage's folder is made; None: the pair's own.
+
+    Without the stage, of several rows the one that has the variant at the latest stage: what its name says is what all
+    stages before differ in.
+    """
     if hasattr(wildcards, "model"):
         return "correctnet"  # whose networks `sensitivity` compares
     if hasattr(wildcards, "row"):
@@ -96,21 +97,22 @@ def row_of(wildcards):
     if not wildcards.variant:
         return None
     try:
-        return rows_by_variant(wildcards.pair)[wildcards.variant]
+        rows = rows_by_variant(wildcards.pair)[wildcards.variant]
+        return rows.get(stage) or next(iter(rows.values()))
     except KeyError:
         raise WorkflowError(f"pair {wildcards.pair}: no row has a stage that differs in {wildcards.variant[1:]}")
 
 
-def settings_of(wildcards):
+def settings_of(wildcards, stage=None):
     """All settings of the row (or pair) that a job is for."""
-    return CONFIG.settings(wildcards.pair, row_of(wildcards))
+    return CONFIG.settings(wildcards.pair, row_of(wildcards, stage))
 
 
 def stage_settings(stage):
     """A params function: exactly the settings that `stage` reads, as one canonical string."""
 
     def canonical(wildcards):
-        return settings_of(wildcards).canonical(stage)
+        return settings_of(wildcards, stage).canonical(stage)
 
     return canonical
 
@@ -145,15 +147,9 @@ def dataset_ready(wildcards):
     return f"{RESULTS}/.data/{settings_of(wildcards).data.dataset}.ready"
 
 
-def limits(settings):
-    """The overhead limits that are searched. `strategy: all` has none, and stands as 1; `greedy` keeps the largest."""
-    search = settings.search
-    return {"all": (1.0,), "greedy": (max(search.limits),)}.get(search.strategy, search.limits)
-
-
 def found_states(wildcards):
     folder = place(wildcards.pair, row_of(wildcards), "search")
-    return [f"{folder}/limit-{limit:g}/best.json" for limit in limits(settings_of(wildcards))]
+    return [f"{folder}/limit-{limit:g}/best.json" for limit in searched_limits(settings_of(wildcards))]
 
 
 def states(wildcards, rounds):
@@ -231,7 +227,7 @@ def search_logs(run):
     return [
         f"{place(pair, 'correctnet', 'search')}/limit-{limit:g}/log.csv"
         for pair in pairs_with(run, "correctnet")
-        for limit in limits(CONFIG.settings(pair, "correctnet"))
+        for limit in searched_limits(CONFIG.settings(pair, "correctnet"))
     ]
 
 
@@ -312,6 +308,12 @@ def table_inputs(wildcards):
     """What Table I is made of; refused before any job runs where it would be of several sigmas."""
     table_sigma(wildcards)
     return samples(wildcards.run)
+
+
+def figure_options(wildcards):
+    """What a figure is told beside its files: the sigma of Table I, and what rows are called."""
+    sigma = f"--sigma {table_sigma(wildcards)}" if wildcards.name in ("7", "rows", "yield") else ""
+    return f"{sigma} {labels(wildcards)}" if wildcards.name == "rows" else sigma
 
 
 def print_estimate():

@@ -50,9 +50,9 @@ rule figure:
     wildcard_constraints:
         name="|".join(FIGURES),
     params:
-        labels=lambda wildcards: labels(wildcards) if wildcards.name == "rows" else "",
+        options=figure_options,
     shell:
-        "correctnet figure {wildcards.name} {input:q} {params.labels} --out {output.png:q} > {log:q} 2>&1"
+        "correctnet figure {wildcards.name} {input:q} {params.options} --out {output.png:q} > {log:q} 2>&1"
 
 
 rule explore:
