@@ -406,12 +406,6 @@ def lineage(settings: Settings, stage: Stage) -> tuple[Stage, ...]:
     return tuple(dict.fromkeys(("pretrain", settings.base, *own[: own.index(stage) + 1])))
 
 
-def searched_limits(settings: Settings) -> tuple[float, ...]:
-    """The overhead limits that are searched. `strategy: all` has none, and stands as 1; `greedy` keeps the largest."""
-    search = settings.search
-    return {"all": (1.0,), "greedy": (max(search.limits),)}.get(search.strategy, search.limits)
-
-
 class Row(Section):
     """One row of Table I: whose weights are evaluated, under which changed settings."""
 
@@ -563,13 +557,11 @@ class Config(Section):
         def read(settings: Settings) -> dict[str, Any]:
             leaves = dict(leaf for s in stages for leaf in _leaves(settings._read_by(s)))
             if "compensate" in stages:  # which takes the best of the searches within these limits
-                leaves["search.limits"] = list(searched_limits(settings))
+                leaves["search.limits"] = list(settings.search.limits)
             return leaves
 
         before, after = read(own), read(changed)
         differing = {key: value for key, value in after.items() if value != before[key]}
-        if "search.strategy" in differing and changed.search.limits == own.search.limits:
-            differing.pop("search.limits", None)  # it follows from the strategy
         if lineage(own, stage) != stages:
             differing = {"base": changed.base, **differing}
         if not differing:

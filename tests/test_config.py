@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from correctnet.config import READS, VERSIONS, Config, Settings, lineage, searched_limits
+from correctnet.config import READS, VERSIONS, Config, Settings, lineage
 from correctnet.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -181,7 +181,7 @@ def test_folders_are_named_by_what_differs_whatever_other_rows_there_are():
                 assert variant == alone.variant(pair, row, stage)
                 made_with = " ".join(settings.canonical(s) for s in lineage(settings, stage))
                 if stage in ("compensate", "finetune"):
-                    made_with += f" {searched_limits(settings)}"
+                    made_with += f" {settings.search.limits}"
                 assert names.setdefault(f"{stage}{variant}", made_with) == made_with, "one name, one run"
 
 

@@ -207,6 +207,26 @@ def test_one_pair_may_have_another_sigma_but_no_table_with_the_others(folder):
     assert check_both.stderr.strip() == f"error: {mistake}"
 
 
+def test_rows_whose_folders_are_named_alike_are_made_with_their_own_settings(tmp_path):
+    config = configuration()
+    mean = {"variation": {"centre": "mean"}}
+    config["rows"] |= {
+        "direct": {"evaluate": "inject", "label": "d", "set": mean},
+        "other": {"evaluate": "compensate", "label": "o", "set": {**mean, "inject": {"epochs": 77}}},
+        "tight": {"evaluate": "compensate", "label": "t", "set": {"search": {"limits": [0.01]}}},
+    }
+    config["pairs"]["one"]["rows"] = ["unprotected", "correctnet", "direct", "other", "tight"]
+    folder = prepare(tmp_path / "rows", config)
+    injected = snakemake(folder, "-n", "-p", "results/one/inject@variation.centre-mean/model.safetensors")
+    assert '"centre": "mean"' in injected
+    assert '"epochs": 77' not in injected, "what the other row says of a stage that it does not have"
+    tight = snakemake(folder, "-n", "-p", "results/one/compensate@search.limits-0.01/model.safetensors")
+    assert "--found results/one/search/limit-0.01/best.json" in tight
+    assert "limit-0.02" not in tight
+    drawn = snakemake(folder, "-n", "-p", "results/summary/quick/figure-rows.png")
+    assert "correctnet figure rows results/one/samples.csv --sigma 0.5" in drawn
+
+
 def test_a_full_run_prints_its_estimate(folder):
     output = snakemake(folder, "all")
     assert re.search(r"paper: about \d+ (s|min) on \d+ cores", output), output

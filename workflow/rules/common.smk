@@ -11,7 +11,7 @@ from typing import get_args
 
 from snakemake.exceptions import WorkflowError
 
-from correctnet.config import SEARCHING, Config, Stage, lineage, search_rounds, searched_limits
+from correctnet.config import SEARCHING, Config, Stage, lineage, search_rounds
 from correctnet.errors import UserError
 
 try:
@@ -147,9 +147,15 @@ def dataset_ready(wildcards):
     return f"{RESULTS}/.data/{settings_of(wildcards).data.dataset}.ready"
 
 
+def limits(settings):
+    """The overhead limits that are searched. `strategy: all` has none, and stands as 1; `greedy` keeps the largest."""
+    search = settings.search
+    return {"all": (1.0,), "greedy": (max(search.limits),)}.get(search.strategy, search.limits)
+
+
 def found_states(wildcards):
     folder = place(wildcards.pair, row_of(wildcards), "search")
-    return [f"{folder}/limit-{limit:g}/best.json" for limit in searched_limits(settings_of(wildcards))]
+    return [f"{folder}/limit-{limit:g}/best.json" for limit in limits(settings_of(wildcards))]
 
 
 def states(wildcards, rounds):
@@ -227,7 +233,7 @@ def search_logs(run):
     return [
         f"{place(pair, 'correctnet', 'search')}/limit-{limit:g}/log.csv"
         for pair in pairs_with(run, "correctnet")
-        for limit in searched_limits(CONFIG.settings(pair, "correctnet"))
+        for limit in limits(CONFIG.settings(pair, "correctnet"))
     ]
 
 
