@@ -60,7 +60,10 @@ def _gram(matrix: Tensor) -> Tensor:
 
 
 def _one_sided(matrix: Tensor, lam: float) -> Tensor:
-    return (torch.linalg.eigvalsh(_gram(matrix)) - lam**2).clamp(min=0).square().sum()
+    gram = _gram(matrix)
+    if not gram.isfinite().all():  # training diverged, and says so of a loss that is not finite; eigvalsh would raise
+        return gram.sum()
+    return (torch.linalg.eigvalsh(gram) - lam**2).clamp(min=0).square().sum()
 
 
 class _Orthogonal(torch.autograd.Function):
