@@ -104,8 +104,8 @@ class Training(Section):
     """largest norm of a step's gradient, a longer one is scaled down to it; empty: any"""
 
 
-class Pretrain(Training):
-    """Training of the original network."""
+class Resized(Training):
+    """Training from scratch, whose first epochs may see smaller images."""
 
     sizes: tuple[int, ...] = ()
     """progressive resizing: the side of the images in the first epochs, a value an epoch; later ones see them whole.
@@ -119,7 +119,11 @@ class Pretrain(Training):
         return value
 
 
-class Suppress(Training):
+class Pretrain(Resized):
+    """Training of the original network."""
+
+
+class Suppress(Resized):
     """Error suppression: training under the modified Lipschitz regulariser, (10) and (11)."""
 
     beta: float = Field(1e-4, ge=0)
@@ -390,7 +394,7 @@ READS: dict[Stage, tuple[str, ...]] = {
 # nothing of it, so that they need not be made again.
 LATER = (
     ("montecarlo", "gpu_method", "auto"),
-    ("pretrain", "sizes", []),
+    *((stage, "sizes", []) for stage in ("pretrain", "suppress")),
     ("inject", "batchnorm", "updated"),
     *((stage, "clip", None) for stage in ("pretrain", "suppress", "inject", "compensate")),
 )
@@ -605,8 +609,13 @@ def network_mistake(settings: Settings) -> str | None:
     how_many, count, layers = WIDTHS[network.name]
     if network.widths and len(network.widths) != count:
         return f"network.widths: {how_many} are expected for {network.name}: {layers}"
-    if settings.pretrain.sizes and network.name == "lenet5":
-        return "pretrain.sizes: LeNet-5's linear layers fit images of 32 x 32 pixels only"
+    return sizes_mistake(settings, "pretrain", network.name) or sizes_mistake(settings, "suppress", network.name)
+
+
+def sizes_mistake(settings: Settings, stage: Literal["pretrain", "suppress"], network: str) -> str | None:
+    """Smaller images for a network that takes none."""
+    if getattr(settings, stage).sizes and network == "lenet5":
+        return f"{stage}.sizes: LeNet-5's linear layers fit images of 32 x 32 pixels only"
     return None
 
 

@@ -30,7 +30,7 @@ from correctnet import data as datasets
 from correctnet import search as searching
 from correctnet import sweep as sweeping
 from correctnet.analog import analog_layers, check_coverage, convert, crossbar_layers, program
-from correctnet.config import SEARCHING, Settings, Stage, network_mistake
+from correctnet.config import SEARCHING, Settings, Stage, network_mistake, sizes_mistake
 from correctnet.data import DataSet, Split
 from correctnet.engine import MEMORY, describe
 from correctnet.errors import UserError, one_line
@@ -138,6 +138,8 @@ def suppress(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) 
     """Train under the Lipschitz regulariser (11), from the pre-trained weights or from scratch."""
     s = settings.of("suppress")
     model, base = read_network(pretrained, runtime.device)
+    if mistake := sizes_mistake(s, "suppress", base["network"]["name"]):
+        raise UserError(mistake)
     if s.suppress.start == "scratch":
         model = _build(base["network"], s.seed).to(runtime.device)
         base = {"network": base["network"]}
@@ -149,6 +151,7 @@ def suppress(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) 
         ),
         penalty_weight=lambda done: beta * min(1.0, done / ramp) if ramp else beta,
         temperature=s.suppress.temperature,
+        sizes=s.suppress.sizes,
     )
     weights, _ = storage.model_files(pretrained)
     _train("suppress", model, base, runtime.load(s), settings, hooks, out, runtime, [weights])

@@ -34,11 +34,10 @@ def stage_seconds(stage: Stage, s: Settings, cost: Costs, chips: int | None = No
     validation = round(s.data.validation * train_images)
     train_images -= validation
     match stage:
-        case "pretrain":
-            sides = [*s.pretrain.sizes, *[SIDE] * s.pretrain.epochs][: s.pretrain.epochs]
+        case "pretrain" | "suppress":
+            section = getattr(s, stage)
+            sides = [*section.sizes, *[SIDE] * section.epochs][: section.epochs]
             return sum((side / SIDE) ** 2 for side in sides) * train_images * cost.train
-        case "suppress":
-            return s.suppress.epochs * train_images * cost.train
         case "inject" | "finetune":
             section = getattr(s, stage)
             return section.epochs * train_images * (cost.train + cost.sample / section.batch)

@@ -162,6 +162,7 @@ def test_chunks_of_an_evaluation_merge_to_the_whole(chain):
         (["--config", "config.yaml"], "error: --config and --pair"),
         (["--dataset", "mnits"], "'mnits' is not one of"),
         (["--pretrained", "nowhere"], "nowhere/model.json: no such file"),
+        (["--sizes", "16"], "error: suppress.sizes: LeNet-5's linear layers fit images of 32 x 32 pixels only"),
     ],
 )
 def test_bad_options(chain, tmp_path, arguments, line):
@@ -455,6 +456,17 @@ def test_what_may_be_empty_can_be_said_to_be(tmp_path, monkeypatch):
     assert [s.pretrain.clip for s in seen] == [1.0, None]
     monkeypatch.undo()
     assert "four are expected" in fail("pretrain", "--widths", "8,8", "--out", tmp_path)
+
+
+def test_suppression_from_scratch_may_begin_on_smaller_images(tmp_path, monkeypatch):
+    sides, resize = [], training.resize
+    monkeypatch.setattr(training, "resize", lambda images, side: sides.append(side) or resize(images, side))
+    widths = ["--network", "vgg16", "--widths", ",".join(["4"] * 14)]
+    succeed("pretrain", *FAST, "--dataset", "digits", *widths, "--epochs", 0, "--out", tmp_path / "pretrain")
+    scratch = ["--start", "scratch", "--epochs", 2, "--sizes", 16, "--pretrained", tmp_path / "pretrain"]
+    succeed("suppress", *FAST, "--dataset", "digits", *scratch, "--out", tmp_path / "suppress")
+    assert set(sides) == {16}
+    assert len(sides) == 21  # of 1,294 images in batches of 64, in the first of two epochs
 
 
 def test_check_and_show(chain):

@@ -66,6 +66,7 @@ def test_a_row_that_the_search_would_judge_otherwise_than_its_evaluation():
         ("pairs/lenet5-mnist/rows", ["correctnet"], "the first row must evaluate the original network"),
         ("pairs/lenet5-mnist/rows", ["unprotected", "recalibrated"], "'recalibrated' recalibrates BatchNorm"),
         ("pairs/lenet5-mnist/pretrain", {"sizes": [16]}, "pretrain.sizes: LeNet-5's linear layers fit"),
+        ("pairs/lenet5-mnist/suppress/sizes", [16], "suppress.sizes: LeNet-5's linear layers fit"),
         ("pairs/vgg16-cifar10/pretrain/sizes", [0], "sides between 1 and 32 pixels"),
         ("pairs/lenet5-mnist/rows", 3, "pairs.lenet5-mnist.rows: a list of rows, or a mapping"),
         (
@@ -230,7 +231,8 @@ SHARED = {
     "evaluate.chunk": set(),
 }
 OTHER = {"seed": 7, "base": "inject", "data.dataset": "mnist", "network.name": "vgg16", "network.widths": [8, 8, 8, 8]}
-OTHER |= {"pretrain.sizes": [16], "search.limits": [0.5], "search.ratios": [0.0, 0.3], "evaluate.sigmas": [0.7]}
+OTHER |= {"pretrain.sizes": [16], "suppress.sizes": [16]}
+OTHER |= {"search.limits": [0.5], "search.ratios": [0.0, 0.3], "evaluate.sigmas": [0.7]}
 OTHER |= {"data.augment": "crop", "variation.centre": "mean", "network.batchnorm": "none"}
 
 
@@ -288,6 +290,7 @@ def test_a_key_that_came_later_changes_no_string_where_it_has_its_default(stage)
         ("search", "compensate", "clip", 1.0),
         ("inject", "inject", "batchnorm", "frozen"),
         ("pretrain", "pretrain", "sizes", (16,)),
+        ("suppress", "suppress", "sizes", (16,)),
     ],
 )
 def test_trainings_without_a_later_key_are_those_of_before(stage, section, key, other):
