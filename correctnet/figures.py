@@ -166,7 +166,7 @@ def figure9(files: Sequence[Path]) -> plt.Figure:
         table = read_table(path, ["layer", "accuracy", "original", "threshold", "images"])
         by_layer = table.groupby("layer")["accuracy"]
         mean, std = by_layer.mean(), by_layer.std().fillna(0.0)
-        ax.plot(mean.index, mean, color=BLUE, marker="o", markersize=4, label="Lipschitz regularisation alone")
+        ax.plot(mean.index, mean, color=BLUE, marker="o", markersize=4, label="without compensation")
         ax.fill_between(mean.index, mean - std, mean + std, color=BLUE, alpha=0.2, linewidth=0)
         line = table["original"].iloc[0] * table["threshold"].iloc[0]
         label = f"{table['threshold'].iloc[0]:.0%} of the original accuracy"

@@ -168,7 +168,7 @@ def test_figures_show_the_data(files):
     assert drawn["CorrectNet"] == ([0.0, 0.3, 0.5], pytest.approx([0.69, 0.685, 0.67]))
     assert drawn["original network"][1][0] == 0.7
     drawn = lines(figures.figure9(files["9"]))
-    assert drawn["Lipschitz regularisation alone"][0] == [1, 2, 3, 4, 5]
+    assert drawn["without compensation"][0] == [1, 2, 3, 4, 5]
     assert drawn["95% of the original accuracy"][1] == pytest.approx([0.665, 0.665])
     stars = [c for c in figures.figure2(files["2"]).axes[0].collections if c.get_label() == "paper, original network"]
     assert stars[0].get_offsets().tolist() == [[0.5, 0.0169]]
