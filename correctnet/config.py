@@ -105,7 +105,7 @@ class Training(Section):
 
 
 class Resized(Training):
-    """Training from scratch, whose first epochs may see smaller images."""
+    """A training whose first epochs may see smaller images."""
 
     sizes: tuple[int, ...] = ()
     """progressive resizing: the side of the images in the first epochs, a value an epoch; later ones see them whole.
