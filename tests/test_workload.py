@@ -1,0 +1,22 @@
+import pytest
+
+from correctnet.config import Settings
+from correctnet.workload import Costs, stage_seconds
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "suppress"])
+def test_epochs_on_smaller_images_take_their_share_of_pixels(stage):
+    settings = Settings.model_validate(
+        {"data": {"dataset": "cifar10", "validation": 0.1}, stage: {"epochs": 4, "sizes": [16, 24]}}
+    )
+    seconds = stage_seconds(stage, settings, Costs(train=0.01, test=0, sample=0, layers=15))
+    assert seconds == pytest.approx((16**2 / 32**2 + 24**2 / 32**2 + 2) * 45_000 * 0.01)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "suppress"])
+def test_more_sizes_than_epochs_are_not_counted(stage):
+    settings = Settings.model_validate(
+        {"data": {"dataset": "cifar10", "validation": 0.1}, stage: {"epochs": 1, "sizes": [16] * 3}}
+    )
+    seconds = stage_seconds(stage, settings, Costs(train=0.01, test=0, sample=0, layers=15))
+    assert seconds == pytest.approx(0.25 * 45_000 * 0.01)
