@@ -30,11 +30,15 @@ def pytest_report_header() -> list[str]:
     return [*lines, f"  portable on an emulated Nehalem (C++ tests): {emulated}"]
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread():
-    # Two pools of threads on two cores are slower than none, and one thread's sums are reproducible.
+def pytest_configure() -> None:
+    torch.set_num_interop_threads(1)  # may be said once a process
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    # Before each test: a command that ran in this process leaves as many threads as the machine has cores. Two pools of
+    # threads on two cores are slower than none, and one thread's sums are reproducible.
     torch.set_num_threads(1)
-    torch.set_num_interop_threads(1)
 
 
 @pytest.fixture
