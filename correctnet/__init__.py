@@ -13,7 +13,7 @@ _PUBLIC = {
     "convert": "analog",
     "program": "analog",
     "programmed": "analog",
-    "check_coverage": "analog",
+    "check_coverage": "coverage",
     "evaluate": "montecarlo",
     "clean_accuracy": "montecarlo",
     "Result": "results",

@@ -4,42 +4,132 @@ analog = convert(network, LogNormalVariation(0.5), seed=0)
 program(analog, 137)      # chip sample 137
 logits = analog(images)
 program(analog, None)     # the nominal weights again
+
+A layer becomes analog in place: its class changes, the object stays, so whatever holds it (an attribute, a list, a
+dict) holds the analog layer. Its `weight` is what the present chip carries, whoever reads it; the trained, nominal
+weights are `nominal`, and what `parameters()` and `state_dict()` give.
 """
 
 from __future__ import annotations
 
 import copy
+import threading
+import types
 import warnings
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from correctnet.errors import UserError
+from correctnet.errors import UserError, one_line
 from correctnet.variation import Variation
-
-# By name of a layer, what it was called with and what it gave, a triple a call.
-Calls = dict[str, list[tuple[tuple[Any, ...], dict[str, Any], Any]]]
 
 # Parameters of these are vectors or tables that no crossbar multiplies with; they stay digital without a warning.
 DIGITAL = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.PReLU)
 
 
 class CoverageWarning(UserWarning):
-    """Some parameters of the network cannot carry variation."""
+    """Some parameters of the network cannot carry variation, or carry it without an effect."""
+
+
+class Watcher(Protocol):
+    """What is told of every weight that a layer draws (`correctnet.coverage.Probe`)."""
+
+    def drawing(self, layer: AnalogLayer, draw: Callable[[], Tensor]) -> Tensor:
+        """The weights that `draw` gives."""
 
 
 @dataclass
 class Chip:
-    """Which chip sample the layers of one converted network carry; shared by all of them."""
+    """Which chip sample the layers of one converted network carry; shared by all of them.
+
+    Attributes:
+        seed: of the simulation.
+        sample: number of the chip; None: nominal weights.
+        first_layer: layers of a smaller index stay nominal.
+        drawn: weights of the present chip by layer index, kept between forward passes; None: drawn for each. Only
+            `keeping` sets it, for a time in which nobody changes the nominal weights.
+        watcher: told of every weight that is drawn, or None.
+        running: whether this package runs the network: its code then reads plain tensors.
+        lock: held while the network is programmed for a block of code, so that two threads take turns.
+    """
 
     seed: int
-    sample: int | None = None  # None: nominal weights
-    first_layer: int = 0  # layers of a smaller index stay nominal
+    sample: int | None = None
+    first_layer: int = 0
+    drawn: dict[int, tuple[object, Tensor]] | None = None
+    watcher: Watcher | None = None
+    running: bool = False
+    lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy stands for the same chip; locks, kept weights and watchers belong to the original.
+        return Chip, (self.seed, self.sample, self.first_layer)
+
+
+class ChipWeight(Tensor):
+    """The weights of a layer on a chip, for whoever asks the layer for its `weight`.
+
+    Reads give what the chip carries. Changes in place (`mul_`, `[...] =`, `.data = `, also through `.data`, `detach()`
+    and views) go to the nominal weights, which the chip's follow from: a chip's own weights are drawn anew each time.
+    """
+
+    _nominal: Tensor
+
+    @classmethod
+    def of(cls, drawn: Tensor, nominal: Tensor) -> ChipWeight:
+        """The weights `drawn` of a chip, whose nominal ones are `nominal`."""
+        weight = drawn.as_subclass(cls)
+        weight._nominal = nominal
+        return weight
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        target = args[0] if args and isinstance(args[0], ChipWeight) else None
+        with torch._C.DisableTorchFunctionSubclass():
+            if target is not None and _changes(func):
+                return func(target._nominal, *args[1:], **kwargs)
+            if not args and _changes(func):  # torch.nn.init's, which name their argument
+                return func(**{k: v._nominal if isinstance(v, ChipWeight) else v for k, v in kwargs.items()})
+            if isinstance(kwargs.get("out"), ChipWeight):
+                return func(*args, **{**kwargs, "out": kwargs["out"]._nominal})
+            if target is not None and func in _OF_PARAMETERS:
+                return func(target._nominal, *args[1:], **kwargs)
+            result = func(*args, **kwargs)
+            if target is None or not _view(result, target):
+                return result
+            nominal = func(target._nominal, *args[1:], **kwargs)
+            if isinstance(result, Tensor):
+                return cls.of(result, nominal)
+            return type(result)(cls.of(*pair) for pair in zip(result, nominal, strict=True))
+
+
+_OPERATORS = ["add", "sub", "mul", "matmul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"]
+_AUGMENTED = {f"__i{name}__" for name in (*_OPERATORS, "lshift", "rshift")}
+_SETTERS = tuple(getattr(Tensor, name).__set__ for name in ("data", "grad", "requires_grad"))
+_OF_PARAMETERS = (Tensor.grad.__get__, Tensor.is_leaf.__get__, Tensor.requires_grad.__get__)
+
+
+def _changes(func: Any) -> bool:
+    """Whether a function of torch changes its first argument in place."""
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name == "__setitem__" or name in _AUGMENTED or func in _SETTERS
+
+
+def _view(result: Any, tensor: Tensor) -> bool:
+    """Whether the result of an operation shares memory with a tensor."""
+    first = result[0] if isinstance(result, tuple | list) and result else result
+    if not isinstance(first, Tensor) or first.layout != torch.strided:
+        return False
+    return first.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
 
 
 class AnalogLayer(nn.Module):
@@ -48,31 +138,86 @@ class AnalogLayer(nn.Module):
     variation: Variation
     layer_index: int
     chip: Chip
-    _cached: tuple[tuple[object, ...], Tensor] | None
+    # Weak references to the layers that this one is a copy of, and to their weights: code that still runs them has
+    # escaped the variation (`correctnet.coverage`).
+    _copied_from: tuple[weakref.ref[Any], ...] = ()
 
     @property
     def varies(self) -> bool:
         """Whether the layer carries variation now."""
         return self.chip.sample is not None and self.layer_index >= self.chip.first_layer
 
-    def chip_weight(self) -> Tensor:
-        """The weights on the present chip, in the shape of `weight`; nominal where no chip is programmed."""
-        if not self.varies:
-            return self.weight
-        if self.weight.requires_grad and torch.is_grad_enabled():
-            return self.variation.sample(self.weight, self.chip.seed, self.layer_index, self.chip.sample)
-        # A chip stays fixed over the batches that it sees: draw once, until the chip or the weights change.
-        key = (self.chip.seed, self.chip.sample, self.variation, self.weight._version, self.weight.data_ptr())
-        if self._cached is None or self._cached[0] != key:
-            with torch.no_grad():
-                drawn = self.variation.sample(self.weight, self.chip.seed, self.layer_index, self.chip.sample)
-            self._cached = (key, drawn)
-        return self._cached[1]
+    @property
+    def nominal(self) -> Tensor:
+        """The trained weights: the parameter `weight`, or what pruning or weight normalisation makes of others."""
+        found = self._parameters.get("weight")
+        return self.__dict__["weight"] if found is None else found
 
-    def _adopt(self, layer: nn.Module, variation: Variation, index: int, chip: Chip) -> None:
-        """Take over the state of `layer`: parameters, buffers, hooks and the attributes of its own class."""
-        self.__dict__.update(layer.__dict__)
-        self.variation, self.layer_index, self.chip, self._cached = variation, index, chip, None
+    @property
+    def weight(self) -> Tensor:
+        """The weights on the present chip, in the shape of `nominal`; nominal where no chip is programmed.
+
+        What changes them in place changes the nominal ones, see `ChipWeight`.
+        """
+        try:
+            if not self.varies or self.chip.running:
+                return self.chip_weight()
+            return ChipWeight.of(self.chip_weight(), self.nominal)
+        except AttributeError as error:  # nn.Module would take it for an absent attribute, and give the parameter
+            raise RuntimeError(f"the chip's weights cannot be drawn ({one_line(error)})") from error
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        # Parameters never come here (nn.Module registers them); derived weights do, from the hooks that make them.
+        self.__dict__["weight"] = value
+
+    def chip_weight(self) -> Tensor:
+        """See `weight`."""
+        if not self.varies:
+            if self._parameters.get("weight") is None:
+                return self.nominal
+            # By nn.Module's own way, so that torch.fx sees the parameter being read.
+            return nn.Module.__getattr__(self, "weight")
+        if self.chip.watcher is not None:
+            return self.chip.watcher.drawing(self, self._draw)
+        return self._draw()
+
+    def _draw(self) -> Tensor:
+        nominal = self.nominal
+        if nominal.requires_grad and torch.is_grad_enabled():
+            return self.variation.sample(nominal, self.chip.seed, self.layer_index, self.chip.sample)
+        kept = self.chip.drawn
+        if kept is None or nominal.is_inference():  # whose versions are not counted
+            with torch.no_grad():
+                return self.variation.sample(nominal, self.chip.seed, self.layer_index, self.chip.sample)
+        key = (self.chip.seed, self.chip.sample, self.variation, nominal._version, nominal.data_ptr())
+        if self.layer_index not in kept or kept[self.layer_index][0] != key:
+            with torch.no_grad():
+                drawn = self.variation.sample(nominal, self.chip.seed, self.layer_index, self.chip.sample)
+            kept[self.layer_index] = key, drawn
+        return kept[self.layer_index][1]
+
+    def _become(self, variation: Variation, index: int, chip: Chip, original: nn.Module) -> None:
+        """Turn the layer (a plain one, a copy of `original`) into an analog one."""
+        self.__class__ = ANALOG[type(self)]
+        self.variation, self.layer_index, self.chip = variation, index, chip
+        self._copied_from = _traces(original)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AnalogLayer:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy({k: v for k, v in self.__dict__.items() if k != "_copied_from"}, memo))
+        twin.__dict__["_copied_from"] = (*self._copied_from, *_traces(self))
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_copied_from"}
+
+
+def _traces(layer: nn.Module) -> tuple[weakref.ref[Any], ...]:
+    """Weak references to a layer and its weight."""
+    weight = layer._parameters.get("weight")
+    return (weakref.ref(layer),) if weight is None else (weakref.ref(layer), weakref.ref(weight))
 
 
 class AnalogLinear(AnalogLayer, nn.Linear):
@@ -91,7 +236,7 @@ class AnalogConv2d(AnalogLayer, nn.Conv2d):
         return self._conv_forward(x, self.chip_weight(), self.bias)
 
 
-ANALOG = {nn.Linear: AnalogLinear, nn.Conv2d: AnalogConv2d}
+ANALOG: dict[type[nn.Module], type[AnalogLayer]] = {nn.Linear: AnalogLinear, nn.Conv2d: AnalogConv2d}
 
 
 def crossbar_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -119,54 +264,128 @@ def crossbar_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def convert(model: nn.Module, variation: Variation, seed: int = 0, exclude: Iterable[str] = ()) -> nn.Module:
-    """A copy of `model` whose conv and linear layers carry variation; until a chip is programmed its output is equal.
+    """Copy `model` with conv and linear layers that carry variation; until a chip is programmed its output is equal.
 
     Args:
         model: any module. `nn.Conv2d` and `nn.Linear` (not subclasses of them) become analog; biases, normalisation
             and embeddings stay digital.
         variation: the device model.
         seed: of the simulation; with the sample number it addresses a chip.
-        exclude: names of layers, or of modules that hold layers, that stay digital.
+        exclude: names of layers, or of modules that hold layers, that stay digital; also names of parameters of which
+            no `CoverageWarning` is wanted.
 
     Warns:
         CoverageWarning: names the matrices that will not carry variation, e.g. attention's in_proj or an LSTM's.
 
     Raises:
-        UserError: nothing to convert, an excluded name that does not exist, or a model that is converted already.
+        UserError: nothing to convert, an excluded name that does not exist, a model that is converted already, or one
+            whose copy would still run code of the original.
     """
-    layers = dict(crossbar_layers(model))
-    if any(isinstance(layer, AnalogLayer) for layer in layers.values()):
+    if any(isinstance(module, AnalogLayer) for module in model.modules()):
         raise UserError("convert: the model carries variation already; convert the original one")
+    _check_convertible(model)
+    layers = dict(crossbar_layers(model))
     exclude = tuple(exclude)
-    names = {name for name, _ in model.named_modules()}
+    # A layer in several places has several names; each of them excludes it.
+    aliases: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        aliases.setdefault(id(module), []).append(name)
+    known = {*(name for names in aliases.values() for name in names), *(name for name, _ in model.named_parameters())}
     for name in exclude:
-        if name not in names:
-            raise UserError(f"convert: exclude: the model has no module {name!r}")
+        if name not in known:
+            raise UserError(f"convert: exclude: the model has no module {name!r}, nor such a parameter")
     if not 0 <= seed < 2**64:
         raise UserError(f"convert: seed must lie in [0, 2^64), not {seed}")
-
-    analog, chip = copy.deepcopy(model), Chip(seed)
-    kept = {name: i for i, name in enumerate(layers) if not _within(name, exclude)}
+    kept = {
+        name: i
+        for i, (name, layer) in enumerate(layers.items())
+        if not any(_within(alias, exclude) for alias in aliases[id(layer)])
+    }
     if not kept:
-        raise UserError("convert: the model has no nn.Conv2d or nn.Linear layer left to convert")
-    replaced: dict[int, AnalogLayer] = {}
+        raise UserError(f"convert: the model has no nn.Conv2d or nn.Linear layer left to convert{_instead(model)}")
+
+    analog, chip = _copy(model), Chip(seed)
+    _check_forwards(model, analog)
     for name, index in kept.items():
-        layer = analog.get_submodule(name)
-        converted = ANALOG[type(layer)].__new__(ANALOG[type(layer)])
-        converted._adopt(layer, variation, index, chip)
-        replaced[id(layer)] = converted
-    if "" in kept:  # the model is itself one layer
-        analog = next(iter(replaced.values()))
-    for module in list(analog.modules()):
-        for name, child in module._modules.items():
-            if id(child) in replaced:
-                module._modules[name] = replaced[id(child)]
+        AnalogLayer._become(analog.get_submodule(name), variation, index, chip, layers[name])
     _warn_uncovered(analog, exclude)
     return analog
 
 
 def _within(name: str, parents: Iterable[str]) -> bool:
-    return any(name == p or name.startswith(f"{p}.") for p in parents)
+    return any(not p or name == p or name.startswith(f"{p}.") for p in parents)
+
+
+def _check_convertible(model: nn.Module) -> None:
+    """Refuse what cannot be copied layer by layer."""
+    for name, module in model.named_modules():
+        where = f"its module {name!r}" if name else "the model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UserError(f"convert: {where} is compiled by TorchScript, which fixes its layers")
+        if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in module._parameters.values()):
+            raise UserError(f"convert: {where} is lazy and has no weights yet; run a batch through the model first")
+
+
+def _instead(model: nn.Module) -> str:
+    """The kinds of layers with weights that a model has, for a message."""
+    kinds = {
+        f"{type(m).__module__}.{type(m).__qualname__}"
+        for m in model.modules()
+        if type(m) not in ANALOG
+        and (next(m.parameters(recurse=False), None) is not None or "quantized" in str(type(m)))
+    }
+    return f" (it holds {', '.join(sorted(kinds)[:4])}, which cannot carry variation)" if kinds else ""
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy; of weights that pruning or weight normalisation derived from parameters, their values."""
+    derived = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    try:
+        with torch.inference_mode(False):
+            return copy.deepcopy(model, derived)
+    except Exception as error:  # whatever an attribute of the model raises when it is copied
+        raise UserError(f"convert: the model cannot be copied ({one_line(error, 200)})") from error
+
+
+def _check_forwards(model: nn.Module, copied: nn.Module) -> None:
+    """Refuse a copy whose patched `forward` still belongs to the original."""
+    originals = {id(module): name for name, module in model.named_modules()}
+    for name, module in copied.named_modules():
+        patched = vars(module).get("forward")
+        if patched is not None and any(id(held) in originals for held in _held(patched)):
+            where = f"of {name!r} " if name else ""
+            raise UserError(
+                f"convert: the forward {where}was replaced by a function that runs the original's layers, so that the "
+                "copy's would carry no variation; remove it (del model.forward), or make it a method of a class"
+            )
+
+
+def _held(function: Any, depth: int = 6) -> Iterator[nn.Module]:
+    """The modules that a callable holds: bound to it, in its closure, its defaults, or what it wraps."""
+    if depth == 0:
+        return
+    if isinstance(function, nn.Module):
+        yield function
+        return
+    parts: list[Any] = []
+    if isinstance(function, types.MethodType):
+        parts += [function.__self__, function.__func__]
+    if isinstance(function, partial):
+        parts += [function.func, *function.args, *function.keywords.values()]
+    for cell in getattr(function, "__closure__", None) or ():
+        try:
+            parts.append(cell.cell_contents)
+        except ValueError:  # an empty cell
+            continue
+    parts += [*(getattr(function, "__defaults__", None) or ()), getattr(function, "__wrapped__", None)]
+    for part in parts:
+        if isinstance(part, nn.Module) or callable(part):
+            yield from _held(part, depth - 1)
 
 
 def _warn_uncovered(analog: nn.Module, exclude: tuple[str, ...]) -> None:
@@ -176,11 +395,15 @@ def _warn_uncovered(analog: nn.Module, exclude: tuple[str, ...]) -> None:
         covered |= {id(p) for name in digital for p in module.get_submodule(name).parameters()}
         if isinstance(module, DIGITAL) or _within(prefix, exclude):
             covered |= {id(p) for p in module.parameters()}
-    left = [name for name, p in analog.named_parameters() if p.dim() > 1 and id(p) not in covered]
+    left = [
+        name
+        for name, p in analog.named_parameters()
+        if p.dim() > 1 and id(p) not in covered and not _within(name, exclude)
+    ]
     if left:
         warnings.warn(
             f"no variation on {', '.join(left)}: only nn.Conv2d and nn.Linear become analog; "
-            "name their modules in `exclude` if they are digital",
+            "name them, or their modules, in `exclude` if they are digital",
             CoverageWarning,
             stacklevel=3,
         )
@@ -190,6 +413,11 @@ def analog_layers(model: nn.Module) -> list[AnalogLayer]:
     """The layers that can carry variation, by layer index."""
     layers = (m for m in model.modules() if isinstance(m, AnalogLayer))
     return sorted(layers, key=lambda layer: layer.layer_index)
+
+
+def nominal_weight(layer: nn.Module) -> Tensor:
+    """The trained weights of a layer, analog or not, whatever chip is programmed."""
+    return layer.nominal if isinstance(layer, AnalogLayer) else layer.weight
 
 
 def chip_of(model: nn.Module) -> Chip:
@@ -208,97 +436,53 @@ def program(model: nn.Module, sample: int | None, first_layer: int = 0, seed: in
         sample: number of the chip in [0, 2^32), or None.
         first_layer: layers of a smaller index stay nominal (the sweep of Fig. 9).
         seed: another seed than the one given to `convert`, from now on.
+
+    Raises:
+        UserError: a sample outside its range, or a model that another thread is evaluating.
     """
     chip = chip_of(model)
+    _check_sample(sample)
+    if not chip.lock.acquire(blocking=False):
+        raise UserError("program: another thread is evaluating this model; give each thread a copy of its own")
+    try:
+        chip.sample, chip.first_layer = sample, first_layer
+        if seed is not None:
+            chip.seed = seed
+    finally:
+        chip.lock.release()
+
+
+def _check_sample(sample: int | None) -> None:
     if sample is not None and not 0 <= sample < 2**32:
         raise UserError(f"program: a sample lies in [0, 2^32), not {sample}")
-    chip.sample, chip.first_layer = sample, first_layer
-    if seed is not None:
-        chip.seed = seed
 
 
 @contextmanager
 def programmed(model: nn.Module, sample: int | None, first_layer: int = 0) -> Iterator[nn.Module]:
-    """`program` for the length of a block; what was programmed before is restored."""
-    chip = chip_of(model)
-    before = chip.sample, chip.first_layer
-    program(model, sample, first_layer)
-    try:
-        yield model
-    finally:
-        chip.sample, chip.first_layer = before
+    """`program` for the length of a block; what was programmed before is restored.
 
-
-def check_coverage(model: nn.Module, analog: nn.Module, inputs: Tensor, sample: int = 0) -> list[str]:
-    """Prove on real inputs that variation reaches each layer that should have it, and no other.
-
-    Runs `model` and `analog` in evaluation mode and compares, layer by layer and each on the input that it really
-    got: with nominal weights both agree exactly; with chip `sample` every analog layer gives what its varied weights
-    (drawn here from the address, not taken from the layer) give, and differs from nominal; every other layer that
-    holds parameters gives what the digital one gives.
-
-    Args:
-        model: the digital network; `analog`: the one that `convert` made of it; `inputs`: a batch.
-
-    Returns:
-        The names of the layers that carry variation.
-
-    Raises:
-        UserError: names the first layer that does not do what it should, e.g. one whose weight is used behind its
-            back, so that its forward is never called.
+    The model is this thread's for that long: another thread that asks for it waits.
     """
-    if next(model.parameters()).device != inputs.device:
-        raise UserError("check_coverage: model and inputs are on different devices")
-    was_training = model.training, analog.training
-    model.eval(), analog.eval()
-    seen: Calls = {}
-    names = {id(m): n for n, m in analog.named_modules()}
+    chip = chip_of(model)
+    _check_sample(sample)
+    with chip.lock:
+        before = chip.sample, chip.first_layer
+        chip.sample, chip.first_layer = sample, first_layer
+        try:
+            yield model
+        finally:
+            chip.sample, chip.first_layer = before
 
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        seen.setdefault(names[id(module)], []).append((args, kwargs, output))
 
-    leaves = [m for m in analog.modules() if _has_own_parameters(m)]
-    hooks = [m.register_forward_hook(record, with_kwargs=True) for m in leaves]
+@contextmanager
+def keeping(model: nn.Module) -> Iterator[None]:
+    """Draw each layer's weights once a chip, not once a forward pass, for the length of a block.
+
+    For loops over many batches, in which nobody changes the nominal weights.
+    """
+    chip = chip_of(model)
+    before, chip.drawn = chip.drawn, {}
     try:
-        with torch.no_grad():
-            with programmed(analog, None):
-                if not torch.equal(model(inputs), analog(inputs)):
-                    raise UserError("check_coverage: with nominal weights the two models differ")
-            seen.clear()
-            with programmed(analog, sample):
-                analog(inputs)
-                for layer in leaves:
-                    _check_layer(names[id(layer)], layer, model, seen)
+        yield
     finally:
-        for hook in hooks:
-            hook.remove()
-        model.train(was_training[0]), analog.train(was_training[1])
-    return [names[id(layer)] for layer in analog_layers(analog)]
-
-
-def _has_own_parameters(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters(recurse=False))
-
-
-def _check_layer(name: str, layer: nn.Module, model: nn.Module, seen: Calls) -> None:
-    original = model.get_submodule(name)
-    if name not in seen:
-        if isinstance(layer, AnalogLayer):
-            raise UserError(f"check_coverage: {name} is never called, so its variation has no effect")
-        return  # not called in a digital layer: nothing that could carry variation
-    for args, kwargs, y in seen[name]:
-        if not isinstance(layer, AnalogLayer):
-            if not torch.equal(_first(y), _first(original(*args, **kwargs))):
-                raise UserError(f"check_coverage: {name} is digital, yet its output changes with the chip")
-            continue
-        weight = layer.variation.sample(original.weight, layer.chip.seed, layer.layer_index, layer.chip.sample)
-        wanted = torch.func.functional_call(original, {"weight": weight}, args, kwargs)
-        if not torch.equal(y, wanted):
-            raise UserError(f"check_coverage: {name} does not give what its chip's weights give")
-        if torch.equal(weight, original.weight):
-            raise UserError(f"check_coverage: {name} carries no variation")
-
-
-def _first(output: object) -> Tensor:
-    """The output of a layer, or its first part where it gives several (attention, recurrent layers)."""
-    return output if isinstance(output, Tensor) else output[0]
+        chip.drawn = before

@@ -22,6 +22,7 @@ What torch computes in float32 here is float32, whatever is set for TF32 outside
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -37,6 +38,7 @@ from correctnet.arithmetic import Precision
 from correctnet.errors import UserError
 from correctnet.graph import Unsupported, call, in_place, trace
 from correctnet.lowering import METHODS, Lowering, Method, PlanStep, TorchStep
+from correctnet.probe import left_alone, run
 from correctnet.variation import LogNormalVariation
 
 BLOCK = 1024  # images that a plan holds at a time, at most: enough that drawing a chip's weights does not count
@@ -45,6 +47,8 @@ LANES = 16  # images of one vector in the core
 MEMORY = 2 << 30  # bytes
 # Of the largest output; a wrongly translated network is off by a hundred times as much.
 CHECK_TOLERANCE = 1e-3
+# As often as torch's own error in float32 the core's may be as large, where a network magnifies rounding.
+ILL_CONDITIONED = 10
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Report:
         torch: every operation that runs through torch, as "name (what it is)".
         plans: how many pieces the core runs.
         reason: why nothing runs in the core, in one line, or None.
+        unused: the analog layers that the network does not use when it is evaluated.
         library: whether nothing is to run in the core but the noise (`Engine`'s method "library").
     """
 
@@ -66,6 +71,7 @@ class Report:
     plans: int = 0
     reason: str | None = None
     library: bool = False
+    unused: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.library:
@@ -78,6 +84,8 @@ class Report:
             parts.append(f"unfused: {', '.join(self.unfused)}")
         if self.torch:
             parts.append(f"through torch: {', '.join(self.torch)}")
+        if self.unused:
+            parts.append(f"not used: {', '.join(self.unused)}")
         return "; ".join(parts)
 
 
@@ -85,7 +93,8 @@ class Engine:
     """A network on many chip samples.
 
     Args:
-        model: from `correctnet.analog.convert`; it is put into evaluation mode.
+        model: from `correctnet.analog.convert`. The engine computes what it computes in evaluation mode; it is left
+            as it is, and shares its tensors.
         example: inputs like those to come, (at least 1, C, H, W) or (at least 1, features).
         first_layer: layers of a smaller index stay nominal.
         precision: "float32", or "bfloat16" for weights and activations (sums are float32).
@@ -100,7 +109,8 @@ class Engine:
         library: whether they make the weights alone.
 
     Raises:
-        Unsupported: the core can run nothing of the network; `describe` gives a `Report` with the `reason` instead.
+        Unsupported: the core can run nothing of the network, or not as torch does; `describe` gives a `Report` with the
+            `reason` instead.
     """
 
     def __init__(
@@ -115,7 +125,7 @@ class Engine:
         check_method(method)
         if precision not in ("float32", "bfloat16"):
             raise UserError(f"engine: precision must be 'float32' or 'bfloat16', not {precision!r}")
-        self._model, self._first_layer, self._memory = model.eval(), first_layer, memory
+        self._model, self._first_layer, self._memory = model, first_layer, memory
         self._chip = chip_of(model)
         graph = Lowering(trace(model, example))
         self.on_gpu = cuda.reaches(graph.device)
@@ -138,7 +148,10 @@ class Engine:
         self._check(graph, example)
 
     def _check(self, graph: Lowering, example: Tensor) -> None:
-        """Compare with torch on a chip of its own: a network that was misread must never give an accuracy."""
+        """Compare with torch on a chip of its own: a network that was misread must never give an accuracy.
+
+        Raises Unsupported, with the reason, where they differ: torch's outputs are those that count.
+        """
         sample = 0 if self._chip.sample is None else self._chip.sample
         images = example[:LANES]
         steps, precision = self._steps, self._precision
@@ -149,15 +162,42 @@ class Engine:
             found = self.outputs(images, [sample])[0]
         finally:
             self._steps, self._precision = steps, precision
-        with torch.no_grad(), programmed(self._model, sample, self._first_layer), full_float32(self._device):
-            wanted = self._model(images)
+        wanted = self._by_torch(self._model, images, sample)
+        if not isinstance(wanted, Tensor) or found.shape != wanted.shape:
+            raise Unsupported("the core's outputs are not of the shape of torch's; please report this network")
+        if not wanted.isfinite().all():
+            raise Unsupported(f"its outputs on chip {sample} are not all finite")
         scale = wanted.abs().max().item()
         error = (found - wanted).abs().max().item()
-        if found.shape != wanted.shape or (math.isfinite(scale) and not error <= CHECK_TOLERANCE * scale):
-            raise UserError(
-                f"engine: the core's outputs differ from torch's by {error:.3g} of {scale:.3g}; "
-                "please report this network, and use engine='torch' meanwhile"
-            )
+        if error <= CHECK_TOLERANCE * scale:
+            return
+        if not torch.equal(wanted, self._by_torch(self._model, images, sample)):
+            raise Unsupported("its outputs change from call to call on one chip")
+        exact = self._in_float64(images, sample)
+        if exact is not None:
+            core, own = ((outputs.double() - exact).abs().max().item() for outputs in (found, wanted))
+            if core <= ILL_CONDITIONED * own:
+                raise Unsupported(
+                    f"it is ill-conditioned: on chip {sample} torch's own float32 is off by {own:.3g} of {scale:.3g} "
+                    "from float64"
+                )
+        raise Unsupported(
+            f"the core's outputs differ from torch's by {error:.3g} of {scale:.3g} on chip {sample}; please report "
+            "this network"
+        )
+
+    @torch.no_grad()
+    def _by_torch(self, model: nn.Module, images: Tensor, sample: int) -> Tensor:
+        """What torch computes for the network on a chip."""
+        with left_alone(model), programmed(model, sample, self._first_layer), full_float32(self._device):
+            return run(model, images, "engine")
+
+    def _in_float64(self, images: Tensor, sample: int) -> Tensor | None:
+        """The same in float64, with the same weights on the chip; None where the network's code takes float32 alone."""
+        try:
+            return self._by_torch(copy.deepcopy(self._model).double(), images.double(), sample)
+        except UserError:
+            return None
 
     @torch.no_grad()
     def outputs(self, images: Tensor, samples: Sequence[int]) -> Tensor:
@@ -175,20 +215,28 @@ class Engine:
     @torch.no_grad()
     def count_correct(self, images: Tensor, labels: Tensor, samples: Sequence[int]) -> list[int]:
         """On how many of `images` the largest output is the label's, for each chip; images (N, ...), labels (N,)."""
+        return self.count(images, labels, samples)[0]
+
+    @torch.no_grad()
+    def count(self, images: Tensor, labels: Tensor, samples: Sequence[int]) -> tuple[list[int], list[int]]:
+        """For each chip, on how many of `images` the largest output is the label's, and on how many one is not finite.
+
+        An image with a NaN among its outputs is not counted as correct. images (N, ...), labels (N,).
+        """
         _check_samples(samples)
         if len(images) == 0 or len(images) != len(labels):
             raise UserError(f"engine: {len(images)} images and {len(labels)} labels")
         images, labels = images.to(self._device), labels.to(self._device)
-        correct = [0] * len(samples)
+        found = [[0] * len(samples), [0] * len(samples)]
         size = self.block(len(images), len(samples))
         for x, y in zip(images.split(size), labels.split(size), strict=True):
             if self._whole:
-                counts = self._whole.count_correct(x, y, self._chip.seed, samples, self._memory)
+                counts = self._whole.count(x, y, self._chip.seed, samples, self._memory)
             else:
                 # Read in one go: each look at a GPU waits for it.
-                counts = torch.stack([(o.argmax(1) == y).sum() for o in self._run(x, samples)]).tolist()
-            correct = [a + int(b) for a, b in zip(correct, counts, strict=True)]
-        return correct
+                counts = torch.stack([classified(o, y) for o in self._run(x, samples)], dim=1).tolist()
+            found = [[a + int(b) for a, b in zip(*pair, strict=True)] for pair in zip(found, counts, strict=True)]
+        return found[0], found[1]
 
     def block(self, images: int, samples: int) -> int:
         """How many images to take at a time: equal parts that fit the memory, of at most 1,024 on a CPU.
@@ -219,7 +267,7 @@ class Engine:
             return
         if self.library and self._precision == "bfloat16" and images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)  # as cuDNN's bfloat16 kernels take them
-        shared: dict[fx.Node, Any] = {self._input: images}
+        shared: dict[fx.Node, Any] = {self._input: images.clone()}  # the network may change its input in place
         with programmed(self._model, None), self._arithmetic():
             for step in self._steps:
                 if not step.sampled:
@@ -290,6 +338,13 @@ class Engine:
         return sum(c[0] for c in costs), sum(c[1] for c in costs), sum(c[2] for c in costs)
 
 
+def classified(outputs: Tensor, labels: Tensor) -> Tensor:
+    """(2,) int64: on how many images the first largest output is the label's and none is NaN; how many have one that
+    is not finite. outputs (N, classes), labels (N,)."""
+    correct = (outputs.argmax(1) == labels) & ~outputs.isnan().any(1)
+    return torch.stack([correct.sum(), (~outputs.isfinite()).any(1).sum()])
+
+
 def describe(model: nn.Module, example: Tensor, first_layer: int = 0) -> Report:
     """What of a converted network the core would run; a network that it cannot run at all has a `reason`."""
     try:
@@ -350,7 +405,7 @@ def _up(n: int, multiple: int) -> int:
 
 def _nominal(layer: AnalogLayer, precision: Precision) -> Tensor:
     """A layer's weights as the noise's kernel reads them and a library wants them: in bfloat16 channels_last."""
-    weight = layer.weight.detach().float()
+    weight = layer.nominal.detach().float()
     last = weight.dim() == 4 and precision == "bfloat16"
     return weight.contiguous(memory_format=torch.channels_last) if last else weight.contiguous()
 
@@ -399,6 +454,7 @@ def _report(graph: Lowering, steps: list[TorchStep], library: bool) -> Report:
         torch=tuple(f"{n.name} ({_what(graph.root, n)})" for n in through),
         plans=sum(isinstance(s, PlanStep) for s in steps),
         library=library,
+        unused=graph.unused,
     )
 
 

@@ -53,7 +53,6 @@ def costs(settings: Settings) -> Costs:
 
     def sample() -> None:
         program(analog, 0)
-        analog._cached = None
         analog.chip_weight()
 
     network = convert(model.eval(), variation.LogNormalVariation(max(s.variation.sigma, 0.1)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -12,10 +13,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
+from torch.fx.node import map_aggregate
+from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
 from correctnet import cuda, native
-from correctnet.analog import AnalogConv2d, AnalogLayer, AnalogLinear, programmed
+from correctnet.analog import AnalogConv2d, AnalogLayer, AnalogLinear, analog_layers, programmed
 from correctnet.errors import UserError, one_line
 from correctnet.variation import LogNormalVariation
 
@@ -24,11 +26,14 @@ class Unsupported(Exception):
     """The core cannot run this network at all; the message says why."""
 
 
-class _ShapesAndSizes(ShapeProp):
-    """Notes the whole numbers, too: a pool's window may be the width of what it reads."""
+class _Shapes(fx.Interpreter):
+    """Runs a graph and notes the shape of each value, and the whole numbers: a pool's window may be a width."""
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
+        meta = map_aggregate(result, lambda v: _extract_tensor_metadata(v) if isinstance(v, Tensor) else None)
+        if isinstance(result, Tensor) or (isinstance(meta, list | tuple) and any(m is not None for m in meta)):
+            n.meta["tensor_meta"] = meta
         if isinstance(result, int) and not isinstance(result, bool):
             n.meta["size"] = result
         return result
@@ -47,11 +52,18 @@ def _hooked(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Traced:
-    """A network as a graph whose nodes know their shapes."""
+    """A network as a graph whose nodes know their shapes.
+
+    Attributes:
+        root: the graph, over modules that share the network's tensors but are not its own.
+        input, output: its first and its last value.
+        unused: names of the analog layers that the graph does not reach.
+    """
 
     root: fx.GraphModule
     input: fx.Node
     output: fx.Node
+    unused: tuple[str, ...] = ()
 
 
 def trace(model: nn.Module, example: Tensor) -> Traced:
@@ -71,22 +83,57 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
         raise Unsupported(f"the model is on {device}, and {cuda.status().reason}")
     if any(p.dtype != torch.float32 for p in model.parameters()) or example.dtype != torch.float32:
         raise Unsupported("its parameters or its inputs are not float32")
+    try:
+        with programmed(model, None):
+            return _traced(_twin(model), example)
+    except Unsupported:
+        raise
+    except Exception as error:  # whatever the network's own code raises when it is traced, or run as a graph
+        raise Unsupported(f"torch.fx cannot trace it ({one_line(error, 160)})") from error
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode that shares tensors, variation and chip: tracing leaves its marks in the copy."""
+    shared: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+            if isinstance(tensor, Tensor):
+                shared[id(tensor)] = tensor
+        if isinstance(module, AnalogLayer):
+            shared |= {id(module.chip): module.chip, id(module.variation): module.variation}
+    return copy.deepcopy(model, shared).eval()
+
+
+def _traced(model: nn.Module, example: Tensor) -> Traced:
     # A layer that is itself the network would be traced through, and its variation with it.
     root = nn.Sequential(model) if isinstance(model, AnalogLayer) or _hooked(model) else model
-    try:
-        graph = _Tracer().trace(root)
-    except Exception as error:  # whatever the network's own code raises when it is traced
-        raise Unsupported(f"torch.fx cannot trace it ({one_line(error, 160)})") from error
+    graph = _Tracer().trace(root)
     nodes = list(graph.nodes)
     inputs = [n for n in nodes if n.op == "placeholder"]
     (last,) = (n for n in nodes if n.op == "output")
     if len(inputs) != 1 or not isinstance(last.args[0], fx.Node):
         raise Unsupported("it has more than one input or output")
     module = fx.GraphModule(root, graph)
-    with torch.no_grad(), programmed(model, None):
+    _keep_layers(module, root)
+    with torch.no_grad():
         # Two images, whatever comes: a size of 1 would make a batch look like a feature.
-        _ShapesAndSizes(module).propagate(example[:1].expand(2, *example.shape[1:]).contiguous())
-    return Traced(module, inputs[0], last.args[0])
+        _Shapes(module).run(example[:1].expand(2, *example.shape[1:]).contiguous())
+    reached = set(analog_layers(module))
+    unused = tuple(n for n, m in root.named_modules() if isinstance(m, AnalogLayer) and m not in reached)
+    return Traced(module, inputs[0], last.args[0], unused)
+
+
+def _keep_layers(module: fx.GraphModule, root: nn.Module) -> None:
+    """Put the analog layers in the places from which a graph reads their weights without calling them.
+
+    GraphModule leaves bare parameters there, which are nominal on every chip.
+    """
+    for node in module.graph.nodes:
+        name = node.target.rpartition(".")[0] if node.op == "get_attr" else ""
+        layer = root.get_submodule(name) if name else None
+        if isinstance(layer, AnalogLayer):
+            parent, _, child = name.rpartition(".")
+            module.get_submodule(parent)._modules[child] = layer
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
@@ -123,7 +170,7 @@ def call(root: nn.Module, node: fx.Node, values: dict[fx.Node, Any], weights: di
     if node.op == "call_method":
         return getattr(args[0], node.target)(*args[1:], **kwargs)
     if node.op == "get_attr":
-        return operator.attrgetter(node.target)(root)
+        return weights["weight"] if weights else operator.attrgetter(node.target)(root)
     return node.target(*args, **kwargs)
 
 

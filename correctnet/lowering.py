@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from correctnet import cuda
-from correctnet.analog import AnalogLayer
+from correctnet.analog import AnalogLayer, nominal_weight
 from correctnet.arithmetic import Precision
 from correctnet.graph import Op, Traced, changed_by, op_of, shape_of
 from correctnet.variation import LogNormalVariation
@@ -66,6 +66,12 @@ class PlanStep(TorchStep):
             _images(x).numpy(), labels, seed=seed, samples=list(samples), threads=threads
         )
         return correct.tolist()
+
+    def count(
+        self, x: Tensor, labels: Tensor, seed: int, samples: Sequence[int], memory: int
+    ) -> tuple[list[int], list[int]]:
+        """MERGE: replaced by the kernels' own."""
+        return self.count_correct(x, labels, seed, samples, memory), [0] * len(samples)
 
     def bytes(self, images: int, samples: int) -> int:
         """That a run takes beside the images; on a GPU for a few chips at once, which is the least that pays."""
@@ -132,6 +138,7 @@ class Lowering:
 
     def __init__(self, traced: Traced):
         self.root, self.input, self.output = traced.root, traced.input, traced.output
+        self.unused = traced.unused
         self.device = next(self.root.parameters()).device
         self.ops: dict[fx.Node, Op] = {}
         self.sources: dict[fx.Node, fx.Node] = {}  # of a plan's value, the one value that the plan begins with
@@ -167,7 +174,14 @@ class Lowering:
         ]
 
     def varied(self, node: fx.Node, first_layer: int) -> dict[str, AnalogLayer]:
-        """By name within the module that a step calls, its layers whose weights differ from chip to chip."""
+        """By name within the module that a step calls, its layers whose weights differ from chip to chip.
+
+        A step that reads a layer's weight without calling it has that layer, without a name.
+        """
+        if node.op == "get_attr":
+            owner, _, name = node.target.rpartition(".")
+            layer = self.root.get_submodule(owner)
+            return {"": layer} if name == "weight" and _noise(layer, first_layer) else {}
         if node.op != "call_module":
             return {}
         return {n: m for n, m in self.root.get_submodule(node.target).named_modules() if _noise(m, first_layer)}
@@ -177,8 +191,9 @@ class Lowering:
         module = self.root.get_submodule(node.target) if node.op == "call_module" else None
         if not isinstance(module, (nn.Conv2d, nn.Linear)) or not shape_of(node):
             return 0.0, 0
-        pixels = math.prod(shape_of(node)) // module.weight.shape[0]  # or vectors, for a linear layer
-        return 2.0 * module.weight.numel() * pixels, module.weight.numel()
+        weight = nominal_weight(module)
+        pixels = math.prod(shape_of(node)) // weight.shape[0]  # or vectors, for a linear layer
+        return 2.0 * weight.numel() * pixels, weight.numel()
 
     def _planned(self, node: fx.Node) -> bool:
         """Whether a plan is to compute the value: where no layer is in it, torch is as fast."""
@@ -248,7 +263,7 @@ class Lowering:
             chain.shift = chain.shift + chain.scale * _bias(layer)
             return plan.conv(
                 x[0],
-                layer.weight.detach().permute(0, 2, 3, 1).contiguous().cpu().numpy(),
+                nominal_weight(layer).detach().permute(0, 2, 3, 1).contiguous().cpu().numpy(),
                 stride=layer.stride,
                 padding=padding,
                 dilation=layer.dilation,
@@ -260,7 +275,7 @@ class Lowering:
         if op.kind == "linear":
             layer = op.detail
             chain.shift = chain.shift + chain.scale * _bias(layer)
-            weight = layer.weight.detach().contiguous().cpu().numpy()
+            weight = nominal_weight(layer).detach().contiguous().cpu().numpy()
             return plan.linear(x[0], weight, noise=_noise(layer, first_layer), pointwise=chain.pointwise())
         if op.kind in ("max_pool", "average_pool"):
             return getattr(plan, op.kind)(x[0], *op.detail)

@@ -10,11 +10,12 @@ goes through torch, and a warning names it.
 
 from __future__ import annotations
 
-import math
+import hashlib
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,71 +25,63 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from correctnet import storage
-from correctnet.analog import chip_of, program, programmed
+from correctnet.analog import AnalogLayer, analog_layers, chip_of, keeping, programmed
 from correctnet.arithmetic import Precision
-from correctnet.data import Split
-from correctnet.engine import BLOCK, GPU_BLOCK, MEMORY, Engine, Method, Unsupported, check_method
+from correctnet.batches import Batch, Batches, Data, check_outputs, looks_across
+from correctnet.engine import BLOCK, GPU_BLOCK, MEMORY, Engine, Method, Unsupported, check_method, classified
 from correctnet.errors import UserError
-from correctnet.results import COLUMNS, Result
+from correctnet.probe import check_reached, left_alone, run, same
+from correctnet.results import COLUMNS, IDENTITY, Result
 
 # A chunk of chips is what an interruption loses: floating-point operations a thread, of which a core does some 5e10 a
 # second. A call into the core cannot be interrupted and prepares its images anew: the first may take so many
 # operations, and those behind it as many as take about so many seconds.
 CHUNK_FLOP, CALL_FLOP, CALL_SECONDS = 1e12, 1e10, 1.0
 GPU_THREADS = 256  # that a GPU counts for, at least
-
-Batches = Split | tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
-
-
-def _batches(data: Batches, size: int) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
-    """A function that iterates over (images, labels) batches anew at each call."""
-    if isinstance(data, Split):
-        data = (data.images, data.labels)
-    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
-        images, labels = data
-        if len(images) != len(labels) or len(images) == 0:
-            raise UserError(f"evaluate: {len(images)} images and {len(labels)} labels")
-        return lambda: zip(images.split(size), labels.split(size), strict=True)
-    if iter(data) is data:
-        raise UserError("evaluate: data must be a tensor pair or a loader that can be iterated over many times")
-    return lambda: iter(data)
+TRIED = 3  # chips whose outputs must differ from the nominal ones
 
 
 def count_correct(model: nn.Module, data: Batches, batch: int = 100) -> tuple[int, int]:
-    """(correctly classified images, images) of `data`, with the weights that `model` has now."""
-    return _count(model, _batches(data, batch)())
+    """(correctly classified images, images) of `data`, with the weights that `model` has now.
+
+    Raises UserError for data that `evaluate` would refuse.
+    """
+    with left_alone(model):
+        found = Data(data, batch)
+        correct, _ = _count(model, found, found.largest)
+    return correct, found.images
 
 
 @torch.no_grad()
-def _count(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[int, int]:
-    model.eval()
+def _count(model: nn.Module, batches: Data, largest: int) -> tuple[int, int]:
+    """How many images are classified correctly, and how many have outputs that are not finite."""
     device = next(model.parameters()).device
-    correct = total = 0
+    counts = torch.zeros(2, dtype=torch.int64, device=device)
     for images, labels in batches:
         images = images.to(device)
         if images.dim() == 4:  # convolutions on a CPU are about 1.4 times faster in this order
             images = images.contiguous(memory_format=torch.channels_last)
-        correct += (model(images).argmax(1) == labels.to(device)).sum().item()
-        total += len(labels)
-    if total == 0:
-        raise UserError("evaluate: the data holds no images")
-    return correct, total
+        outputs = check_outputs(run(model, images), images, largest)
+        counts += classified(outputs, labels.to(device))
+    return tuple(counts.tolist())
 
 
 def clean_accuracy(model: nn.Module, data: Batches, batch: int = 100) -> float:
-    """Accuracy with nominal weights; `model` converted or not."""
-    try:
-        chip_of(model)
-    except UserError:
-        correct, total = count_correct(model, data, batch)
-    else:
+    """Accuracy with nominal weights; `model` converted or not. Raises UserError for data that `evaluate` refuses."""
+    if any(isinstance(module, AnalogLayer) for module in model.modules()):
         with programmed(model, None):
             correct, total = count_correct(model, data, batch)
+    else:
+        correct, total = count_correct(model, data, batch)
     return correct / total
 
 
 class EngineWarning(UserWarning):
     """The network, or a part of it, runs through torch instead of the C++ core."""
+
+
+class OutputWarning(UserWarning):
+    """Outputs of the network are NaN or infinite, or change from call to call."""
 
 
 def evaluate(
@@ -112,8 +105,11 @@ def evaluate(
     """Accuracy of chips `start`, ..., `start + chips - 1` over all of `data`.
 
     Args:
-        model: from `correctnet.analog.convert`.
-        data: a `Split`, an (images, labels) pair of tensors, or a loader of such batches that can be iterated often.
+        model: from `correctnet.analog.convert`. It is evaluated in evaluation mode; its modes, the chip that it
+            carries, and the random generators of torch, numpy and Python are what they were before.
+        data: a `Split`, an (images, labels) pair of tensors, or a loader of such batches that can be iterated often
+            and gives the same images each time. images (N, ...), labels (N,) classes; the network gives (N, classes).
+            Where it looks across a batch, a loader's batches are kept, and those of tensors are of `batch` images.
         chips: how many chip samples, >= 1.
         start: number of the first; chip 137 is the same chip whatever `start` and `chips` are.
         first_layer: layers of a smaller index stay nominal.
@@ -126,17 +122,25 @@ def evaluate(
         chunk: chips that are taken over all images before the next ones are begun; None: as many as take some twenty
             seconds in the core, and one in torch.
         save: a file for the rows of the chips that are done, written after every chunk. Chips that it holds already
-            are not evaluated again; whether they were of the same model and data is the caller's to know.
+            are not evaluated again. Rows of another model, device, seed or data, or of other settings, are refused.
         prepare: called with the model after each chip is programmed (e.g. to recalibrate its BatchNorm). As the model
-            is not the same on all chips then, each has an engine of its own.
+            is not the same on all chips then, each has an engine of its own; each begins with the parameters and
+            buffers that the model has now, and these are put back at the end.
         progress: show a progress bar, and warn of what runs through torch.
         title: of the bar.
 
     Returns:
-        A `Result` with one row a chip.
+        A `Result` with one row a chip. An image counts as correct where the first largest output is its label's and no
+        output is NaN.
+
+    Warns:
+        EngineWarning: what runs through torch, and why.
+        OutputWarning: outputs that are not finite, or change from call to call.
+        CoverageWarning: layers that the network does not use.
 
     Raises:
-        UserError: a model without variation, no chips, or no images.
+        UserError: a model without variation, variation that does not reach the layers that should carry it (then there
+            is no accuracy), no chips, or data that are not as above.
     """
     if chips < 1 or (chunk is not None and chunk < 1):
         raise UserError(f"evaluate: chips and chunk must be at least 1, not {chips} and {chunk}")
@@ -144,132 +148,236 @@ def evaluate(
         raise UserError(f"evaluate: engine must be 'auto' or 'torch', not {engine!r}")
     check_method(gpu_method)
     chip = chip_of(model)
-    rows = storage.resume(save, _read_rows, [])
-    have = {row["sample"] for row in rows}
-    todo = [sample for sample in range(start, start + chips) if sample not in have]
-    if todo:
-        images = sum(len(labels) for _, labels in _batches(data, BLOCK)())
-        count, size = None, 1
-        if engine == "auto":
-            how = precision, memory, gpu_method
-            count, size = _engine_counter(model, _batches(data, BLOCK), images, first_layer, *how)
-        if count is None:
-            count = _torch_counter(model, _batches(data, batch), first_layer, prepare)
-        elif prepare is not None:
-            count, size = _prepared_counter(model, _batches(data, BLOCK), first_layer, *how, prepare), 1
-        total, size = images * chips, chunk or size
-        with tqdm(desc=title, unit="image", unit_scale=True, total=total, disable=not progress, mininterval=1) as bar:
-            bar.update(images * (chips - len(todo)))
-            for i in range(0, len(todo), size):
-                samples = todo[i : i + size]
-                correct = count(samples, bar.update)
-                rows += [
-                    dict(zip(COLUMNS, (s, c, images, c / images, chip.seed), strict=True))
-                    for s, c in zip(samples, correct, strict=True)
-                ]
-                if save:
-                    storage.write_csv(Path(save), pd.DataFrame(rows, columns=COLUMNS))
-    table = pd.DataFrame(rows, columns=COLUMNS).sort_values("sample", ignore_index=True)
+    if start < 0 or start + chips > 2**32:
+        raise UserError(f"evaluate: chips lie in [0, 2^32), not {start} to {start + chips - 1}")
+    with left_alone(model), programmed(model, None), _put_back(model, prepare) as put_back:
+        images = Data(data, batch, memory)
+        run_settings = f"first_layer={first_layer} engine={engine} precision={precision} batch={batch}"
+        if prepare is not None:
+            run_settings += f" prepare={getattr(prepare, '__qualname__', type(prepare).__name__)}"
+        identity = {
+            "seed": chip.seed,
+            "images": images.images,
+            "data": images.digest,
+            "device": _device_text(model),
+            "model": _state_digest(model),
+        }
+        saved = {**identity, "settings": run_settings}
+        rows = storage.resume(save, lambda path: _read_rows(path, saved), [])
+        _check_rows(save, rows, saved)
+        have = {row["sample"] for row in rows}
+        todo = [sample for sample in range(start, start + chips) if sample not in have]
+        bad: dict[int, int] = {}
+        if todo:
+            simulation = _Simulation(first_layer, precision, memory, gpu_method, prepare, put_back)
+            count, size = _counter(model, images, todo, engine, simulation)
+            total, size = images.images * chips, chunk or size
+            with tqdm(
+                desc=title, unit="image", unit_scale=True, total=total, disable=not progress, mininterval=1
+            ) as bar:
+                bar.update(images.images * (chips - len(todo)))
+                for i in range(0, len(todo), size):
+                    samples = todo[i : i + size]
+                    for sample, (correct, not_finite) in zip(samples, count(samples, bar.update), strict=True):
+                        if not 0 <= correct <= images.images:
+                            raise RuntimeError(f"evaluate: {correct} of {images.images} images are correct")
+                        if not_finite:
+                            bad[sample] = not_finite
+                        own = {"sample": sample, "correct": correct, "accuracy": correct / images.images}
+                        rows.append({**own, **saved})
+                    if save:
+                        columns = [*COLUMNS, *IDENTITY, "settings"]
+                        storage.write_csv(Path(save), pd.DataFrame(rows, columns=columns))
+        if bad:
+            listed = ", ".join(map(str, list(bad)[:5])) + (", ..." if len(bad) > 5 else "")
+            warnings.warn(
+                f"outputs that are NaN or infinite on {len(bad)} of {len(todo)} chips ({listed}), for up to "
+                f"{max(bad.values())} of {images.images} images; an image with a NaN is counted as wrong",
+                OutputWarning,
+                stacklevel=2,
+            )
+    table = pd.DataFrame(rows, columns=[*COLUMNS, *IDENTITY]).sort_values("sample", ignore_index=True)
     return Result(table[table["sample"].between(start, start + chips - 1)].reset_index(drop=True))
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
+def _device_text(model: nn.Module) -> str:
+    """The device model in words: its name and settings, without the moments that follow from them."""
+    described = dict(analog_layers(model)[0].variation.describe())
+    name = described.pop("model", type(analog_layers(model)[0].variation).__name__)
+    settings = (f"{key}={value}" for key, value in described.items() if key not in ("mean", "cv"))
+    return f"{name}({', '.join(settings)})"
+
+
+def _state_digest(model: nn.Module) -> str:
+    """A digest of the network: its modules' kinds, its parameters and buffers, and which layers vary."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, module in model.named_modules():
+        index = module.layer_index if isinstance(module, AnalogLayer) else ""
+        digest.update(f"{name}:{type(module).__qualname__}:{index};".encode())
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _read_rows(path: Path, saved: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of chips that `save` holds."""
-    return storage.read_csv(path)[COLUMNS].to_dict("records")
+    text = [name for name, value in saved.items() if isinstance(value, str)]
+    return storage.read_csv(path, text=text)[[*COLUMNS, *IDENTITY, "settings"]].to_dict("records")
 
 
-# From chip samples, and a function that is told how many images were classified, the correct ones of each chip.
-Counter = Callable[[Sequence[int], Callable[[int], object]], list[int]]
+def _check_rows(save: str | Path | None, rows: list[dict[str, Any]], saved: dict[str, Any]) -> None:
+    """Refuse rows of another simulation."""
+    for row in rows:
+        for name, wanted in saved.items():
+            if row[name] != wanted:
+                raise UserError(
+                    f"evaluate: {save} holds chips of another simulation ({name}: {row[name]} there, {wanted} asked "
+                    "for); give another file, or delete it"
+                )
 
 
-def _torch_counter(
-    model: nn.Module,
-    batches: Callable[[], Iterator[tuple[Tensor, Tensor]]],
-    first_layer: int,
-    prepare: Callable[[nn.Module], None] | None,
-) -> Counter:
+# From chip samples, and a function that is told how many images were classified: for each chip, on how many images it
+# is correct, and how many have outputs that are not finite.
+Counter = Callable[[Sequence[int], Callable[[int], object]], list[tuple[int, int]]]
+
+
+@dataclass(frozen=True)
+class _Simulation:
+    """How chips are simulated; the arguments of `evaluate` that all counters take."""
+
+    first_layer: int
+    precision: Precision
+    memory: int
+    method: Method
+    prepare: Callable[[nn.Module], None] | None
+    put_back: Callable[[], None]
+
+    def ready(self, model: nn.Module) -> None:
+        """Prepare the chip that is programmed now, from the state that the model came with."""
+        if self.prepare is not None:
+            self.put_back()
+            self.prepare(model)
+            model.eval()
+
+    def engine(self, model: nn.Module, example: Tensor) -> Engine:
+        """An engine for the model as it is now."""
+        example = example.to(next(model.parameters()).device)
+        return Engine(model, example, self.first_layer, self.precision, self.memory, self.method)
+
+
+@contextmanager
+def _put_back(model: nn.Module, prepare: object) -> Iterator[Callable[[], None]]:
+    """A function that puts parameters and buffers back to what they are now; called at the end, too."""
+    if prepare is None:
+        yield lambda: None
+        return
+    before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+    @torch.no_grad()
+    def restore() -> None:
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(before[name])
+
+    try:
+        yield restore
+    finally:
+        restore()
+
+
+def _counter(
+    model: nn.Module, data: Data, samples: Sequence[int], engine: str, simulation: _Simulation
+) -> tuple[Counter, int]:
+    """What counts, and the chips of a chunk: the core, or torch, with a warning, where the core cannot do it.
+
+    The network is tried on a few images before: variation must reach its layers, and its outputs be classes.
+    """
+    device = next(model.parameters()).device
+    few = data.head[0].to(device)
+    with torch.no_grad():
+        nominal = check_outputs(run(model, few), few, data.largest)
+        check_reached(model, few, samples[:TRIED], simulation.first_layer)
+        if not same(nominal, run(model, few)):
+            warnings.warn(
+                "the network's outputs change from call to call on one chip, and its accuracies with them",
+                OutputWarning,
+                stacklevel=3,
+            )
+            reason = "its outputs change from call to call"
+        elif looks_across(lambda x: run(model, x), few):
+            reason = "its output for an image depends on the others of the batch, whose batches are kept"
+        elif not data.uniform:
+            reason = "the images have several shapes or types"
+        else:
+            reason = None
+    if engine == "auto" and reason is None:
+        try:
+            return _engine_counter(model, data, simulation)
+        except Unsupported as error:
+            reason = str(error)
+    if engine == "auto":
+        warnings.warn(f"everything runs through torch: {reason}", EngineWarning, stacklevel=3)
+    return _torch_counter(model, data, simulation), 1
+
+
+def _torch_counter(model: nn.Module, data: Data, simulation: _Simulation) -> Counter:
     """Chip by chip through torch."""
 
-    def count(samples: Sequence[int], done: Callable[[int], object]) -> list[int]:
+    def count(samples: Sequence[int], done: Callable[[int], object]) -> list[tuple[int, int]]:
         counts = []
-        with programmed(model, None):
-            for sample in samples:
-                program(model, sample, first_layer)
-                if prepare is not None:
-                    prepare(model)
-                correct, total = _count(model, batches())
-                counts.append(correct)
-                done(total)
+        for sample in samples:
+            with programmed(model, sample, simulation.first_layer):
+                simulation.ready(model)
+                with keeping(model):
+                    counts.append(_count(model, data, data.largest))
+            done(data.images)
         return counts
 
     return count
 
 
-def _prepared_counter(
-    model: nn.Module,
-    batches: Callable[[], Iterator[tuple[Tensor, Tensor]]],
-    first_layer: int,
-    precision: Precision,
-    memory: int,
-    method: Method,
-    prepare: Callable[[nn.Module], None],
-) -> Counter:
-    """Through an engine for each chip, whose images are shared out among the threads, as the core's are chips."""
+def _prepared_counter(model: nn.Module, data: Data, simulation: _Simulation) -> Counter:
+    """Through an engine for each chip."""
 
-    def count(samples: Sequence[int], done: Callable[[int], object]) -> list[int]:
+    def count(samples: Sequence[int], done: Callable[[int], object]) -> list[tuple[int, int]]:
         counts = []
-        threads = torch.get_num_threads()
-        with programmed(model, None), ThreadPoolExecutor(threads) as pool:
-            for sample in samples:
-                program(model, sample, first_layer)
-                prepare(model)
-                first = next(batches())[0][:1]
-                first = first.to(next(model.parameters()).device)
-                engine = Engine(model, first, first_layer, precision, memory, method)
-                # What runs through torch programs the model, which one thread at a time may do.
-                parts = 1 if engine.on_gpu or not engine.whole else threads
-                total = 0
-
-                def part(block: tuple[Tensor, Tensor], engine: Engine = engine, sample: int = sample) -> int:
-                    return engine.count_correct(*block, [sample])[0]
-
-                for x, y in _blocks(batches(), GPU_BLOCK if engine.on_gpu else BLOCK):
-                    n = math.ceil(len(y) / parts)
-                    total += sum(pool.map(part, zip(x.split(n), y.split(n), strict=True)))
+        for sample in samples:
+            with programmed(model, sample, simulation.first_layer):
+                simulation.ready(model)
+                try:
+                    engine = simulation.engine(model, data.head[0])
+                except Unsupported as error:
+                    warnings.warn(f"chip {sample} runs through torch: {error}", EngineWarning, stacklevel=2)
+                    with keeping(model):
+                        counts.append(_count(model, data, data.largest))
+                    done(data.images)
+                    continue
+                correct = not_finite = 0
+                for x, y in _blocks(data, GPU_BLOCK if engine.on_gpu else BLOCK):
+                    (a,), (b,) = engine.count(x, y, [sample])
+                    correct, not_finite = correct + a, not_finite + b
                     done(len(y))
-                counts.append(total)
+                counts.append((correct, not_finite))
         return counts
 
     return count
 
 
-def _engine_counter(
-    model: nn.Module,
-    batches: Callable[[], Iterator[tuple[Tensor, Tensor]]],
-    images: int,
-    first_layer: int,
-    precision: Precision,
-    memory: int,
-    method: Method,
-) -> tuple[Counter | None, int]:
-    """Through the core, and the chips of a chunk; None, with a warning, where it cannot run the network."""
-    first = next(batches(), None)
-    if first is None or len(first[0]) == 0:
-        raise UserError("evaluate: the data holds no images")
-    try:
-        engine = Engine(model, first[0].to(next(model.parameters()).device), first_layer, precision, memory, method)
-    except Unsupported as error:
-        warnings.warn(f"everything runs through torch: {error}", EngineWarning, stacklevel=3)
-        return None, 1
-    if method != "auto" and not engine.on_gpu:
+def _engine_counter(model: nn.Module, data: Data, simulation: _Simulation) -> tuple[Counter, int]:
+    """Through the core, and the chips of a chunk. Raises Unsupported where the core cannot run the network."""
+    engine = simulation.engine(model, data.head[0])
+    if simulation.method != "auto" and not engine.on_gpu:
         warnings.warn(
-            f"gpu_method {method!r} has no effect: the model is on the CPU, whose core makes weights noisy while it "
-            "packs them",
+            f"gpu_method {simulation.method!r} has no effect: the model is on the CPU, whose core makes weights noisy "
+            "while it packs them",
             EngineWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     if (engine.report.unfused or engine.report.torch) and not engine.library:
-        warnings.warn(f"not all of the network runs in the C++ core: {engine.report}", EngineWarning, stacklevel=3)
+        warnings.warn(f"not all of the network runs in the C++ core: {engine.report}", EngineWarning, stacklevel=4)
+    if simulation.prepare is not None:
+        return _prepared_counter(model, data, simulation), 1
 
     threads = GPU_THREADS if engine.on_gpu else torch.get_num_threads()
     cost = max(1.0, engine.cost[1])
@@ -280,27 +388,27 @@ def _engine_counter(
 
     rate = CALL_FLOP / CALL_SECONDS  # operations a second and thread, by the last call
 
-    def count(samples: Sequence[int], done: Callable[[int], object]) -> list[int]:
+    def count(samples: Sequence[int], done: Callable[[int], object]) -> list[tuple[int, int]]:
         nonlocal rate
-        counts = dict.fromkeys(samples, 0)
-        for x, y in _blocks(batches(), GPU_BLOCK if engine.on_gpu else BLOCK):
+        counts = {sample: [0, 0] for sample in samples}
+        for x, y in _blocks(data, GPU_BLOCK if engine.on_gpu else BLOCK):
             i = 0
             while i < len(samples):
                 part = samples[i : i + chips(rate * CALL_SECONDS, len(y))]
                 began = time.perf_counter()
-                for sample, correct in zip(part, engine.count_correct(x, y, part), strict=True):
-                    counts[sample] += correct
+                for sample, *found in zip(part, *engine.count(x, y, part), strict=True):
+                    counts[sample] = [a + b for a, b in zip(counts[sample], found, strict=True)]
                 rate = cost * len(part) * len(y) / threads / max(1e-6, time.perf_counter() - began)
                 i += len(part)
                 done(len(part) * len(y))
-        return list(counts.values())
+        return [tuple(found) for found in counts.values()]
 
-    return count, chips(CHUNK_FLOP, images)
+    return count, chips(CHUNK_FLOP, data.images)
 
 
-def _blocks(batches: Iterator[tuple[Tensor, Tensor]], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _blocks(batches: Data, size: int) -> Iterator[Batch]:
     """Batches put together until they hold at least `size` images."""
-    waiting: list[tuple[Tensor, Tensor]] = []
+    waiting: list[Batch] = []
     for batch in batches:
         waiting.append(batch)
         if sum(len(labels) for _, labels in waiting) >= size:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLUMNS = ["sample", "correct", "images", "accuracy", "seed"]
+# What a chip's accuracy belongs to: digests of the images and of the network, and the device model.
+IDENTITY = ["data", "device", "model"]
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,9 @@ from correctnet import compensation, lipschitz, models, recalibration, storage, 
 from correctnet import data as datasets
 from correctnet import search as searching
 from correctnet import sweep as sweeping
-from correctnet.analog import analog_layers, check_coverage, convert, crossbar_layers, program
+from correctnet.analog import analog_layers, convert, crossbar_layers, program
 from correctnet.config import SEARCHING, Settings, Stage, network_mistake, sizes_mistake
+from correctnet.coverage import check_coverage
 from correctnet.data import DataSet, Split
 from correctnet.engine import MEMORY, describe
 from correctnet.errors import UserError, one_line

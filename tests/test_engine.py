@@ -341,7 +341,7 @@ def test_a_misread_network_gives_no_accuracy(monkeypatch: pytest.MonkeyPatch) ->
     from correctnet import lowering
 
     monkeypatch.setattr(lowering, "_bias", lambda layer: 1.0)
-    with pytest.raises(UserError, match="outputs differ from torch's"):
+    with pytest.raises(Unsupported, match="outputs differ from torch's"):
         Engine(convert(models.lenet5(), VARIATION), inputs(4, 1, 32, 32))
 
 
@@ -402,7 +402,7 @@ def test_an_interrupted_evaluation_loses_at_most_a_chunk(tmp_path, monkeypatch: 
     analog = convert(randomised(models.lenet5()), VARIATION, SEED)
     data, save = labelled(50), tmp_path / "chips.csv"
     whole = evaluate(analog, data, chips=20, progress=False)
-    evaluated, original = [], Engine.count_correct
+    evaluated, original = [], Engine.count
 
     def count(self, images, labels, samples):
         if len(evaluated) + len(samples) > 12:
@@ -410,7 +410,7 @@ def test_an_interrupted_evaluation_loses_at_most_a_chunk(tmp_path, monkeypatch: 
         evaluated.extend(samples)
         return original(self, images, labels, samples)
 
-    monkeypatch.setattr(Engine, "count_correct", count)
+    monkeypatch.setattr(Engine, "count", count)
     with pytest.raises(KeyboardInterrupt):
         evaluate(analog, data, chips=20, chunk=4, save=save, progress=False)
     monkeypatch.undo()
