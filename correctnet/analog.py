@@ -93,17 +93,18 @@ class ChipWeight(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         target = args[0] if args and isinstance(args[0], ChipWeight) else None
+        change = _changes(func)
         with torch._C.DisableTorchFunctionSubclass():
-            if target is not None and _changes(func):
-                return func(target._nominal, *args[1:], **kwargs)
-            if not args and _changes(func):  # torch.nn.init's, which name their argument
+            if change and not args:  # torch.nn.init's, which name their argument
                 return func(**{k: v._nominal if isinstance(v, ChipWeight) else v for k, v in kwargs.items()})
-            if isinstance(kwargs.get("out"), ChipWeight):
+            if "out" in kwargs and isinstance(kwargs["out"], ChipWeight):
                 return func(*args, **{**kwargs, "out": kwargs["out"]._nominal})
-            if target is not None and func in _OF_PARAMETERS:
+            if target is None:
+                return func(*args, **kwargs)
+            if change or _of_parameter(func):
                 return func(target._nominal, *args[1:], **kwargs)
             result = func(*args, **kwargs)
-            if target is None or not _view(result, target):
+            if not _view(result, target):
                 return result
             nominal = func(target._nominal, *args[1:], **kwargs)
             if isinstance(result, Tensor):
@@ -112,16 +113,20 @@ class ChipWeight(Tensor):
 
 
 _OPERATORS = ["add", "sub", "mul", "matmul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"]
-_AUGMENTED = {f"__i{name}__" for name in (*_OPERATORS, "lshift", "rshift")}
-_SETTERS = tuple(getattr(Tensor, name).__set__ for name in ("data", "grad", "requires_grad"))
-_OF_PARAMETERS = (Tensor.grad.__get__, Tensor.is_leaf.__get__, Tensor.requires_grad.__get__)
+_CHANGING = {f"__i{name}__" for name in (*_OPERATORS, "lshift", "rshift")} | {"__setitem__", "__set__"}
 
 
 def _changes(func: Any) -> bool:
     """Whether a function of torch changes its first argument in place."""
     name = getattr(func, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name == "__setitem__" or name in _AUGMENTED or func in _SETTERS
+    return (name.endswith("_") and not name.endswith("__")) or name in _CHANGING
+
+
+def _of_parameter(func: Any) -> bool:
+    """Whether a function reads what belongs to the parameter: its gradient, and whether it wants one."""
+    if getattr(func, "__name__", "") != "__get__":
+        return False
+    return getattr(func.__self__, "__name__", "") in ("grad", "is_leaf", "requires_grad")
 
 
 def _view(result: Any, tensor: Tensor) -> bool:
@@ -151,6 +156,8 @@ class AnalogLayer(nn.Module):
     def nominal(self) -> Tensor:
         """The trained weights: the parameter `weight`, or what pruning or weight normalisation makes of others."""
         found = self._parameters.get("weight")
+        if found is None and "weight" not in self.__dict__:
+            raise UserError("a converted layer has lost its weight, as to a parametrization; parametrize, then convert")
         return self.__dict__["weight"] if found is None else found
 
     @property
@@ -160,7 +167,7 @@ class AnalogLayer(nn.Module):
         What changes them in place changes the nominal ones, see `ChipWeight`.
         """
         try:
-            if not self.varies or self.chip.running:
+            if not self.varies or self.chip.running or torch.compiler.is_compiling():
                 return self.chip_weight()
             return ChipWeight.of(self.chip_weight(), self.nominal)
         except AttributeError as error:  # nn.Module would take it for an absent attribute, and give the parameter
@@ -424,6 +431,8 @@ def chip_of(model: nn.Module) -> Chip:
     """The chip that `model` stands for. Raises UserError where it was not converted."""
     layers = analog_layers(model)
     if not layers:
+        if any(type(module).__module__ == __name__ for module in model.modules()):
+            raise UserError("correctnet.analog was reloaded after the model was converted; restart Python, and convert")
         raise UserError("the model carries no variation: pass it through convert() first")
     return layers[0].chip
 

@@ -295,22 +295,21 @@ def _counter(
     """
     device = next(model.parameters()).device
     few = data.head[0].to(device)
+    reason = None
     with torch.no_grad():
         nominal = check_outputs(run(model, few), few, data.largest)
-        check_reached(model, few, samples[:TRIED], simulation.first_layer)
-        if not same(nominal, run(model, few)):
-            warnings.warn(
-                "the network's outputs change from call to call on one chip, and its accuracies with them",
-                OutputWarning,
-                stacklevel=3,
-            )
-            reason = "its outputs change from call to call"
-        elif looks_across(lambda x: run(model, x), few):
+        check_reached(model, few, nominal, samples[:TRIED], simulation.first_layer)
+        if looks_across(lambda x: run(model, x), few, nominal):
             reason = "its output for an image depends on the others of the batch, whose batches are kept"
+            if not same(nominal, run(model, few)):
+                reason = "its outputs change from call to call"
+                warnings.warn(
+                    "the network's outputs change from call to call on one chip, and its accuracies with them",
+                    OutputWarning,
+                    stacklevel=3,
+                )
         elif not data.uniform:
             reason = "the images have several shapes or types"
-        else:
-            reason = None
     if engine == "auto" and reason is None:
         try:
             return _engine_counter(model, data, simulation)

@@ -145,12 +145,13 @@ def run(model: nn.Module, images: Tensor, what: str = "evaluate") -> Any:
 
 
 @torch.no_grad()
-def check_reached(model: nn.Module, images: Tensor, samples: Iterable[int], first_layer: int = 0) -> None:
-    """Check that variation reaches the layers that should carry it, where it changes a weight at all.
+def check_reached(model: nn.Module, images: Tensor, nominal: Any, samples: Iterable[int], first_layer: int = 0) -> None:
+    """Check that variation reaches the layers that should carry it.
 
     Args:
         model: from `correctnet.analog.convert`, in evaluation mode.
         images: a few inputs.
+        nominal: what the network gives for them with nominal weights.
         samples: a few chips.
         first_layer: layers of a smaller index stay nominal.
 
@@ -167,12 +168,8 @@ def check_reached(model: nn.Module, images: Tensor, samples: Iterable[int], firs
     if not layers:  # first_layer is behind the last one
         return
     samples = list(samples)
-    with programmed(model, samples[0], first_layer):
-        changes = max(change(layer) for layer in layers)
-        if changes == 0:  # sigma 0, or nothing but zeros
-            return
-        with watching(model, layers) as probe:
-            output = run(model, images)
+    with programmed(model, samples[0], first_layer), watching(model, layers) as probe:
+        output = run(model, images)
     if probe.leaked:
         listed = ", ".join(names[id(layer)] for layer in layers if layer.layer_index in probe.leaked)
         raise UserError(
@@ -191,10 +188,17 @@ def check_reached(model: nn.Module, images: Tensor, samples: Iterable[int], firs
             CoverageWarning,
             stacklevel=4,
         )
-    with programmed(model, None):
-        nominal = run(model, images)
-    if changes < VISIBLE or not same(nominal, output):
-        return
+    if same(nominal, output):
+        _check_effect(model, layers, images, nominal, samples, first_layer)
+
+
+def _check_effect(
+    model: nn.Module, layers: list[AnalogLayer], images: Tensor, nominal: Any, samples: list[int], first_layer: int
+) -> None:
+    """Find out why a chip gives the nominal outputs: its weights are too, the network ignores them, or a fault."""
+    with programmed(model, samples[0], first_layer):
+        if max(change(layer) for layer in layers) < VISIBLE:
+            return
     for sample in samples[1:]:
         with programmed(model, sample, first_layer):
             if not same(nominal, run(model, images)):
@@ -206,13 +210,14 @@ def check_reached(model: nn.Module, images: Tensor, samples: Iterable[int], firs
                 overridden[f"{name}.weight" if name else "weight"] = layer.chip_weight()
     with programmed(model, None):
         wanted = torch.func.functional_call(model, overridden, (images.clone(),), tie_weights=False)
+    names = names_of(model)
     listed = ", ".join(names[id(layer)] for layer in layers)
     if not same(wanted, nominal):
         raise UserError(f"evaluate: variation of {listed} does not show in the outputs, which are the nominal ones")
     warnings.warn(
         f"the network's outputs do not depend on the weights of {listed}: they are the same on every chip",
         CoverageWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
 
 

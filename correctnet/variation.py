@@ -99,6 +99,10 @@ class LogNormalVariation(Variation):
         if self.sigma == 0:
             return weight
         # Rounded once, from float32: weights in bfloat16 see the same chip as weights in float32.
+        if not (
+            weight.requires_grad and torch.is_grad_enabled()
+        ):  # also inside torch.vmap, which takes no such function
+            return native.noisy_weight(weight, seed, layer, sample, self.sigma, self.shift)
         return _Programmed.apply(weight, (seed, layer, sample, self.sigma, self.shift))
 
     def describe(self) -> dict[str, Any]:

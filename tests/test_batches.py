@@ -257,11 +257,10 @@ def test_images_of_several_sizes(engine):
 
 def test_looking_across_a_batch():
     x = torch.randn(8, 4)
-    assert looks_across(lambda t: t - t.mean(0), x)
-    assert looks_across(lambda t: t / len(t), x)
-    assert looks_across(lambda t: t.view(8, 4), x)
-    assert not looks_across(lambda t: t @ torch.ones(4, 3), x)
-    assert not looks_across(lambda t: t - t.mean(0), x[:1])
+    for across in (lambda t: t - t.mean(0), lambda t: t / len(t), lambda t: t.view(8, 4)):
+        assert looks_across(across, x, across(x))
+    assert not looks_across(lambda t: t @ torch.ones(4, 3), x, x @ torch.ones(4, 3))
+    assert not looks_across(lambda t: t - t.mean(0), x[:1], x[:1])
 
 
 # ---- what save= holds -----------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ import copy
 import functools
 import itertools
 import pickle
+import subprocess
+import sys
 import threading
 import types
 import warnings
@@ -793,3 +795,21 @@ def test_a_device_of_ones_own():
         warnings.simplefilter("ignore", EngineWarning)
         result = evaluate(analog, (x, y), 3, progress=False)
     assert set(result.table["device"]) == {"own(amplitude=0.5)"}
+
+
+def test_a_reloaded_module_is_one_line():
+    code = """
+import importlib, torch, correctnet.analog, correctnet
+from correctnet import LogNormalVariation, convert, evaluate
+before = convert(torch.nn.Linear(4, 2), LogNormalVariation(0.5))
+importlib.reload(correctnet.analog)
+after = correctnet.analog.convert(torch.nn.Linear(4, 2), LogNormalVariation(0.5))
+for model in (before, after):
+    try:
+        print(evaluate(model, (torch.randn(9, 4), torch.zeros(9, dtype=torch.int64)), 2, progress=False).chips)
+    except correctnet.UserError as error:
+        print(error)
+"""
+    said = subprocess.check_output([sys.executable, "-c", code], text=True).splitlines()
+    assert len(said) == 2
+    assert all(line == "2" or "was reloaded" in line for line in said)

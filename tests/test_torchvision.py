@@ -1,0 +1,86 @@
+"""Networks that are not ours: torchvision's, each chip held against the plain network with the chip's weights."""
+
+import warnings
+
+import pytest
+import torch
+import torchvisions
+from torch import nn
+
+from correctnet import LogNormalVariation, check_coverage, convert, evaluate, reference
+from correctnet.analog import CoverageWarning, analog_layers, crossbar_layers
+from correctnet.montecarlo import EngineWarning
+
+HALF = LogNormalVariation(0.5)
+CHIPS = 2
+# By name: side of the images, and layers of which the network uses none when it is evaluated.
+NETWORKS = {
+    "resnet18": (32, 0),
+    "mobilenet_v2": (64, 0),
+    "SwinTransformer": (64, 0),
+    "VisionTransformer": (32, 0),
+    "inception_v3": (96, 3),
+    "shufflenet_v2_x1_0": (64, 0),
+}
+# The two transformers as in swin_t and vit_b_16, with fewer and narrower layers.
+OPTIONS = {
+    "SwinTransformer": {
+        "patch_size": [4, 4],
+        "embed_dim": 24,
+        "depths": [2, 2],
+        "num_heads": [2, 4],
+        "window_size": [7, 7],
+    },
+    "VisionTransformer": {
+        "image_size": 32,
+        "patch_size": 16,
+        "num_layers": 3,
+        "num_heads": 4,
+        "hidden_dim": 64,
+        "mlp_dim": 128,
+    },
+    "inception_v3": {"init_weights": False, "aux_logits": True},
+}
+
+
+@torch.no_grad()
+def chips_by_hand(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """(CHIPS, N, classes): outputs of the plain network, its weights replaced by the specification's."""
+    layers = [layer for _, layer in crossbar_layers(network)]
+    nominal, outputs = [layer.weight.detach().clone() for layer in layers], []
+    for sample in range(CHIPS):
+        for index, (layer, weight) in enumerate(zip(layers, nominal, strict=True)):
+            out, channels, *kernel = weight.shape
+            factor = torch.from_numpy(reference.lognormal(0, index, sample, weight.numel(), 0.5))
+            layer.weight.data = weight * factor.view(out, *kernel, channels).movedim(-1, 1)
+        outputs.append(network(images))
+    for layer, weight in zip(layers, nominal, strict=True):
+        layer.weight.data = weight
+    return torch.stack(outputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_chip_is_the_oracles(name):
+    side, unused = NETWORKS[name]
+    make = getattr(torchvisions.models(), name)
+    torch.manual_seed(0)
+    network = make(num_classes=10, **OPTIONS.get(name, {})).eval()
+    if name == "VisionTransformer":  # its head is made of zeros
+        nn.init.normal_(network.heads.head.weight, std=0.05)
+    images = torch.randn(12, 3, side, side)
+    with torch.no_grad():
+        labels = network(images).argmax(1)
+    outputs = chips_by_hand(network, images)
+    # Images whose two best logits are nearly equal may come out either way.
+    best = outputs.topk(2, dim=2).values
+    close = ((best[..., 0] - best[..., 1]) < 1e-4 * outputs.abs().amax((1, 2))[:, None]).sum(1).tolist()
+    wanted = (outputs.argmax(2) == labels).sum(1).tolist()
+    with warnings.catch_warnings():
+        for category in (CoverageWarning, EngineWarning):
+            warnings.simplefilter("ignore", category)
+        analog = convert(network, HALF)
+        assert len(check_coverage(network, analog, images[:2])) == len(analog_layers(analog)) - unused
+        for engine in ("auto", "torch"):
+            found = evaluate(analog, (images, labels), CHIPS, engine=engine, progress=False).table["correct"].tolist()
+            assert all(abs(f - w) <= c for f, w, c in zip(found, wanted, close, strict=True)), (engine, found, wanted)
