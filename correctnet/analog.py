@@ -12,6 +12,7 @@ weights are `nominal`, and what `parameters()` and `state_dict()` give.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 import types
@@ -372,27 +373,27 @@ def _check_forwards(model: nn.Module, copied: nn.Module) -> None:
             )
 
 
-def _held(function: Any, depth: int = 6) -> Iterator[nn.Module]:
-    """The modules that a callable holds: bound to it, in its closure, its defaults, or what it wraps."""
-    if depth == 0:
-        return
-    if isinstance(function, nn.Module):
-        yield function
-        return
-    parts: list[Any] = []
-    if isinstance(function, types.MethodType):
-        parts += [function.__self__, function.__func__]
-    if isinstance(function, partial):
-        parts += [function.func, *function.args, *function.keywords.values()]
-    for cell in getattr(function, "__closure__", None) or ():
-        try:
-            parts.append(cell.cell_contents)
-        except ValueError:  # an empty cell
+def _held(function: Any) -> Iterator[nn.Module]:
+    """The modules that a callable holds: bound to it, in its closure, its defaults, by name, or in what it wraps."""
+    waiting, seen = [function], set()
+    while waiting:
+        held = waiting.pop()
+        if id(held) in seen:
             continue
-    parts += [*(getattr(function, "__defaults__", None) or ()), getattr(function, "__wrapped__", None)]
-    for part in parts:
-        if isinstance(part, nn.Module) or callable(part):
-            yield from _held(part, depth - 1)
+        seen.add(id(held))
+        if isinstance(held, nn.Module):
+            yield held
+        elif isinstance(held, types.MethodType):
+            waiting += [held.__self__, held.__func__]
+        elif isinstance(held, partial):
+            waiting += [held.func, *held.args, *held.keywords.values()]
+        elif isinstance(held, types.FunctionType):
+            for cell in held.__closure__ or ():
+                with contextlib.suppress(ValueError):  # an empty cell
+                    waiting.append(cell.cell_contents)
+            waiting += [*(held.__defaults__ or ()), getattr(held, "__wrapped__", None)]
+            if not (held.__module__ or "").startswith("torch"):  # which holds no network of the user's by name
+                waiting += [held.__globals__.get(name) for name in held.__code__.co_names]
 
 
 def _warn_uncovered(analog: nn.Module, exclude: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ Images (N, ...) are one tensor a batch, labels (N,) whole numbers below the numb
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
@@ -23,8 +24,13 @@ ACCEPTED = (
     "a pair of tensors (images, labels), or a loader that gives such pairs and can be iterated over many times, is "
     "expected"
 )
+CHANGING = "other images at each pass, so that results cannot be compared"
 BITS = 128  # of a digest
 HEAD = 16  # images that a network is tried on
+
+
+class DataWarning(UserWarning):
+    """A loader that gives other images each time."""
 
 
 class Data:
@@ -36,6 +42,9 @@ class Data:
         memory: bytes of a loader's batches that are kept, about; a loader of more is read anew each time, and what it
             gives must be the same images each time.
         what: who asks, for messages.
+
+    Warns:
+        DataWarning: a loader whose batches are kept gives other images when it is read a second time.
 
     Attributes:
         head: the first images and their labels, some sixteen at most.
@@ -84,6 +93,14 @@ class Data:
             self.digest = _hexadecimal(total + sum(_digest(*batch) for batch in kept))
         else:
             self._kept = kept
+        if self._kept is not None and self._loader is not None and not isinstance(data, list | tuple):
+            again = _hexadecimal(sum(_digest(*batch) for batch in self._read()))
+            if again != self.digest:
+                warnings.warn(
+                    f"the loader gives {CHANGING}; all chips of this evaluation see those of one pass",
+                    DataWarning,
+                    stacklevel=4,
+                )
 
     @cached_property
     def digest(self) -> str:
@@ -100,8 +117,8 @@ class Data:
             yield batch
         if _hexadecimal(total) != self.digest:
             raise UserError(
-                f"{self.what}: the loader gives other images at each pass, so that chips cannot be compared; load them "
-                "without random augmentation, and without drop_last where it shuffles"
+                f"{self.what}: the loader gives {CHANGING}; load them without random augmentation, and without "
+                "drop_last where it shuffles"
             )
 
     def _read(self) -> Iterator[Batch]:
