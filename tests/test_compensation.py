@@ -140,7 +140,7 @@ def test_compensators_win_accuracy_back(tiny, blobs):
     fit(tiny, blobs, SimpleNamespace(**{**Training().model_dump(), "epochs": 10, "batch": 32}), seed=0, quiet=True)
     before = {k: v.clone() for k, v in tiny.state_dict().items()}
     filters = {"0.layer": 4, "3.layer": 8, "4": 3}
-    options = {"epochs": 20, "batch": 32, "learning_rate": 0.01, "quiet": True}
+    options = {"epochs": 20, "batch": 32, "learning_rate": 0.01, "chips_per_batch": 4, "quiet": True}
     compensated = compensation.fit_compensators(tiny, filters, blobs.images, blobs.labels, variation, **options)
     bare, helped = (evaluate(convert(m, variation), blobs, 40, progress=False) for m in (tiny, compensated))
     assert helped.minus(bare).low > 0.01

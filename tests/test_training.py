@@ -13,7 +13,7 @@ from correctnet.config import Training
 from correctnet.data import Split
 from correctnet.errors import UserError
 from correctnet.training import Checkpoint, Hooks, fit
-from correctnet.variation import TRAINING_CHIPS, LogNormalVariation
+from correctnet.variation import LogNormalVariation
 
 
 def section(**changes):
@@ -142,10 +142,10 @@ def test_several_chips_a_batch_average_the_gradient(tiny, blobs):
         return {k: v - before[k] for k, v in analog.named_parameters()}
 
     def one(sample):
-        return lambda m: Hooks(before_batch=lambda d: program(m, TRAINING_CHIPS + sample), update_batchnorm=False)
+        return lambda m: Hooks(before_batch=lambda d: program(m, sample), update_batchnorm=False)
 
     def three(m):
-        hooks = Hooks(before_batch=lambda d: program(m, TRAINING_CHIPS + d), update_batchnorm=False)
+        hooks = Hooks(before_batch=lambda d: program(m, d), update_batchnorm=False)
         hooks.draws_per_batch = 3
         return hooks
 
