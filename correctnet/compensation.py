@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from correctnet import storage, streams
 from correctnet.analog import convert, crossbar_layers, program
-from correctnet.config import Compensate, validate
+from correctnet.config import JUDGED_CHIPS, Compensate, validate
 from correctnet.data import Split
 from correctnet.errors import UserError, one_line
 from correctnet.models import Block, parameter_count
@@ -32,8 +32,6 @@ from correctnet.montecarlo import evaluate
 from correctnet.training import Hooks, check_outputs, classified, fit
 from correctnet.variation import Variation
 
-# Chip samples on which trained compensators are compared with none.
-JUDGED_CHIPS = 10
 # From so many images on `fit_compensators` holds out every tenth, if it is given none for validation.
 LEAST_TO_SPLIT = 20
 

@@ -183,6 +183,10 @@ class Compensate(Training):
     """fresh chip samples a batch, over which the gradient is averaged"""
 
 
+# Chip samples on which trained compensators are compared with none, see `correctnet.compensation.keep_better`.
+JUDGED_CHIPS = 10
+
+
 class Finetune(Inject):
     """Training of a compensated network in full, analog weights and compensators, with variation in the former: beyond
     the paper, which trains the compensators alone."""
