@@ -451,7 +451,7 @@ def _check_calls(model: nn.Module, images: Tensor, largest: int, what: str) -> N
     with _counted(compensated, calls), _counted(layers, own), torch.no_grad():
         try:
             outputs = model(images.clone())
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
             raise UserError(f"{what}: the network cannot compute these images ({one_line(error)})") from error
     check_outputs(outputs, len(images), largest, what)
     for name in compensated:
@@ -504,7 +504,7 @@ def plan_of(model: nn.Module) -> dict[str, Any]:
     made: dict[str, set[str]] = {"place": set(), "activation": set(), "pool": set()}
     for name, module in compensation_modules(model).items():
         block = isinstance(module.original, Block)
-        filters[f"{name}.layer" if block else name] = module.generator.weight.shape[0]
+        filters[f"{name}.layer".lstrip(".") if block else name] = module.generator.weight.shape[0]
         made["place"].add("block" if block else "layer")
         made["activation"].add("relu" if isinstance(module.activation, nn.ReLU) else "none")
         if module.pool != "none":  # a linear layer pools nothing, whatever it was told

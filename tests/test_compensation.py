@@ -299,12 +299,17 @@ def test_a_layer_with_several_names_is_compensated_at_all_places(tmp_path):
     assert trained.again is trained.c
 
 
-def test_a_network_that_is_one_layer():
-    layer = nn.Linear(4, 3)
-    compensated = compensate(layer, {"": 2})
+@pytest.mark.parametrize(
+    ("network", "name", "place"),
+    [(nn.Linear(4, 3), "", "layer"), (models.Block(nn.Linear(4, 3)), "layer", "block")],
+)
+def test_a_network_that_is_one_layer(network, name, place, tmp_path):
+    compensated = compensate(network, {name: 2}, place=place).eval()
     assert isinstance(compensated, Compensated)
     x = torch.randn(5, 4)
-    torch.testing.assert_close(compensated(x), layer(x))
+    torch.testing.assert_close(compensated(x), network(x))
+    compensation.save(compensated, tmp_path)
+    assert torch.equal(compensation.load(network, tmp_path)(x), compensated(x))
 
 
 def test_a_layer_in_two_blocks_is_not_half_compensated():
