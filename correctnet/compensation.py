@@ -81,18 +81,20 @@ class Compensated(nn.Module):
         layer = layer_of(original)
         inputs, outputs = _features(layer)
         self.original = original
+        # Drawn on the CPU in float32: the same numbers on any device, and whatever torch's defaults are.
+        drawn: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
         if isinstance(layer, nn.Linear):
-            self.generator: nn.Module = nn.Linear(inputs + outputs, filters)
-            self.compensator: nn.Module = nn.Linear(outputs + filters, outputs)
+            self.generator: nn.Module = nn.Linear(inputs + outputs, filters, **drawn)
+            self.compensator: nn.Module = nn.Linear(outputs + filters, outputs, **drawn)
         else:
-            self.generator = nn.Conv2d(inputs + outputs, filters, 1)
-            self.compensator = nn.Conv2d(outputs + filters, outputs, 1)
+            self.generator = nn.Conv2d(inputs + outputs, filters, 1, **drawn)
+            self.compensator = nn.Conv2d(outputs + filters, outputs, 1, **drawn)
         self.activation = nn.ReLU() if activation == "relu" else nn.Identity()
         self.pool = "none" if isinstance(layer, nn.Linear) else pool
         if init == "identity":
             self.reset()
         self.register_buffer("window", _window(layer) if self.pool == "kernel" else None, persistent=False)
-        for part in (self.generator, self.compensator):  # drawn on the CPU in float32: the same numbers on any device
+        for part in (self.generator, self.compensator):
             part.to(layer.weight.device, layer.weight.dtype)
 
     @property
@@ -374,7 +376,7 @@ def fit_compensators(
     labels: Tensor,
     variation: Variation,
     *,
-    validation: tuple[Tensor, Tensor] | None = None,
+    validation: tuple[Tensor, Tensor] | Split | None = None,
     seed: int = 0,
     quiet: bool = False,
     **settings: Any,
@@ -415,7 +417,8 @@ def fit_compensators(
     if validation is not None:
         judged = _labelled(validation, f"{caller}: validation", device)
     elif len(train) >= LEAST_TO_SPLIT:
-        order = torch.randperm(len(train), generator=streams.torch_generator(seed, "held-out", caller)).to(device)
+        generator = streams.torch_generator(seed, "held-out", caller)
+        order = torch.randperm(len(train), generator=generator, device="cpu").to(device)
         held_out, rest = order[: len(train) // 10], order[len(train) // 10 :]
         train, judged = (Split(train.images[part], train.labels[part]) for part in (rest, held_out))
     else:
@@ -434,6 +437,8 @@ def fit_compensators(
 
 def _labelled(data: Any, what: str, device: torch.device) -> Split:
     """Images and labels on the model's device, checked."""
+    if isinstance(data, Split):
+        data = data.images, data.labels
     if not (isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)):
         raise UserError(f"{what}: a tensor of images and one of labels are expected")
     return classified(Split(data[0].to(device), data[1].to(device)), what)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from correctnet import arithmetic, storage, streams
 from correctnet.data import Split, augment, resize
-from correctnet.errors import UserError
+from correctnet.errors import UserError, one_line
 
 # Batches between two looks at whether the loss is finite.
 CHECK_EVERY = 20
@@ -188,7 +188,7 @@ def fit(
     chosen = [p for p in model.parameters() if p.requires_grad] if parameters is None else list(parameters)
     if not chosen:
         raise UserError("training: no parameter of the network requires a gradient, so that there is nothing to train")
-    with _restored(model):
+    with _restored(model), torch.enable_grad():
         train_only(model, chosen)
         # Convolutions then train up to 1.8 times faster on a CPU (VGG16 in bfloat16, batch 128, one Zen 4: 182 images/s
         # instead of 100; LeNet-5 in float32: 6,900 instead of 4,600).
@@ -295,6 +295,17 @@ def _set_mode(model: nn.Module, hooks: Hooks) -> None:
             m.train(hooks.update_batchnorm)
 
 
+def _outputs(model: nn.Module, images: Tensor, count: int) -> Any:
+    try:
+        return model(images)
+    except ValueError as error:  # BatchNorm's, which cannot normalise with a single number
+        if len(images) > 1:
+            raise
+        raise UserError(
+            f"training: {one_line(error)}: a batch of {count} images is a single one; choose another batch size"
+        ) from error
+
+
 def _epoch(
     model: nn.Module,
     train: Split,
@@ -307,7 +318,7 @@ def _epoch(
 ) -> tuple[float, float]:
     """Mean loss and accuracy of one pass; `where`: seed, stage and epoch."""
     seed, stage, epoch = where
-    order = torch.randperm(len(train), generator=streams.torch_generator(seed, "batches", stage, epoch))
+    order = torch.randperm(len(train), generator=streams.torch_generator(seed, "batches", stage, epoch), device="cpu")
     order = order.to(train.images.device)
     crops = streams.torch_generator(seed, "augmentation", stage, epoch)
     largest = int(train.labels.max())
@@ -331,7 +342,7 @@ def _epoch(
             hooks.before_batch(step * hooks.draws_per_batch + draw)
             with arithmetic.products(settings.precision, train.images.device):
                 # A copy where they are read again: a network may write into its input.
-                logits = model(images.clone() if hooks.draws_per_batch > 1 else images)
+                logits = _outputs(model, images.clone() if hooks.draws_per_batch > 1 else images, len(train))
             check_outputs(logits, len(batch), largest, "training")
             scores = logits if logits.dtype == torch.float64 else logits.float()
             loss = F.cross_entropy(scores / hooks.temperature, labels)

@@ -16,6 +16,7 @@ from correctnet import compensation, models, streams
 from correctnet.analog import AnalogLayer, convert, crossbar_layers
 from correctnet.compensation import Compensated, compensate
 from correctnet.config import Training
+from correctnet.data import Split
 from correctnet.errors import UserError
 from correctnet.montecarlo import evaluate
 from correctnet.training import fit
@@ -519,7 +520,7 @@ def test_a_tenth_of_the_images_is_held_out(count, monkeypatch):
 def test_of_few_images_none_is_held_out(monkeypatch):
     monkeypatch.setattr(compensation, "_check_calls", lambda *_: None)
     assert used(19) == (set(range(19)), set(range(19)))
-    validation = torch.full((5, 4), 77.0), torch.arange(5) % 3
+    validation = Split(torch.full((5, 4), 77.0), torch.arange(5) % 3)
     assert used(100, validation=validation) == (set(range(100)), {77})
 
 
@@ -625,3 +626,13 @@ def test_a_network_and_its_generators_begin_with_unrelated_weights():
     drawn = torch.stack([w.detach().flatten()[:1600] for w in weights])
     correlation = torch.corrcoef(drawn).fill_diagonal_(0).abs()
     assert correlation.max() < 5 / 1600**0.5
+
+
+def test_initial_weights_do_not_depend_on_torch_s_default_dtype(lenet):
+    first = compensate(lenet, {"conv1.layer": 3}, init="random")
+    try:
+        torch.set_default_dtype(torch.float64)
+        second = compensate(lenet, {"conv1.layer": 3}, init="random")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))

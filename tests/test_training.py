@@ -441,3 +441,22 @@ def test_a_network_that_writes_into_its_input_sees_the_same_images_on_every_chip
     assert len(seen) == 3
     assert torch.equal(seen[0], seen[1])
     assert torch.equal(seen[0], seen[2])
+
+
+def test_a_last_batch_of_one_image_that_batchnorm_cannot_normalise():
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    data = Split(torch.randn(33, 4), torch.arange(33) % 3)
+    with pytest.raises(UserError, match="a batch of 33 images is a single one; choose another batch size"):
+        fit(model, data, section(epochs=1, batch=32), seed=0, quiet=True)
+    fit(model, data, section(epochs=1, batch=32), seed=0, hooks=Hooks(update_batchnorm=False), quiet=True)
+
+
+def test_gradients_are_taken_whatever_the_caller_does_with_them(blobs):
+    found = []
+    for grad in (True, False):
+        model = dropping()
+        with torch.set_grad_enabled(grad):
+            fit(model, blobs, section(epochs=1), seed=0, quiet=True)
+            assert torch.is_grad_enabled() == grad
+        found.append(weights(model))
+    assert same(*found)
