@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from correctnet import __version__, models, native, storage
+from correctnet import __version__, models, native, storage, streams
 from correctnet.analog import convert
 from correctnet.arithmetic import Precision
 from correctnet.engine import Engine
@@ -63,13 +63,12 @@ class Work:
 
     def network(self, seed: int) -> nn.Module:
         """With random weights, in evaluation mode."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with streams.global_generators(seed, "benchmark", "network"):
             return self.maker().eval()
 
     def data(self, seed: int) -> tuple[Tensor, Tensor]:
         """Random images (N, C, H, W) and labels (N,)."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = streams.torch_generator(seed, "benchmark", "data")
         images = torch.randn(self.images, *self.shape, generator=generator)
         return images, torch.randint(10, (self.images,), generator=generator)
 
@@ -137,7 +136,7 @@ class Chips:
         self._batches = list(zip(images.split(variant.batch), labels.split(variant.batch), strict=True))
         self._forward = torch.compile(self.network, dynamic=False) if variant.compiled else self.network
         self._autocast = variant.kind == "autocast"
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = streams.torch_generator(seed, "benchmark", "noise")
 
     def draw(self) -> None:
         """Program the next chip."""
@@ -315,13 +314,14 @@ def noise_rates(rounds: int, weights: int = NOISE_WEIGHTS, seconds: float = 0.1)
 
     The plain way is normal_, exp_, mul_ over buffers that are there already, rounded once to bfloat16.
     """
-    nominal = torch.randn(weights // 1024, 1024)
+    generator = streams.torch_generator(0, "benchmark", "noise rates")
+    nominal = torch.randn(weights // 1024, 1024, generator=generator)
     drawn, rounded = torch.empty_like(nominal), torch.empty_like(nominal, dtype=torch.bfloat16)
     ways: dict[tuple[str, str], Callable[[], object]] = {
         ("bf16", "core"): lambda: native.noisy_weight(nominal, 0, 0, 0, SIGMA, dtype=torch.bfloat16),
-        ("bf16", "plain"): lambda: rounded.copy_(drawn.normal_(0, SIGMA).exp_().mul_(nominal)),
+        ("bf16", "plain"): lambda: rounded.copy_(drawn.normal_(0, SIGMA, generator=generator).exp_().mul_(nominal)),
         ("float32", "core"): lambda: native.noisy_weight(nominal, 0, 0, 0, SIGMA),
-        ("float32", "plain"): lambda: drawn.normal_(0, SIGMA).exp_().mul_(nominal),
+        ("float32", "plain"): lambda: drawn.normal_(0, SIGMA, generator=generator).exp_().mul_(nominal),
     }
     with torch.inference_mode(), _torch_threads(1):
         for way in ways.values():

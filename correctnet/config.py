@@ -183,6 +183,10 @@ class Compensate(Training):
     """fresh chip samples a batch, over which the gradient is averaged"""
 
 
+# Chip samples on which trained compensators are compared with none, see `correctnet.compensation.keep_better`.
+JUDGED_CHIPS = 10
+
+
 class Finetune(Inject):
     """Training of a compensated network in full, analog weights and compensators, with variation in the former: beyond
     the paper, which trains the compensators alone."""
@@ -329,12 +333,7 @@ class Settings(Section):
 
     def canonical(self, stage: Stage) -> str:
         """`of(stage)` as one JSON string with sorted keys: equal strings, equal results."""
-        values = self._read_by(stage)
-        for group, key, default in LATER:
-            section = values.get(group, {})
-            if key in section and section[key] == default:
-                del section[key]
-        return json.dumps({"version": VERSIONS[stage], **values}, sort_keys=True)
+        return json.dumps({"version": VERSIONS[stage], **self._read_by(stage)}, sort_keys=True)
 
     def _read_by(self, stage: Stage) -> dict[str, Any]:
         everything, cut = self.model_dump(mode="json"), {}
@@ -390,16 +389,8 @@ READS: dict[Stage, tuple[str, ...]] = {
     ),
     "sensitivity": ("seed", "data.dataset", "data.validation", "variation", "montecarlo", "sensitivity"),
 }
-# Keys that came when there were results already, with the value that those were made with: the string of settings says
-# nothing of it, so that they need not be made again.
-LATER = (
-    ("montecarlo", "gpu_method", "auto"),
-    *((stage, "sizes", []) for stage in ("pretrain", "suppress")),
-    ("inject", "batchnorm", "updated"),
-    *((stage, "clip", None) for stage in ("pretrain", "suppress", "inject", "compensate")),
-)
 # Raised when a stage's code changes what it computes.
-VERSIONS: dict[Stage, int] = dict.fromkeys(get_args(Stage), 2) | {"pretrain": 3, "suppress": 4, "search": 4}
+VERSIONS: dict[Stage, int] = dict.fromkeys(get_args(Stage), 3) | {"pretrain": 4, "suppress": 5, "search": 5}
 
 
 def lineage(settings: Settings, stage: Stage) -> tuple[Stage, ...]:

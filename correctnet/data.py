@@ -20,9 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from correctnet import streams
 from correctnet.errors import UserError
 
-TEST_SEED = 20230417  # of the order of the test images (and of digits' test split); never a setting
+# Of the order of the test images (and of digits' test split): the same in every run, whatever its seed, so that all
+# rows of all runs are about the same images. Never a setting.
+TEST_SEED = 20230417
 
 Records = tuple[np.ndarray, np.ndarray]  # (N, C, H, W) uint8 images, (N,) uint8 labels
 
@@ -216,7 +219,7 @@ def load(name: str, data_dir: str | Path | None = None, validation: float = 0.1,
         train, test = (tuple(part[_content_order(*records)] for part in records) for records in (train, test))
         test = _permuted(test, np.random.default_rng(TEST_SEED))
         classes, mean, std = source.classes, source.mean, source.std
-    images, labels = _permuted(train, np.random.default_rng(seed))
+    images, labels = _permuted(train, streams.numpy_generator(seed, "split", name))
     held_out = round(validation * len(labels))
     if not 0 < held_out < len(labels):
         raise UserError(f"validation {validation} of {len(labels)} training images leaves one part empty")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from correctnet import models, variation
+from correctnet import models, streams, variation
 from correctnet.analog import convert, crossbar_layers, program, programmed
 from correctnet.arithmetic import Precision, products
 from correctnet.config import Config, Settings, Stage, lineage
@@ -38,7 +38,8 @@ def costs(settings: Settings) -> Costs:
     channels = 1 if s.data.dataset in ("digits", "mnist") else 3
     classes = 100 if s.data.dataset == "cifar100" else 10
     model = models.build(s.network.name, classes, channels, **models.options(s.network))
-    images = torch.randn(64 if s.network.name == "vgg16" else 128, channels, 32, 32)
+    size, generator = 64 if s.network.name == "vgg16" else 128, streams.torch_generator(0, "benchmark", "estimate")
+    images = torch.randn(size, channels, 32, 32, generator=generator)
     labels = torch.zeros(len(images), dtype=torch.int64)
 
     def step() -> None:

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
-from correctnet import config
+from correctnet import config, streams
 from correctnet.errors import UserError
 
 LENET5_WIDTHS = (6, 16, 120, 84)
@@ -103,16 +102,18 @@ def vgg16(
     return network
 
 
-def build(name: str, classes: int, channels: int, seed: int = 0, **options: object) -> nn.Sequential:
+def build(
+    name: str, classes: int, channels: int, seed: int = 0, stage: str = "build", **options: object
+) -> nn.Sequential:
     """A network by name with weights drawn from `seed`, leaving torch's global generator as it was.
 
-    `options`: `dropout`, `widths`, `batchnorm` for vgg16. Raises UserError for an unknown name.
+    `options`: `dropout`, `widths`, `batchnorm` for vgg16. Each `stage` that begins with new weights has others. Raises
+    UserError for an unknown name.
     """
     makers = {"lenet5": lenet5, "vgg16": vgg16}
     if name not in makers:
         raise UserError(f"unknown network {name!r} (known: {', '.join(makers)})")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with streams.global_generators(seed, "network", stage):
         return makers[name](classes, channels, **options)
 
 

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from correctnet import compensation, lipschitz, models, recalibration, storage, variation
+from correctnet import compensation, lipschitz, models, recalibration, storage, streams, variation
 from correctnet import data as datasets
 from correctnet import search as searching
 from correctnet import sweep as sweeping
@@ -38,6 +38,9 @@ from correctnet.errors import UserError, one_line
 from correctnet.montecarlo import clean_accuracy, evaluate
 from correctnet.results import COLUMNS, Result, record
 from correctnet.training import Checkpoint, Hooks, fit
+
+# Simulated chips over which BatchNorm's statistics are estimated.
+RECALIBRATION_CHIPS = 20
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,14 @@ def read_network(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict
     tensors, description = storage.read_model(path)
     if "network" not in description:
         raise UserError(f"{path}: holds no network of correctnet.models; load it with correctnet.compensation.load")
-    model = _build(description["network"])
+    model = _build(description["network"], 0, "restore")  # other weights take the place of those drawn here
     model = compensation.restore(model, tensors, description, str(path))
     return model.eval().to(device), description
 
 
-def _build(network: dict[str, Any], seed: int = 0) -> nn.Module:
+def _build(network: dict[str, Any], seed: int, stage: str) -> nn.Module:
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in network.items()}
-    return models.build(**options, seed=seed)
+    return models.build(**options, seed=seed, stage=stage)
 
 
 def _write_network(
@@ -97,18 +100,24 @@ def _train(
     runtime: Runtime,
     inputs: Sequence[Path] = (),
     parameters: Sequence[nn.Parameter] | None = None,
+    judge: Callable[[], dict[str, Any]] = dict,
 ) -> None:
-    """Train a stage's model, resumably, and write it: what all stages that train share."""
+    """Train a stage's model, resumably, and write it: what all stages that train share.
+
+    `judge` is called with the trained model and may change it; what it gives is written into the model's history.
+    """
     s = settings.of(stage)
     hooks.augment = s.data.augment
-    # A checkpoint is for these settings, these inputs, and no others.
-    identity = [stage, settings.canonical(stage), *(storage.sha256(p) for p in inputs)]
+    # A checkpoint is for these settings, this network, these inputs, and no others.
+    network = json.dumps(base["network"], sort_keys=True)
+    identity = [stage, settings.canonical(stage), network, *(storage.sha256(p) for p in inputs)]
     checkpoint = Checkpoint(runtime.work / f"{stage}.safetensors", "\n".join(identity)) if runtime.work else None
     rows = fit(
         model,
         data.train,
         getattr(s, stage),
         s.seed,
+        stage=stage,
         parameters=parameters,
         hooks=hooks,
         validate=lambda: clean_accuracy(model, data.validation),
@@ -117,7 +126,8 @@ def _train(
         title=stage,
         quiet=runtime.quiet,
     )
-    metrics = {"epochs": len(rows), "validation": clean_accuracy(model, data.validation)}
+    metrics = {"epochs": len(rows), **judge()}
+    metrics["validation"] = clean_accuracy(model, data.validation)
     _write_network(out, model, base, stage, settings, metrics)
     if checkpoint:
         checkpoint.discard()
@@ -131,19 +141,23 @@ def pretrain(settings: Settings, out: Path, runtime: Runtime) -> None:
     data = runtime.load(s)
     network: dict[str, Any] = {"name": s.network.name, "classes": data.classes, "channels": data.channels}
     network |= models.options(s.network)
-    model = _build(network, s.seed).to(runtime.device)
+    model = _build(network, s.seed, "pretrain").to(runtime.device)
     _train("pretrain", model, {"network": network}, data, settings, Hooks(sizes=s.pretrain.sizes), out, runtime)
 
 
 def suppress(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) -> None:
-    """Train under the Lipschitz regulariser (11), from the pre-trained weights or from scratch."""
+    """Train under the Lipschitz regulariser (11), from the pre-trained weights or from scratch.
+
+    From scratch the architecture is all that is taken of the pre-trained network.
+    """
     s = settings.of("suppress")
     model, base = read_network(pretrained, runtime.device)
     if mistake := sizes_mistake(s, "suppress", base["network"]["name"]):
         raise UserError(mistake)
+    inputs = [storage.model_files(pretrained)[0]]
     if s.suppress.start == "scratch":
-        model = _build(base["network"], s.seed).to(runtime.device)
-        base = {"network": base["network"]}
+        model = _build(base["network"], s.seed, "suppress").to(runtime.device)
+        base, inputs = {"network": base["network"]}, []
     lam = lipschitz.bound(s.variation.sigma, s.suppress.k, variation.make(s.variation).shift)
     ramp, beta = s.suppress.ramp, s.suppress.beta
     hooks = Hooks(
@@ -154,8 +168,7 @@ def suppress(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) 
         temperature=s.suppress.temperature,
         sizes=s.suppress.sizes,
     )
-    weights, _ = storage.model_files(pretrained)
-    _train("suppress", model, base, runtime.load(s), settings, hooks, out, runtime, [weights])
+    _train("suppress", model, base, runtime.load(s), settings, hooks, out, runtime, inputs)
 
 
 def inject(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) -> None:
@@ -180,7 +193,7 @@ def _train_with_variation(
     model, base = read_network(path, runtime.device)
     analog = convert(model, variation.make(s.variation), s.seed)
     hooks = Hooks(
-        before_batch=lambda draw: program(analog, variation.TRAINING_CHIPS + draw),
+        before_batch=lambda draw: program(analog, streams.chip(f"train-{stage}", draw)),
         update_batchnorm=getattr(s, stage).batchnorm == "updated",
     )
     weights, _ = storage.model_files(path)
@@ -199,7 +212,7 @@ def sweep(settings: Settings, pretrained: Path, base: Path, out: Path, runtime: 
         clean_accuracy(original, images),
         s.sweep.threshold,
         chips=s.sweep.chips,
-        start=variation.VALIDATION_CHIPS,
+        start=streams.chips("sweep", s.sweep.chips).start,
         precision=s.montecarlo.precision,
         gpu_method=s.montecarlo.gpu_method,
         memory=runtime.memory,
@@ -220,7 +233,7 @@ def sensitivity(settings: Settings, path: Path, out: Path, runtime: Runtime) -> 
         s.seed,
         runtime.load(s).validation.take(s.sensitivity.images),
         chips=s.sensitivity.chips,
-        start=variation.VALIDATION_CHIPS,
+        start=streams.chips("sensitivity", s.sensitivity.chips).start,
         precision=s.montecarlo.precision,
         gpu_method=s.montecarlo.gpu_method,
         memory=runtime.memory,
@@ -330,17 +343,17 @@ def _search_problem(
 
     def score(filters: searching.Filters) -> tuple[float, float]:
         train, images = splits()
-        analog, _, hooks = compensation.prepare(model, _named(names, filters), section, device, s.seed)
+        analog, _, hooks = compensation.prepare(model, _named(names, filters), section, device, s.seed, "search")
         parameters = compensation.trained_parameters(analog, section)
         if parameters:
             hooks.augment = s.data.augment
-            title = "compensators " + " ".join(map(str, filters))
-            fit(analog, train, section, s.seed, parameters=parameters, hooks=hooks, title=title, quiet=runtime.quiet)
+            how = {"title": "compensators " + " ".join(map(str, filters)), "quiet": runtime.quiet}
+            fit(analog, train, section, s.seed, stage="search", parameters=parameters, hooks=hooks, **how)
         result = evaluate(
             analog,
             images,
             s.search.chips,
-            start=variation.VALIDATION_CHIPS,
+            start=streams.chips("search", s.search.chips).start,
             precision=s.montecarlo.precision,
             gpu_method=s.montecarlo.gpu_method,
             memory=runtime.memory,
@@ -391,6 +404,9 @@ def _candidate_names(path: Path, layers: dict[str, nn.Module]) -> list[str]:
 def compensate(settings: Settings, base: Path, found: Sequence[Path], out: Path, runtime: Runtime) -> None:
     """Train the compensators of the best state that the searches found. Writes a model and its log to `out`.
 
+    The network with the trained compensators and the one without are compared under variation on validation images; the
+    better one is written, both accuracies stand in its history (`judged`), and a warning says if it is the latter.
+
     Args:
         settings, base, out, runtime: as elsewhere.
         found: best.json of each limit; the one with the best mean validation accuracy is taken, of equals the one
@@ -401,7 +417,7 @@ def compensate(settings: Settings, base: Path, found: Sequence[Path], out: Path,
     best = max(results, key=lambda r: (r["mean"] if r["mean"] is not None else 1.0, -r["overhead"]))
     model, described = read_network(base, runtime.device)
     device = variation.make(s.variation)
-    analog, plan, hooks = compensation.prepare(model, best["filters"], s.compensate, device, s.seed)
+    analog, plan, hooks = compensation.prepare(model, best["filters"], s.compensate, device, s.seed, "compensate")
     described |= {"compensation": plan, "overhead": compensation.overhead(model, plan["filters"]), "search": best}
     parameters = compensation.trained_parameters(analog, s.compensate)
     if not parameters:
@@ -409,8 +425,13 @@ def compensate(settings: Settings, base: Path, found: Sequence[Path], out: Path,
         _write_network(out, analog, described, "compensate", settings, metrics)
         storage.write_text(out / "log.csv", "epoch\n")
         return
-    inputs = [storage.model_files(base)[0], *found]
-    _train("compensate", analog, described, runtime.load(s), settings, hooks, out, runtime, inputs, parameters)
+    inputs, data = [storage.model_files(base)[0], *found], runtime.load(s)
+
+    def judge() -> dict[str, Any]:
+        how = {"stage": "compensate", "memory": runtime.memory}
+        return {"judged": compensation.keep_better(analog, model, plan, data.validation, s.seed, **how)}
+
+    _train("compensate", analog, described, data, settings, hooks, out, runtime, inputs, parameters, judge)
 
 
 def _read_best(path: Path) -> dict[str, Any]:
@@ -431,13 +452,14 @@ def evaluate_chips(
     start: int = 0,
     notes: Mapping[str, Any] | None = None,
 ) -> Result:
-    """Accuracy of chips start, ..., start + chips - 1. Writes a CSV, a row a chip.
+    """Accuracy of a number of chips. Writes a CSV, a row a chip.
 
     Args:
         settings: those of `evaluate`.
         path: a model.
-        chips, start: as in `correctnet.montecarlo.evaluate`; with `variation.sigma` 0 all chips are the nominal
-            network, and it is evaluated once.
+        chips: how many; with `variation.sigma` 0 all chips are the nominal network, and it is evaluated once.
+        start: number of the first among the chips for these images: test images and validation images are evaluated on
+            chips of their own (`correctnet.streams`), as choices are made on the latter.
         notes: further columns of one value each (pair, row), put before the others.
     """
     s = settings.of("evaluate")
@@ -459,15 +481,16 @@ def evaluate_chips(
     }
     if taken := sorted(set(notes or {}) & {*columns, *COLUMNS}):
         raise UserError(f"--note {taken[0]}: the evaluation has a column of that name")
+    first = streams.chips(s.evaluate.split, chips, start).start
     if s.variation.sigma > 0:
-        check_coverage(model, analog, images.images[:8], sample=start)
+        check_coverage(model, analog, images.images[:8], sample=first)
     else:
         chips = min(chips, 1)
     calibration = data.train.take(s.evaluate.recalibrate_images).images
     prepare = None
     if s.evaluate.recalibrate == "simulated":
-        chips_used = range(variation.TRAINING_CHIPS, variation.TRAINING_CHIPS + 20)
-        recalibration.recalibrate(analog, calibration, chips_used, s.montecarlo.precision)
+        simulated = streams.chips("recalibration", RECALIBRATION_CHIPS)
+        recalibration.recalibrate(analog, calibration, simulated, s.montecarlo.precision)
     elif s.evaluate.recalibrate == "chip":
 
         def prepare(chip: nn.Module) -> None:
@@ -482,7 +505,7 @@ def evaluate_chips(
         analog,
         images,
         chips,
-        start=start,
+        start=first,
         precision=s.montecarlo.precision,
         gpu_method=s.montecarlo.gpu_method,
         memory=runtime.memory,

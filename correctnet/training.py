@@ -1,18 +1,18 @@
 """Training that a kill does not undo.
 
-All that is random in an epoch (the order of the images, augmentation, the chips) is a function of (seed, epoch, step),
-and the learning rate one of the step, so the state after an epoch is the weights, the optimizer's moments and the
-epoch's number. It is saved after every epoch; a run that is killed goes on from there and ends with the same weights.
+All that is random in an epoch (the order of the images, augmentation, dropout, the chips) is a function of (seed,
+stage, epoch, step), and the learning rate one of the step, so the state after an epoch is the weights, the optimizer's
+moments and the epoch's number. It is saved after every epoch; a run that is killed goes on from there and ends with
+the same weights.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from correctnet import arithmetic, storage
+from correctnet import arithmetic, storage, streams
 from correctnet.data import Split, augment, resize
-from correctnet.errors import UserError
+from correctnet.errors import UserError, one_line
 
 # Batches between two looks at whether the loss is finite.
 CHECK_EVERY = 20
@@ -145,6 +145,7 @@ def fit(
     settings: Any,
     seed: int,
     *,
+    stage: str = "fit",
     parameters: Sequence[nn.Parameter] | None = None,
     hooks: Hooks | None = None,
     validate: Callable[[], float] | None = None,
@@ -155,12 +156,16 @@ def fit(
 ) -> list[dict[str, Any]]:
     """Minimise cross entropy (+ penalty) over `train`, in place.
 
+    Weights and BatchNorm's statistics change. What else the caller may see is afterwards as it was: the mode of each
+    module, which parameters require a gradient, the memory order of parameters, torch's global generators.
+
     Args:
-        model: left in evaluation mode.
-        train: (N, C, H, W) images and (N,) labels, on the model's device.
+        model: any module whose output is (N, classes).
+        train: (N, ...) inputs and (N,) labels, on the model's device.
         settings: a `correctnet.config.Training` section.
-        seed: of the batches and the augmentation.
-        parameters: what is trained; all others are frozen. None: all.
+        seed: of the batches, the augmentation and dropout.
+        stage: what the training is part of; with the same seed each has batches of its own (`correctnet.streams`).
+        parameters: what is trained; all others are frozen. None: all that require a gradient.
         hooks: what the stage adds.
         validate: an accuracy to log after each epoch.
         checkpoint: where to save after each epoch, and to resume from.
@@ -173,49 +178,104 @@ def fit(
         learning_rate, seconds, process (1, and one more after each resumption).
 
     Raises:
-        UserError: the loss is not finite, or a file cannot be written.
+        UserError: labels or outputs that are no classification, nothing to train, the loss is not finite, or a file
+            cannot be written.
     """
     hooks = hooks or Hooks()
-    chosen = list(model.parameters()) if parameters is None else list(parameters)
-    train_only(model, chosen)
-    # Convolutions then train up to 1.8 times faster on a CPU (VGG16 in bfloat16, batch 128, one Zen 4: 182 images/s
-    # instead of 100; LeNet-5 in float32: 6,900 instead of 4,600).
-    model.to(memory_format=torch.channels_last)
-    optimizer = make_optimizer(chosen, settings)
-    done, rows = checkpoint.load(model, optimizer) if checkpoint else (0, [])
-    process = 1 + max((r["process"] for r in rows), default=0)
-    per_epoch = math.ceil(len(train) / settings.batch)
-    steps = settings.epochs * per_epoch
+    train = classified(train, "training")
+    if hooks.augment != "none" and train.images.dim() != 4:
+        raise UserError(f"training: only images (N, C, H, W) can be augmented, not {tuple(train.images.shape)}")
+    chosen = [p for p in model.parameters() if p.requires_grad] if parameters is None else list(parameters)
+    if not chosen:
+        raise UserError("training: no parameter of the network requires a gradient, so that there is nothing to train")
+    with _restored(model), torch.enable_grad():
+        train_only(model, chosen)
+        # Convolutions then train up to 1.8 times faster on a CPU (VGG16 in bfloat16, batch 128, one Zen 4: 182 images/s
+        # instead of 100; LeNet-5 in float32: 6,900 instead of 4,600).
+        for p in model.parameters():
+            if p.dim() == 4 and p.is_contiguous():
+                p.data = p.data.contiguous(memory_format=torch.channels_last)
+        optimizer = make_optimizer(chosen, settings)
+        done, rows = checkpoint.load(model, optimizer) if checkpoint else (0, [])
+        process = 1 + max((r["process"] for r in rows), default=0)
+        per_epoch = math.ceil(len(train) / settings.batch)
+        steps = settings.epochs * per_epoch
+        devices = {p.device for p in model.parameters()}
 
-    bar = tqdm(total=steps, initial=done * per_epoch, desc=title, unit="batch", disable=quiet, mininterval=1.0)
-    with bar:
-        for epoch in range(done, settings.epochs):
-            began = time.monotonic()
-            _set_mode(model, hooks)
-            loss, correct = _epoch(model, train, settings, seed, epoch, steps, optimizer, hooks, bar)
-            model.eval()
-            row = {
-                "epoch": epoch + 1,
-                "loss": loss,
-                "accuracy": correct,
-                "validation": validate() if validate else None,
-                "learning_rate": optimizer.param_groups[0]["lr"],
-                "seconds": round(time.monotonic() - began, 3),
-                "process": process,
-            }
-            rows.append(row)
-            bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss:.4f}" + _percent(row["validation"]), refresh=False)
-            if checkpoint:
-                checkpoint.save(model, optimizer, epoch + 1, rows)
-            if log:
-                write_log(log, rows)
+        bar = tqdm(total=steps, initial=done * per_epoch, desc=title, unit="batch", disable=quiet, mininterval=1.0)
+        with bar:
+            for epoch in range(done, settings.epochs):
+                began = time.monotonic()
+                _set_mode(model, hooks)
+                # Layers of dropout take no generator.
+                with streams.global_generators(seed, "dropout", stage, epoch, devices=devices):
+                    where = seed, stage, epoch
+                    loss, correct = _epoch(model, train, settings, where, steps, optimizer, hooks, bar)
+                model.eval()
+                row = {
+                    "epoch": epoch + 1,
+                    "loss": loss,
+                    "accuracy": correct,
+                    "validation": validate() if validate else None,
+                    "learning_rate": optimizer.param_groups[0]["lr"],
+                    "seconds": round(time.monotonic() - began, 3),
+                    "process": process,
+                }
+                rows.append(row)
+                bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss:.4f}" + _percent(row["validation"]), refresh=False)
+                if checkpoint:
+                    checkpoint.save(model, optimizer, epoch + 1, rows)
+                if log:
+                    write_log(log, rows)
+        optimizer.zero_grad(set_to_none=True)
     if log:  # once more: of a run that was killed behind its last epoch there may be none
         write_log(log, rows)
-    model.eval()
-    model.to(memory_format=torch.contiguous_format)
-    for p in model.parameters():
-        p.requires_grad_(True)
     return rows
+
+
+def classified(data: Split, what: str) -> Split:
+    """Inputs with their classes as int64. Raises UserError where labels are not one whole number >= 0 for each."""
+    images, labels = data.images, data.labels
+    if labels.dim() != 1 or len(labels) != len(images):
+        raise UserError(
+            f"{what}: labels must be (N,), a class for each of N images, but they are {tuple(labels.shape)} "
+            f"for {len(images)} images"
+        )
+    if len(labels) == 0:
+        raise UserError(f"{what}: there are no images")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise UserError(f"{what}: labels must be the numbers of classes, of an integral dtype, not {labels.dtype}")
+    if labels.min() < 0:
+        raise UserError(f"{what}: labels count classes from 0 on, but one is {labels.min().item()}")
+    return Split(images, labels.long())
+
+
+def check_outputs(outputs: Any, images: int, largest: int, what: str) -> None:
+    """Raise UserError where a network's outputs are not (images, classes), or `largest` is no class of them."""
+    shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2 or len(outputs) != images or outputs.shape[1] < 2:
+        raise UserError(
+            f"{what}: the network's outputs must be (N, classes) with at least 2 classes, a score for each, but for "
+            f"{images} images they are {shape}"
+        )
+    if largest >= outputs.shape[1]:
+        raise UserError(f"{what}: a label is {largest}, but the network tells {outputs.shape[1]} classes apart")
+
+
+@contextlib.contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Put modes, memory orders and `requires_grad` back as they were, also behind an error."""
+    modes = [(m, m.training) for m in model.modules()]
+    flags = [(p, p.requires_grad, p.is_contiguous()) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+        for p, flag, contiguous in flags:
+            p.requires_grad_(flag)
+            if contiguous and not p.is_contiguous():
+                p.data = p.data.contiguous()
 
 
 def _percent(value: float | None) -> str:
@@ -235,26 +295,33 @@ def _set_mode(model: nn.Module, hooks: Hooks) -> None:
             m.train(hooks.update_batchnorm)
 
 
-def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """The generator of an epoch's order and augmentation, a function of (seed, epoch)."""
-    digest = hashlib.sha256(json.dumps([seed, epoch]).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+def _outputs(model: nn.Module, images: Tensor, count: int) -> Any:
+    try:
+        return model(images)
+    except ValueError as error:  # BatchNorm's, which cannot normalise with a single number
+        if len(images) > 1:
+            raise
+        raise UserError(
+            f"training: {one_line(error)}: a batch of {count} images is a single one; choose another batch size"
+        ) from error
 
 
 def _epoch(
     model: nn.Module,
     train: Split,
     settings: Any,
-    seed: int,
-    epoch: int,
+    where: tuple[int, str, int],
     steps: int,
     optimizer: torch.optim.Optimizer,
     hooks: Hooks,
     bar: tqdm,
 ) -> tuple[float, float]:
-    generator = epoch_generator(seed, epoch)
-    torch.manual_seed(generator.initial_seed())  # of dropout
-    order = torch.randperm(len(train), generator=generator).to(train.images.device)
+    """Mean loss and accuracy of one pass; `where`: seed, stage and epoch."""
+    seed, stage, epoch = where
+    order = torch.randperm(len(train), generator=streams.torch_generator(seed, "batches", stage, epoch), device="cpu")
+    order = order.to(train.images.device)
+    crops = streams.torch_generator(seed, "augmentation", stage, epoch)
+    largest = int(train.labels.max())
     per_epoch = math.ceil(len(train) / settings.batch)
     # Kept on the device: reading them after every batch would make a GPU wait for each.
     losses = torch.zeros((), dtype=torch.float64, device=train.images.device)
@@ -265,7 +332,7 @@ def _epoch(
             group["lr"] = learning_rate(step, steps, settings.learning_rate, settings.warmup)
         images, labels = train.images[batch], train.labels[batch]
         if hooks.augment != "none":
-            images = augment(images, generator, flip=hooks.augment == "crop-flip")
+            images = augment(images, crops, flip=hooks.augment == "crop-flip")
         if epoch < len(hooks.sizes):
             images = resize(images, hooks.sizes[epoch])
         if images.dim() == 4:
@@ -274,8 +341,11 @@ def _epoch(
         for draw in range(hooks.draws_per_batch):
             hooks.before_batch(step * hooks.draws_per_batch + draw)
             with arithmetic.products(settings.precision, train.images.device):
-                logits = model(images)
-            loss = F.cross_entropy(logits.float() / hooks.temperature, labels)
+                # A copy where they are read again: a network may write into its input.
+                logits = _outputs(model, images.clone() if hooks.draws_per_batch > 1 else images, len(train))
+            check_outputs(logits, len(batch), largest, "training")
+            scores = logits if logits.dtype == torch.float64 else logits.float()
+            loss = F.cross_entropy(scores / hooks.temperature, labels)
             (loss / hooks.draws_per_batch).backward()
             losses += loss.detach().double() * len(batch) / hooks.draws_per_batch
             correct += (logits.argmax(1) == labels).sum() / hooks.draws_per_batch

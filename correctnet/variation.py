@@ -2,7 +2,8 @@
 
 A *chip sample* is one draw of all weights of a network; it is addressed by (seed, sample), and the same address gives
 the same weights in any batch size, chunk, thread count or process, because the noise is a function of
-(seed, layer, sample, element) (`correctnet.reference`) and not a stream.
+(seed, layer, sample, element) (`correctnet.reference`) and not a stream. `correctnet.streams` says which samples are
+for what.
 """
 
 from __future__ import annotations
@@ -16,12 +17,6 @@ import torch
 from torch import Tensor
 
 from correctnet import native
-
-# Disjoint ranges of sample numbers, so that nothing is judged on a chip that it was trained on, or that the sweep or
-# the search chose on. Evaluations count from TEST_CHIPS on, those of validation images, too.
-TEST_CHIPS = 0
-VALIDATION_CHIPS = 1 << 30
-TRAINING_CHIPS = 1 << 31
 
 
 class Variation(ABC):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from correctnet.config import SEARCHING, Settings, Stage
+from correctnet.config import JUDGED_CHIPS, SEARCHING, Settings, Stage
 
 # Images of the training and test sets; what a setting leaves open means all of them.
 SIZES = {"digits": (1438, 359), "mnist": (60000, 10000), "cifar10": (50000, 10000), "cifar100": (50000, 10000)}
@@ -46,7 +46,8 @@ def stage_seconds(stage: Stage, s: Settings, cost: Costs, chips: int | None = No
         case "search":
             return s.search.evaluations * state_seconds(s, cost) if s.search.strategy in SEARCHING else 0.0
         case "compensate":
-            return s.compensate.epochs * train_images * _compensating(s, cost)
+            judged = 2 * JUDGED_CHIPS * validation * cost.test  # with the compensators and without
+            return s.compensate.epochs * train_images * _compensating(s, cost) + judged
         case "evaluate":
             images = s.evaluate.images or (test_images if s.evaluate.split == "test" else validation)
             return (chips or s.evaluate.chips) * images * cost.test

@@ -18,12 +18,11 @@ import click
 import pandas as pd
 import torch
 
-from correctnet import LogNormalVariation, compensation, convert, data, evaluate
+from correctnet import LogNormalVariation, compensation, convert, data, evaluate, streams
 from correctnet.config import Compensate, validate
 from correctnet.stages import read_network
 from correctnet.storage import write_csv
 from correctnet.training import fit
-from correctnet.variation import VALIDATION_CHIPS
 
 
 @click.command()
@@ -60,7 +59,8 @@ def main(
     rows: list[dict[str, Any]] = []
 
     def judge(trial: str, analog: torch.nn.Module, overhead: float, seconds: float) -> None:
-        result = evaluate(analog, judged, chips, start=VALIDATION_CHIPS, precision=precision, progress=False)
+        first = streams.chips("validation", chips).start
+        result = evaluate(analog, judged, chips, start=first, precision=precision, progress=False)
         row = {"trial": trial, "training_images": images, "overhead": overhead, "seconds": round(seconds, 1)}
         rows.append(row | {"mean": result.mean, "std": result.std, "chips": chips, "validation_images": len(judged)})
         write_csv(out, pd.DataFrame(rows))
@@ -74,7 +74,7 @@ def main(
         hooks.augment = augment
         trained = compensation.trained_parameters(analog, section)
         began = time.monotonic()
-        fit(analog, train, section, 0, parameters=trained, hooks=hooks, quiet=True)
+        fit(analog, train, section, 0, stage="fit_compensators", parameters=trained, hooks=hooks, quiet=True)
         judge(trial, analog, compensation.overhead(network, plan), time.monotonic() - began)
 
 

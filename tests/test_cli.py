@@ -14,8 +14,11 @@ import pytest
 import torch
 from by_hand import every_stage, run, succeed
 
-from correctnet import compensation, cuda, data, native, stages, storage, sweep, training, variation
+from correctnet import compensation, cuda, data, native, stages, storage, streams, sweep, training
+from correctnet.analog import convert
 from correctnet.config import READS
+from correctnet.montecarlo import clean_accuracy, evaluate
+from correctnet.variation import LogNormalVariation
 
 FAST = ["--quiet", "--threads", "1", "--batch", "64"]
 # Stages that train with variation, and what each begins with.
@@ -91,6 +94,9 @@ def test_the_chain_leaves_what_it_says(chain):
     description = storage.read_json(chain / "compensate" / "model.json")
     assert [h["stage"] for h in description["history"]] == ["pretrain", "suppress", "compensate"]
     assert [h["epochs"] for h in description["history"]] == [4, 1, 1]
+    judged = description["history"][-1]["judged"]
+    assert judged["kept"] == ("with" if judged["with"] >= judged["without"] else "without")
+    assert (judged["chips"], judged["images"]) == (10, len(data.load("digits").validation))
     log = pd.read_csv(chain / "search" / "log.csv")
     best = json.loads((chain / "search" / "best.json").read_text())
     assert best["mean"] == log["mean"].max()
@@ -123,7 +129,7 @@ def test_training_with_variation_programs_a_chip_a_batch(chain, tmp_path, monkey
     chips = []
     monkeypatch.setattr(stages, "program", lambda analog, sample: chips.append(sample))
     succeed(stage, *FAST, "--batch", 500, "--epochs", 1, given, chain / before, "--out", tmp_path / "out")
-    assert chips == [variation.TRAINING_CHIPS, variation.TRAINING_CHIPS + 1, variation.TRAINING_CHIPS + 2]
+    assert chips == list(streams.chips(f"train-{stage}", 3))
 
 
 def test_the_sweep_is_about_validation_images(chain):
@@ -135,7 +141,7 @@ def test_the_sweep_is_about_validation_images(chain):
     assert summary["original"] == correct.sum().item() / 50
     table = pd.read_csv(chain / "sweep" / "accuracy.csv")
     assert table.groupby("layer").size().to_dict() == dict.fromkeys(range(1, 6), 3)
-    assert (table["sample"] >= 2**30).all()
+    assert set(table["sample"]) == set(streams.chips("sweep", 3))
 
 
 def test_chunks_of_an_evaluation_merge_to_the_whole(chain):
@@ -428,6 +434,11 @@ def test_choices_are_evaluated_on_validation_images(chain):
     table = pd.read_csv(chain / "v.csv")
     assert set(table["split"]) == {"validation"}
     assert table["images"][0] == len(data.load("digits").validation)
+    options = ["--quiet", "--threads", "1", "--model", chain / "pretrain", "--images", 20, "--split", "validation"]
+    succeed("evaluate", *options, "--chips", 2, "--start", 3, "--out", chain / "v.csv")
+    assert list(pd.read_csv(chain / "v.csv")["sample"]) == list(streams.chips("validation", 2, 3))
+    line = fail("evaluate", *options, "--chips", 2, "--start", 2**28 - 1, "--out", chain / "v.csv")
+    assert "for validation: there are 268435456 for each purpose" in line
 
 
 def test_without_variation_one_network_is_evaluated_once(chain):
@@ -495,3 +506,36 @@ def test_checkpoints_are_for_their_settings(tmp_path):
         training.Checkpoint.save = save
     succeed("pretrain", *options, "--epochs", 2, "--learning-rate", 0.002)
     assert list(pd.read_csv(tmp_path / "out" / "log.csv")["process"]) == [1, 1]
+
+
+def test_compensators_that_lose_accuracy_are_not_kept(chain, tmp_path):
+    options = [*FAST, "--epochs", 1, "--base", chain / "suppress", "--found", chain / "all" / "best.json"]
+    said = succeed("compensate", *options, "--learning-rate", 10, "--out", tmp_path / "out").output
+    assert "warning: the trained compensators are not kept: over 10 validation chips" in said
+    entry = storage.read_json(tmp_path / "out" / "model.json")["history"][-1]
+    assert entry["judged"]["with"] < entry["judged"]["without"]
+    assert entry["judged"]["kept"] == "without"
+    before, after = (stages.read_network(path)[0] for path in (chain / "suppress", tmp_path / "out"))
+    validation = data.load("digits").validation
+    with torch.no_grad():
+        torch.testing.assert_close(after(validation.images), before(validation.images))
+    # The first number is that of the network without compensators, on chips for this comparison alone.
+    chips = streams.chips("validate-compensate", 10)
+    bare = evaluate(convert(before, LogNormalVariation(0.5)), validation, 10, start=chips.start, progress=False)
+    assert entry["judged"]["without"] == pytest.approx(bare.mean, abs=1e-3)
+    assert entry["validation"] == clean_accuracy(before, validation)
+
+
+def test_suppression_from_scratch_goes_on_whatever_weights_were_pretrained(chain, tmp_path, monkeypatch):
+    """Its checkpoint is for the architecture; one that starts from the weights is for those."""
+    names = []
+    other = [*FAST, "--dataset", "digits", "--epochs", 0, "--seed", 1]
+    succeed("pretrain", *other, "--out", tmp_path / "other")
+    succeed("pretrain", *other, "--widths", "5,16,120,84", "--out", tmp_path / "narrow")
+    monkeypatch.setattr(stages, "Checkpoint", lambda path, identity: names.append(identity) or sys.exit(0))
+    for start in ("scratch", "pretrained"):
+        for network in (chain / "pretrain", tmp_path / "other", tmp_path / "narrow"):
+            options = [*FAST, "--start", start, "--pretrained", network, "--work", tmp_path / "work"]
+            run("suppress", *options, "--out", tmp_path / "out")
+    assert names[0] == names[1]
+    assert len(set(names)) == 5

@@ -272,33 +272,6 @@ def test_every_setting_is_read_by_exactly_the_stages_that_depend_on_it(key, fiel
     assert found == SHARED.get(key, SHARED.get(section, {section}))
 
 
-@pytest.mark.parametrize("stage", ["sweep", "search", "evaluate", "sensitivity"])
-def test_a_key_that_came_later_changes_no_string_where_it_has_its_default(stage):
-    """Else the results of before it would all be made again."""
-    settings = Settings()
-    assert settings.of(stage).montecarlo.gpu_method == "auto"
-    assert "gpu_method" not in settings.canonical(stage)
-    assert json.loads(settings.canonical(stage))["montecarlo"] == {"precision": "float32"}
-    other = Settings.model_validate({"montecarlo": {"gpu_method": "library"}})
-    assert Settings.from_canonical(other.canonical(stage), stage).montecarlo.gpu_method == "library"
-
-
-@pytest.mark.parametrize(
-    ("stage", "section", "key", "other"),
-    [
-        *((stage, stage, "clip", 1.0) for stage in ("pretrain", "suppress", "inject", "compensate")),
-        ("search", "compensate", "clip", 1.0),
-        ("inject", "inject", "batchnorm", "frozen"),
-        ("pretrain", "pretrain", "sizes", (16,)),
-        ("suppress", "suppress", "sizes", (16,)),
-    ],
-)
-def test_trainings_without_a_later_key_are_those_of_before(stage, section, key, other):
-    assert key not in json.loads(Settings().canonical(stage))[section]
-    changed = Settings.model_validate({section: {key: other}})
-    assert getattr(getattr(Settings.from_canonical(changed.canonical(stage), stage), section), key) == other
-
-
 def test_swapped_numbers_are_noticed():
     a = Settings.model_validate({"suppress": {"beta": 0.1, "k": 0.2}}).canonical("suppress")
     b = Settings.model_validate({"suppress": {"beta": 0.2, "k": 0.1}}).canonical("suppress")

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from correctnet import LogNormalVariation, compensation, convert, cuda, evaluate, models, native, ops
 from correctnet.analog import analog_layers, program, programmed
+from correctnet.config import Training
 from correctnet.data import Split
 from correctnet.engine import Engine, full_float32
 from correctnet.errors import UserError
 from correctnet.lowering import METHODS
 from correctnet.montecarlo import EngineWarning
+from correctnet.training import fit
 from correctnet.variation import Variation
 
 MODELLED = cuda.status().usable and not torch.cuda.is_available()
@@ -435,3 +437,20 @@ def test_a_stage_runs_on_the_device(tmp_path: Any) -> None:
     )
     assert CliRunner().invoke(main, command.split(), catch_exceptions=False).exit_code == 0
     assert math.isfinite(float((tmp_path / "e.csv").read_text().splitlines()[1].split(",")[-2] or 0))
+
+
+@on_a_gpu
+def test_dropout_is_a_function_of_the_seed_and_the_global_generators_are_left() -> None:
+    images = Split(normal(64, 8).to(DEVICE), (torch.arange(64) % 3).to(DEVICE))
+    found, settings = [], Training(epochs=2, batch=16)
+    for outside in (1, 2):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 3)).to(DEVICE)
+        torch.manual_seed(outside)
+        before = torch.cuda.get_rng_state(), torch.get_rng_state()
+        fit(model, images, settings, seed=3, quiet=True)
+        assert torch.equal(torch.cuda.get_rng_state(), before[0])
+        assert torch.equal(torch.get_rng_state(), before[1])
+        found.append([p.detach().cpu() for p in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)

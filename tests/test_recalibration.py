@@ -1,8 +1,9 @@
 import pytest
 import torch
+from torch import nn
 
 from correctnet import arithmetic
-from correctnet.analog import convert, program
+from correctnet.analog import convert, program, programmed
 from correctnet.errors import UserError
 from correctnet.recalibration import recalibrate
 from correctnet.variation import LogNormalVariation
@@ -24,15 +25,84 @@ def test_statistics_are_those_of_the_chip(tiny, blobs):
     assert analog[0].norm.momentum == tiny[0].norm.momentum
 
 
-def test_simulated_statistics_are_the_average_over_chips(tiny, blobs):
+def test_simulated_statistics_are_those_of_all_chips_together(tiny, blobs):
     analog = convert(tiny, LogNormalVariation(0.5))
     recalibrate(analog, blobs.images, samples=[4, 9])
-    moments = []
+    outputs = []
     for sample in (4, 9):
         program(analog, sample)
-        moments.append(channel_moments(analog[0].layer(blobs.images)))
-    torch.testing.assert_close(analog[0].norm.running_mean, (moments[0][0] + moments[1][0]) / 2)
-    torch.testing.assert_close(analog[0].norm.running_var, (moments[0][1] + moments[1][1]) / 2)
+        outputs.append(analog[0].layer(blobs.images))
+    mean, variance = channel_moments(torch.cat(outputs))
+    torch.testing.assert_close(analog[0].norm.running_mean, mean)
+    torch.testing.assert_close(analog[0].norm.running_var, variance)
+    within = (channel_moments(outputs[0])[1] + channel_moments(outputs[1])[1]) / 2
+    assert not torch.allclose(variance, within, rtol=1e-5, atol=0), "chips differ in their means, too"
+
+
+def deep():
+    """Three BatchNorms, the one that is registered first called last."""
+
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.BatchNorm1d(5)
+            self.conv = nn.Conv2d(1, 4, 3, padding=1)
+            self.norm = nn.BatchNorm2d(4)
+            self.drop = nn.Dropout(0.5)
+            self.middle = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.BatchNorm2d(6))
+            self.linear = nn.Linear(6, 5)
+            self.unused = nn.BatchNorm1d(7)
+
+        def forward(self, x):
+            return self.last(self.linear(self.middle(self.drop(self.norm(self.conv(x)))).mean((2, 3))))
+
+    torch.manual_seed(0)
+    return convert(Deep(), LogNormalVariation(0.7))
+
+
+def test_every_batchnorm_normalises_what_it_is_given_in_use(blobs):
+    """Also a deep one, whose input has passed those before it as they are when the network is used."""
+    analog = deep().eval()
+    recalibrate(analog, blobs.images, samples=[3, 8, 11])
+    inputs = {analog.norm: [], analog.middle[2]: [], analog.last: []}
+    for norm, seen in inputs.items():
+        norm.register_forward_hook(lambda module, args, y, seen=seen: seen.append(y))
+    with torch.no_grad():
+        for sample in (3, 8, 11):
+            with programmed(analog, sample):
+                analog(blobs.images)
+    for norm, seen in inputs.items():
+        mean, variance = channel_moments(torch.cat(seen))
+        torch.testing.assert_close(mean, torch.zeros_like(mean), atol=2e-5, rtol=0)
+        torch.testing.assert_close(variance, norm.running_var / (norm.running_var + norm.eps), atol=2e-5, rtol=0)
+    assert torch.equal(analog.unused.running_var, torch.ones(7)), "what is never called keeps what it has"
+
+
+@pytest.mark.parametrize("samples", [None, [3, 8]])
+def test_recalibration_leaves_modes_generators_and_images(blobs, samples):
+    analog, images = deep().train(), blobs.images.clone()
+    analog.norm.eval()
+    modes, momenta = [m.training for m in analog.modules()], [0.1, 0.1, 0.1, 0.1]
+    program(analog, 3)
+    before = torch.get_rng_state()
+    recalibrate(analog, images, samples)
+    assert torch.equal(torch.get_rng_state(), before), "layers of dropout do not drop"
+    assert torch.equal(images, blobs.images)
+    assert [m.training for m in analog.modules()] == modes
+    assert [m.momentum for m in analog.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] == momenta
+    assert not any(len(m._forward_pre_hooks) for m in analog.modules())
+    with pytest.raises(RuntimeError):
+        recalibrate(analog, torch.zeros(2, 7), samples)
+    assert [m.training for m in analog.modules()] == modes
+
+
+def test_a_batchnorm_in_two_places_has_no_statistics_of_all_chips(blobs):
+    norm = nn.BatchNorm2d(4)
+    analog = convert(nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.Conv2d(4, 4, 3), norm), LogNormalVariation(0.5))
+    with pytest.raises(UserError, match="BatchNorm 1 is called more than once"):
+        recalibrate(analog, blobs.images, samples=[1])
+    with pytest.raises(UserError, match="no chip samples"):
+        recalibrate(analog, blobs.images, samples=[])
 
 
 def test_bfloat16_products_and_float32_statistics(tiny, blobs, monkeypatch):

@@ -1,19 +1,21 @@
 import copy
 import math
+import random
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch import nn
 
-from correctnet import lipschitz, models, training
+from correctnet import lipschitz, models, streams, training
 from correctnet.analog import convert, program
 from correctnet.config import Training
 from correctnet.data import Split
 from correctnet.errors import UserError
 from correctnet.training import Checkpoint, Hooks, fit
-from correctnet.variation import TRAINING_CHIPS, LogNormalVariation
+from correctnet.variation import LogNormalVariation
 
 
 def section(**changes):
@@ -142,10 +144,10 @@ def test_several_chips_a_batch_average_the_gradient(tiny, blobs):
         return {k: v - before[k] for k, v in analog.named_parameters()}
 
     def one(sample):
-        return lambda m: Hooks(before_batch=lambda d: program(m, TRAINING_CHIPS + sample), update_batchnorm=False)
+        return lambda m: Hooks(before_batch=lambda d: program(m, sample), update_batchnorm=False)
 
     def three(m):
-        hooks = Hooks(before_batch=lambda d: program(m, TRAINING_CHIPS + d), update_batchnorm=False)
+        hooks = Hooks(before_batch=lambda d: program(m, d), update_batchnorm=False)
         hooks.draws_per_batch = 3
         return hooks
 
@@ -251,3 +253,210 @@ def test_the_optimizer_is_torchs_plain_one(optimizer, weight_decay):
             steps.step()
     for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def states():
+    """The states of all global generators of this process."""
+    return [torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state(legacy=False))]  # noqa: NPY002
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_the_caller_has_is_left_as_it_was(blobs, fails):
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Dropout(0.5), nn.Flatten(),
+        nn.Linear(64, 3),
+    )  # fmt: skip
+    model.train()
+    model[1].eval()  # as one does who keeps its statistics
+    model[3].to(memory_format=torch.channels_last)
+    model[3].weight.requires_grad_(False)
+    modes = [m.training for m in model.modules()]
+    flags = [p.requires_grad for p in model.parameters()]
+    strides = [p.stride() for p in model.parameters()]
+    frozen = model[3].weight.clone()
+    images = blobs.images.clone()
+    before = states()
+    if fails:
+        with pytest.raises(UserError, match="not finite"):
+            fit(model, blobs, section(epochs=1), seed=0, hooks=Hooks(temperature=1e-45), quiet=True)
+    else:
+        fit(model, blobs, section(epochs=2), seed=0, hooks=Hooks(augment="crop"), quiet=True)
+    assert states() == before
+    assert [m.training for m in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert [p.stride() for p in model.parameters()] == strides
+    assert torch.equal(model[3].weight, frozen), "what requires no gradient is not trained"
+    assert torch.equal(blobs.images, images)
+    assert fails or all(p.grad is None for p in model.parameters())
+
+
+def dropping():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Dropout(0.5), nn.ReLU(), nn.Linear(16, 3))
+
+
+def test_dropout_is_a_function_of_the_seed_and_survives_a_kill(blobs, tmp_path):
+    found = []
+    for outside in (1, 2):
+        model = dropping()
+        torch.manual_seed(outside)
+        fit(model, blobs, section(), seed=3, quiet=True)
+        found.append(weights(model))
+    assert same(*found)
+    other = dropping()
+    fit(other, blobs, section(), seed=4, quiet=True)
+    assert not same(found[0], weights(other))
+
+    def kill(draw):
+        if draw == 25:
+            raise Killed
+
+    checkpoint = Checkpoint(tmp_path / "c.safetensors", "identity")
+    with pytest.raises(Killed):
+        fit(dropping(), blobs, section(), seed=3, hooks=Hooks(before_batch=kill), checkpoint=checkpoint, quiet=True)
+    resumed = dropping()
+    fit(resumed, blobs, section(), seed=3, checkpoint=checkpoint, quiet=True)
+    assert same(found[0], weights(resumed))
+
+
+def test_dropout_has_a_stream_of_its_own(blobs, monkeypatch):
+    # Of the same epoch: the order of the images is drawn from other numbers than what is dropped.
+    drawn = []
+    model = dropping()
+    model[2].register_forward_hook(lambda *_: drawn.append(torch.get_rng_state()))
+    fit(model, blobs, section(epochs=1, batch=300), seed=0, quiet=True)
+    again = torch.Generator()
+    again.set_state(drawn[0])
+    used = streams.torch_generator(0, "dropout", "fit", 0)
+    torch.empty(300, 16).bernoulli_(0.5, generator=used)
+    assert torch.equal(torch.rand(5, generator=again), torch.rand(5, generator=used))
+    assert streams.seed_of(0, "dropout", "fit", 0) != streams.seed_of(0, "batches", "fit", 0)
+
+
+def test_each_stage_and_epoch_has_batches_and_crops_of_its_own(blobs, monkeypatch):
+    seen = []
+    numbered = Split(torch.arange(300.0).view(300, 1, 1, 1).expand(300, 1, 8, 8).contiguous(), blobs.labels)
+    crops = training.augment
+
+    def cropped(images, generator, **options):
+        seen.append((images[:, 0, 4, 4].tolist(), crops(torch.ones(300, 1, 8, 8), generator).flatten().tolist()))
+        return images
+
+    monkeypatch.setattr(training, "augment", cropped)
+    for stage in ("pretrain", "inject"):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+        settings = section(epochs=2, batch=300, learning_rate=1e-6)
+        fit(model, numbered, settings, seed=0, stage=stage, hooks=Hooks(augment="crop"), quiet=True)
+    assert all(sorted(order) == list(range(300)) for order, _ in seen)
+    assert len({tuple(order) for order, _ in seen}) == len({tuple(crop) for _, crop in seen}) == 4
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "dtype"),
+    [
+        (lambda: [nn.Conv3d(1, 4, 3), nn.BatchNorm3d(4), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)],
+         (1, 4, 4, 4), None),
+        (lambda: [nn.Conv3d(1, 2, 3, padding=1), nn.Flatten(2), nn.Conv1d(2, 2, 4), nn.Flatten(), nn.Linear(122, 3)],
+         (1, 4, 4, 4), None),
+        (lambda: [nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)], (5,), None),
+        (lambda: [nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(36, 3)], (2, 5, 5), torch.float64),
+        (lambda: [nn.Embedding(9, 4), nn.Flatten(), nn.Linear(24, 3)], (6,), torch.int64),
+    ],
+    ids=["3-D", "3-D and 1-D", "tabular", "double", "tokens"],
+)  # fmt: skip
+@pytest.mark.parametrize("labels", [torch.int64, torch.int32, torch.uint8])
+def test_any_module_is_trained(model, shape, dtype, labels):
+    torch.manual_seed(0)
+    model = nn.Sequential(*model())
+    classes = torch.arange(90) % 3
+    inputs = torch.randn(90, *shape) + classes.view(-1, *[1] * len(shape))
+    if dtype == torch.int64:
+        inputs = (2 * classes)[:, None] + torch.randint(0, 4, (90, *shape))
+    elif dtype:
+        model, inputs = model.to(dtype), inputs.to(dtype)
+    rows = fit(model, Split(inputs, classes.to(labels)), section(epochs=30), seed=0, quiet=True)
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    assert {p.dtype for p in model.parameters()} == {torch.float64 if dtype == torch.float64 else torch.float32}
+
+
+def test_the_loss_of_a_double_network_is_double():
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    inputs, labels = torch.randn(8, 4).double(), torch.arange(8) % 3
+    expected = nn.functional.cross_entropy(model(inputs), labels).item()
+    rows = fit(model, Split(inputs, labels), section(epochs=1, batch=8), seed=0, quiet=True)
+    assert rows[0]["loss"] == pytest.approx(expected, rel=1e-13)
+
+
+class Tuple(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+NO_CLASSES = [
+    (nn.Linear(4, 3), torch.zeros(7, dtype=torch.int64), r"labels must be \(N,\).*\(7,\) for 8 images"),
+    (nn.Linear(4, 3), torch.zeros(8, 1, dtype=torch.int64), r"labels must be \(N,\).*\(8, 1\) for 8 images"),
+    (nn.Linear(4, 3), torch.zeros(8, 3), r"labels must be \(N,\)"),
+    (nn.Linear(4, 3), torch.zeros(8), "integral dtype, not torch.float32"),
+    (nn.Linear(4, 3), torch.zeros(8, dtype=torch.bool), "integral dtype, not torch.bool"),
+    (nn.Linear(4, 3), torch.full((8,), 3), "a label is 3, but the network tells 3 classes apart"),
+    (nn.Linear(4, 3), torch.full((8,), -100), "count classes from 0 on, but one is -100"),
+    (nn.Linear(4, 1), torch.zeros(8, dtype=torch.int64), r"at least 2 classes.* for 8 images they are \(8, 1\)"),
+    (nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)), torch.zeros(8, dtype=torch.int64), r"they are \(8,\)"),
+    (nn.Unflatten(1, (2, 2)), torch.zeros(8, dtype=torch.int64), "nothing to train"),
+    (nn.Sequential(nn.Linear(4, 4), nn.Unflatten(1, (2, 2))), torch.zeros(8, dtype=torch.int64), r"\(8, 2, 2\)"),
+    (Tuple(4, 3), torch.zeros(8, dtype=torch.int64), "they are tuple"),
+]
+
+
+@pytest.mark.parametrize(("model", "labels", "line"), NO_CLASSES)
+def test_what_is_no_classification(model, labels, line):
+    before = weights(model)
+    with pytest.raises(UserError, match=line) as caught:
+        fit(model, Split(torch.randn(8, 4), labels), section(epochs=1), seed=0, quiet=True)
+    assert len(str(caught.value).splitlines()) == 1
+    assert same(before, weights(model))
+
+
+def test_no_images():
+    with pytest.raises(UserError, match="there are no images"):
+        fit(nn.Linear(4, 3), Split(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)), section(), seed=0)
+    with pytest.raises(UserError, match=r"only images .N, C, H, W. can be augmented"):
+        fit(nn.Linear(4, 3), Split(torch.zeros(8, 4), torch.arange(8) % 3), section(), 0, hooks=Hooks(augment="crop"))
+
+
+def test_a_network_that_writes_into_its_input_sees_the_same_images_on_every_chip():
+    seen = []
+
+    class Normalised(nn.Linear):
+        def forward(self, x):
+            seen.append(x.clone())
+            x -= 0.5
+            return super().forward(x)
+
+    images = torch.randn(16, 4)
+    kept = images.clone()
+    fit(Normalised(4, 3), Split(images, torch.arange(16) % 3), section(epochs=1), 0, hooks=Hooks(draws_per_batch=3))
+    assert torch.equal(images, kept)
+    assert len(seen) == 3
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2])
+
+
+def test_a_last_batch_of_one_image_that_batchnorm_cannot_normalise():
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    data = Split(torch.randn(33, 4), torch.arange(33) % 3)
+    with pytest.raises(UserError, match="a batch of 33 images is a single one; choose another batch size"):
+        fit(model, data, section(epochs=1, batch=32), seed=0, quiet=True)
+    fit(model, data, section(epochs=1, batch=32), seed=0, hooks=Hooks(update_batchnorm=False), quiet=True)
+
+
+def test_gradients_are_taken_whatever_the_caller_does_with_them(blobs):
+    found = []
+    for grad in (True, False):
+        model = dropping()
+        with torch.set_grad_enabled(grad):
+            fit(model, blobs, section(epochs=1), seed=0, quiet=True)
+            assert torch.is_grad_enabled() == grad
+        found.append(weights(model))
+    assert same(*found)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from correctnet import reference
-from correctnet.variation import TEST_CHIPS, TRAINING_CHIPS, VALIDATION_CHIPS, LogNormalVariation
+from correctnet.variation import LogNormalVariation
 
 
 def test_moments_of_the_paper_s_setting():
@@ -89,11 +89,6 @@ def test_an_address_is_a_chip(seed, layer, sample):
     assert torch.equal(here, model.sample(weight, seed, layer, sample))
     for other in ((seed ^ 1, layer, sample), (seed, layer + 1, sample), (seed, layer, sample ^ 1)):
         assert not torch.equal(here, model.sample(weight, *other))
-
-
-def test_roles_of_chips_are_disjoint():
-    assert TEST_CHIPS < VALIDATION_CHIPS < TRAINING_CHIPS < 2**32
-    assert min(VALIDATION_CHIPS - TEST_CHIPS, TRAINING_CHIPS - VALIDATION_CHIPS, 2**32 - TRAINING_CHIPS) >= 2**30
 
 
 @pytest.mark.parametrize("sigma", [-0.1, math.nan, math.inf])

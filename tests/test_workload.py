@@ -20,3 +20,11 @@ def test_more_sizes_than_epochs_are_not_counted(stage):
     )
     seconds = stage_seconds(stage, settings, Costs(train=0.01, test=0, sample=0, layers=15))
     assert seconds == pytest.approx(0.25 * 45_000 * 0.01)
+
+
+def test_compensators_are_trained_and_judged_on_ten_chips_with_and_without():
+    settings = Settings.model_validate(
+        {"data": {"dataset": "cifar10", "validation": 0.1}, "compensate": {"epochs": 2, "batch": 32}}
+    )
+    seconds = stage_seconds("compensate", settings, Costs(train=0.01, test=1e-4, sample=0.32, layers=5))
+    assert seconds == pytest.approx(2 * 45_000 * (0.01 + 0.01) + 2 * 10 * 5_000 * 1e-4)
