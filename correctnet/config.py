@@ -563,8 +563,8 @@ class Config(Section):
                     yield f"{source}: runs.{run}: no pair {pair!r}{_suggest(pair, self.pairs)}"
         if not self.rows:
             yield f"{source}: rows: one row or more is expected"
-        layers = [("defaults", self.defaults), *((f"rows.{n}.set", r.set) for n, r in self.rows.items())]
-        for name, pair in self.pairs.items():
+        layers = [("defaults", self.defaults), *((f"rows.{one_word(n)}.set", r.set) for n, r in self.rows.items())]
+        for name, pair in ((one_word(name), pair) for name, pair in self.pairs.items()):
             layers.append((f"pairs.{name}", {k: v for k, v in pair.items() if k != "rows"}))
             if isinstance(pair.get("rows"), Mapping):
                 layers += [
@@ -770,7 +770,7 @@ def _namespace(values: Any) -> Any:
 
 def one_word(name: str) -> str:
     """A name of the configuration in a message, whatever it consists of."""
-    return name if name.isprintable() and name and not set(name) & set(" .") else repr(name)
+    return name if name.isprintable() and name and " " not in name else repr(name)
 
 
 def _suggest(word: str, known: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,23 @@ class _Walk:
                 yield f"{where}: stands there twice" + ("; write <<: [*a, *b]" if merge else "")
             seen.add(key.value)
             yield from self.mistakes(value, where)
+            if merge and isinstance(value, yaml.SequenceNode):
+                # Which of them counts is another one in other versions of PyYAML.
+                several = [name for name, count in Counter(_merged(value)).items() if count > 1]
+                for name in (name for name in several if name not in (own.value for own, _ in node.value)):
+                    yield f"{where}: {name} stands in several of the mappings; say it in this one, too"
+
+
+def _merged(node: yaml.Node) -> Iterator[str]:
+    """The keys of the mappings in the list behind a merge key, those that they merge themselves included."""
+    for mapping in node.value:
+        pairs = mapping.value if isinstance(mapping, yaml.MappingNode) else []
+        nested = [value for key, value in pairs if key.tag == f"{PREFIX}merge"]
+        names = {key.value for key, _ in pairs if key.tag != f"{PREFIX}merge"}
+        for value in nested:
+            inner = value if isinstance(value, yaml.SequenceNode) else yaml.SequenceNode("", [value])
+            names |= set(_merged(inner))
+        yield from names
 
 
 def _other_number(node: yaml.Node) -> bool:
