@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -20,7 +21,16 @@ from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from correctnet.errors import UserError
 from correctnet.yamlfile import read_values
@@ -43,19 +53,25 @@ class Section(BaseModel):
     @classmethod
     def _kind(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse what pydantic would convert: `yes` for 1, "5" for 5, 1 for true."""
-        annotation = cls.model_fields[info.field_name].annotation  # type: ignore[index]
-        kinds = get_args(annotation) or (annotation,)
-        values = (value,)
-        if get_origin(annotation) is tuple:
-            values = tuple(value) if isinstance(value, list | tuple) else ()
+        number, several, truth = _expected(cls.model_fields[info.field_name].annotation)  # type: ignore[index]
+        if truth and not isinstance(value, bool):
+            raise ValueError("true or false is expected")
+        if not number:
+            return value
+        values = (value,) if not several else value if isinstance(value, list | tuple) else ()
         for single in values:
-            if isinstance(single, bool) and bool not in kinds and (int in kinds or float in kinds):
+            if isinstance(single, bool):
                 raise ValueError("a number is expected")
-            if isinstance(single, str) and (int in kinds or float in kinds) and (meant := _as_number(single)):
+            if isinstance(single, str) and (meant := _as_number(single)):
                 raise ValueError(f"a number is expected (write {meant})")
-            if annotation is bool and not isinstance(single, bool):
-                raise ValueError("true or false is expected")
         return value
+
+
+@functools.cache
+def _expected(annotation: Any) -> tuple[bool, bool, bool]:
+    """Whether a setting is a number (or empty), several numbers, and a truth value."""
+    kinds = get_args(annotation) or (annotation,)
+    return int in kinds or float in kinds, get_origin(annotation) is tuple, annotation is bool
 
 
 def _as_number(text: str) -> str | None:
@@ -517,6 +533,8 @@ class Config(Section):
     """network-data pairs: settings that differ from the defaults, and `rows`: those that are evaluated, as a list, or
     as a mapping from rows to settings that differ for the row in this pair"""
 
+    _merged: dict[tuple[str, str | None], Settings] = PrivateAttr(default_factory=dict)
+
     @field_validator("data_dir", "results")
     @classmethod
     def _folders(cls, value: str, info: ValidationInfo) -> str:
@@ -669,6 +687,11 @@ class Config(Section):
 
     def settings(self, pair: str, row: str | None = None) -> Settings:
         """The settings of a pair, or of one of its rows."""
+        if (pair, row) not in self._merged:  # the workflow asks for them again with every job
+            self._merged[pair, row] = self._settings(pair, row)
+        return self._merged[pair, row]
+
+    def _settings(self, pair: str, row: str | None) -> Settings:
         own = {k: v for k, v in self.pairs[pair].items() if k != "rows"}
         layers = [self.defaults, own]
         if row:

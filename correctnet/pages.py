@@ -100,7 +100,7 @@ def search_scatter(logs: Sequence[Path]) -> str:
     """The states that searches explored (log.csv of each limit) as scatters of overhead and accuracy to explore."""
     from bokeh.embed import json_item
     from bokeh.layouts import column
-    from bokeh.models import ColumnDataSource, HoverTool
+    from bokeh.models import ColumnDataSource, HoverTool, PlainText, Title
     from bokeh.plotting import figure
     from bokeh.resources import Resources
 
@@ -111,7 +111,11 @@ def search_scatter(logs: Sequence[Path]) -> str:
     for pair, paths in by_pair.items():
         axes = {"x_axis_label": "overhead, % of the network's parameters", "y_axis_label": "validation accuracy, %"}
         plot = figure(
-            title=pair, height=420, sizing_mode="stretch_width", tools="pan,box_zoom,wheel_zoom,reset,save", **axes
+            title=Title(text=PlainText(pair)),  # "$$" is no formula
+            height=420,
+            sizing_mode="stretch_width",
+            tools="pan,box_zoom,wheel_zoom,reset,save",
+            **axes,
         )
         for colour, path in zip(itertools.cycle(SEARCH_COLOURS), paths, strict=False):
             table = read_table(path, ["evaluation", "episode", "filters", "overhead", "mean", "std", "candidates"])

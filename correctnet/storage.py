@@ -207,7 +207,7 @@ def read_csv(path: str | Path, text: Sequence[str] = ()) -> pd.DataFrame:
         empty = {name: MISSING for name in columns if name not in text}
         return pd.read_csv(path, dtype=dict.fromkeys(text, str), keep_default_na=False, na_values=empty, **exact)
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise UserError(f"{path}: cannot be read: {_reason(error)}") from error
 
 
 def read_json(path: str | Path) -> Any:

@@ -53,9 +53,10 @@ def read_values(path: str | Path) -> Any:
 
 def _yaml(text: str, path: str | Path) -> tuple[Any, list[str]]:
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
         mistakes = [] if node is None else list(_Walk().mistakes(node))
-        return (None if mistakes else yaml.safe_load(text)), mistakes
+        return (None if mistakes or node is None else loader.construct_document(node)), mistakes
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         tabs = "; indent with spaces" if "'\\t'" in str(error) else ""
         raise UserError(f"{path}: {one_line(error)}{tabs}") from error
