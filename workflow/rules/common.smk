@@ -13,12 +13,8 @@ from snakemake.exceptions import WorkflowError
 
 from correctnet.config import SEARCHING, Config, Stage, lineage, exact, search_rounds
 from correctnet.errors import UserError
-from correctnet.yamlfile import read_values
 
 try:
-    if workflow.is_main_process:  # Snakemake reads the files itself, and what stands there twice once
-        for configfile in workflow.configfiles:
-            read_values(configfile)
     CONFIG = Config.check(config)
     os.fsencode(CONFIG.results)
 except UnicodeEncodeError:
