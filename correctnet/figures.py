@@ -106,7 +106,8 @@ def _curve(ax: Axes, of_row: pd.DataFrame, colour: str, marker: str, label: str)
 
 
 def _counts(table: pd.DataFrame) -> str:
-    chips = table[table["sigma"] > 0].groupby(["row", "sigma"]).size()
+    varied = table[table["sigma"] > 0]
+    chips = (table if varied.empty else varied).groupby(["row", "sigma"]).size()
     images = "/".join(str(n) for n in sorted(table["images"].unique()))
     low, high = chips.min(), chips.max()
     return f"{low if low == high else f'{low} to {high}'} chips, {images} images"

@@ -128,6 +128,8 @@ def check_writable(path: str | Path, kind: Literal["file", "folder"] = "file") -
     try:
         if kind == "file" and path.is_dir():
             raise UserError(f"{path}: is a folder; the name of a file is expected")
+        if kind == "file" and path.exists() and not path.is_file():
+            raise UserError(f"{path}: is no ordinary file; a result is put in the place of what stands there")
         if kind == "folder" and path.exists() and not path.is_dir():
             raise UserError(f"{path}: is a file; the name of a folder is expected")
         path.parent.mkdir(parents=True, exist_ok=True)

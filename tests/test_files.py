@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tables_figures import complete, log_of_a_search
 
-from correctnet import figures, native, pages, provenance, storage, tables
+from correctnet import data, figures, native, pages, provenance, storage, tables
 from correctnet.config import exact
 
 ROOT = Path(__file__).parents[1]
@@ -198,6 +198,43 @@ def test_files_of_somebody_else(kind, tmp_path):
     lines = [line for line in done.stderr.splitlines() if not line.startswith("provenance: ")]
     assert lines == [f"error: {closed}: cannot be read: Permission denied"]
     assert done.returncode == 2
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("setpriv"), reason="root can read and write every file")
+@pytest.mark.parametrize("closed", ["train-images-idx3-ubyte", "."])
+def test_data_of_somebody_else(closed, tmp_path):
+    folder = tmp_path / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    source = data.SOURCES["mnist"]
+    for file in (*source.train, *source.test):
+        with open(folder / file.name, "wb") as empty:
+            empty.truncate(file.size)  # sparse: of the right size, and of nothing
+    (folder / closed).chmod(0)
+    command = [sys.executable, "-m", "correctnet.cli", "pretrain", "--dataset", "mnist", "--epochs", "0", "--quiet"]
+    command += ["--data-dir", tmp_path, "--out", tmp_path / "out"]
+    done = subprocess.run([*ORDINARY, *command], capture_output=True, text=True)
+    (folder / closed).chmod(0o755)
+    named = folder / "train-images-idx3-ubyte"
+    assert done.stderr.splitlines()[-1] == f"error: {named}: cannot be read: Permission denied"
+    assert done.returncode == 2
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("setpriv"), reason="root can read and write every file")
+@pytest.mark.parametrize("command", [["collect", "s.csv", "--out", "{}/x.csv"], ["pretrain", "--quiet", "--out", "{}"]])
+def test_folders_of_somebody_else(command, tmp_path):
+    complete().to_csv(tmp_path / "s.csv", index=False)
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    given = [a.format(closed) for a in command]
+    running = [*ORDINARY, sys.executable, "-m", "correctnet.cli", *given]
+    done = subprocess.run(running, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == f"error: {given[-1]}: cannot be written: Permission denied"
+    assert done.returncode == 2
+
+
+def test_a_device_is_not_replaced(samples):
+    assert "/dev/null: is no ordinary file" in error_of("collect", samples, "--out", "/dev/null")
+    assert Path("/dev/null").is_char_device()
 
 
 @pytest.mark.parametrize("kind", READING)
