@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import NoneType
@@ -19,15 +20,32 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 import click
 
 from correctnet import storage
-from correctnet.config import READS, Config, Section, Settings, Stage, merge, validate
-from correctnet.errors import UserError
+from correctnet.config import READS, Config, Section, Settings, Stage, exact, merge, unprintable, validate
+from correctnet.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
     from correctnet.stages import Runtime
 
-PATH = click.Path(path_type=Path)
+
+class FilePath(click.Path):
+    """A path, with `~` replaced also where the shell leaves it (--out=~/x)."""
+
+    def __init__(self) -> None:
+        super().__init__(readable=False, path_type=Path)  # what cannot be read is said by who reads
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See the class."""
+        expanded = os.path.expanduser(value)
+        if not expanded:
+            self.fail("a path is expected, not an empty text", param, ctx)
+        if os.fspath(expanded).startswith("~"):
+            self.fail(f"{value}: there is no such user; write ./{value} for a file of that name", param, ctx)
+        return super().convert(expanded, param, ctx)
+
+
+PATH = FilePath()
 
 
 def leaves(stage: Stage) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
@@ -127,7 +145,7 @@ def _shown(default: Any) -> str:
         return ",".join(map(str, default)) or "none"
     if default is None or isinstance(default, bool):
         return {None: "none", True: "yes", False: "no"}[default]
-    return f"{default:g}" if isinstance(default, float) else str(default)
+    return exact(default) if isinstance(default, float) else str(default)
 
 
 def _settings(
@@ -159,10 +177,8 @@ def _settings(
             continue
         if value is NONE:
             value = [] if _is_tuple(path) else None
-        elif isinstance(value, str) and "," in value:
-            value = [part.strip() for part in value.split(",")]
         elif isinstance(value, str) and _is_tuple(path):
-            value = [value]
+            value = [_as_number(part.strip(), path) for part in value.split(",")]
         target = changes
         for part in path[:-1]:
             target = target.setdefault(part, {})
@@ -170,18 +186,38 @@ def _settings(
     return validate(Settings, merge(base.model_dump(), changes), "command line")
 
 
-def _is_tuple(path: tuple[str, ...]) -> bool:
+def _annotation(path: tuple[str, ...]) -> Any:
     section: Any = Settings
     for part in path[:-1]:
         section = section.model_fields[part].annotation
-    return get_origin(section.model_fields[path[-1]].annotation) is tuple
+    return section.model_fields[path[-1]].annotation
+
+
+def _is_tuple(path: tuple[str, ...]) -> bool:
+    return get_origin(_annotation(path)) is tuple
+
+
+def _as_number(text: str, path: tuple[str, ...]) -> Any:
+    """A part of a list as the number that the setting holds; where it is none, the text, for `validate` to refuse."""
+    try:
+        return get_args(_annotation(path))[0](text)
+    except ValueError:
+        return text
+
+
+data_option = click.option(
+    "--data-dir",
+    type=PATH,
+    envvar="CORRECTNET_DATA",
+    help="Where the data sets lie.  [CORRECTNET_DATA, else: data]",
+)
 
 
 def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Options that change where and how a stage runs, not what it computes; gives the argument `runtime`."""
 
     def call(
-        data_dir: str | None,
+        data_dir: Path | None,
         device: str,
         threads: int | None,
         memory: int,
@@ -190,9 +226,10 @@ def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:
         **arguments: Any,
     ) -> Any:
         out: Path = arguments["out"]
-        work = work or out.parent / storage.WORK / out.name
+        place = out if out.name not in ("", "..") else Path(os.path.abspath(out))
+        work = work or place.parent / storage.WORK / place.name
         _end_with(os.environ.get("CORRECTNET_HEAD"))
-        storage.check_writable(out)
+        _check_out(function.__name__, out, single=arguments.get("state") is not None)
         with storage.exclusive(work, out):
             return function(runtime=_runtime(data_dir, device, threads, memory, work, quiet), **arguments)
 
@@ -211,15 +248,23 @@ def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="MiB that Monte Carlo may take beside the data, about.",
         ),
         click.option("--device", type=click.Choice(["cpu", "cuda"]), envvar="CORRECTNET_DEVICE", default="cpu"),
-        click.option(
-            "--data-dir", envvar="CORRECTNET_DATA", help="Where the data sets lie.  [CORRECTNET_DATA, else: data]"
-        ),
+        data_option,
     ):
         call = option(call)
     return call
 
 
-def _runtime(data_dir: str | None, device: str, threads: int | None, memory: int, work: Path, quiet: bool) -> Runtime:
+def _check_out(stage: str, out: Path, single: bool) -> None:
+    """Find out before the work that a stage can write to `out`: a file or a folder, by what the stage makes."""
+    if stage in ("evaluate", "sensitivity") or single:
+        storage.check_writable(out)
+        return
+    if out.suffix in (".safetensors", ".json", ".csv"):
+        raise UserError(f"--out {out}: the name of a folder is expected, in which `{stage}` writes several files")
+    storage.check_writable(out, "folder")
+
+
+def _runtime(data_dir: Path | None, device: str, threads: int | None, memory: int, work: Path, quiet: bool) -> Runtime:
     import torch
 
     from correctnet import provenance
@@ -232,7 +277,7 @@ def _runtime(data_dir: str | None, device: str, threads: int | None, memory: int
         click.echo(provenance.line(device, threads), err=True)
     if device == "cuda":
         _say_without_kernels()
-    return Runtime(data_dir, device, quiet, work, memory << 20)
+    return Runtime(None if data_dir is None else str(data_dir), device, quiet, work, memory << 20)
 
 
 def _say_without_kernels() -> None:
@@ -290,6 +335,13 @@ class Group(click.Group):
         """In the order of definition."""
         return list(self.commands)
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Texts have letters, like σ, that a terminal's encoding may lack: those are shown as escapes."""
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+        return super().main(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> Any:
         """See the class."""
         signal.signal(signal.SIGTERM, _stop)
@@ -297,7 +349,12 @@ class Group(click.Group):
         try:
             with warnings.catch_warnings():  # a command leaves no filter behind for the next one of the process
                 warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
-                return super().invoke(ctx)
+                try:
+                    return super().invoke(ctx)
+                except OSError as error:  # of a file that nobody has looked at with suspicion
+                    if error.filename is None:
+                        raise
+                    raise storage.unreadable(os.fsdecode(error.filename), error) from error
         except UserError as error:
             for line in str(error).splitlines():
                 click.echo(f"error: {line}", err=True)
@@ -466,18 +523,48 @@ def evaluate(
     result = stages.evaluate_chips(settings, model, out, runtime, chips=chips, start=start, notes=notes)
     first = result.table.iloc[0]
     click.echo(
-        f"{first['variation']} {first['on']}s, sigma {first['sigma']:g}, centre {first['centre']}: w / nominal has "
-        f"mean {first['factor_mean']:.3f} and coefficient of variation {first['factor_cv']:.1%}\n{result}",
+        f"{first['variation']} {first['on']}s, sigma {exact(first['sigma'])}, centre {first['centre']}: "
+        f"w / nominal has mean {first['factor_mean']:.3f} and coefficient of variation {first['factor_cv']:.1%}\n"
+        f"{result}",
         err=True,
     )
 
 
 def _pairs(option: str, texts: tuple[str, ...]) -> dict[str, str]:
     """NAME=VALUE texts as a dict."""
+    # What the locale's encoding could not read is UTF-8 more often than not.
+    texts = tuple(os.fsencode(text).decode("utf-8", "replace") if _undecoded(text) else text for text in texts)
     for text in texts:
         if not text.partition("=")[0] or "=" not in text:
             raise UserError(f"{option} {text!r}: NAME=VALUE is expected")
+        _check_printable(option, text)
+    if twice := [name for name, count in Counter(text.split("=", 1)[0] for text in texts).items() if count > 1]:
+        raise UserError(f"{option} {twice[0]}: given twice")
     return dict(text.split("=", 1) for text in texts)
+
+
+def _undecoded(text: str) -> bool:
+    return any("\udc80" <= letter <= "\udcff" for letter in text)
+
+
+def _check_printable(option: str, text: str) -> None:
+    if unprintable(text):
+        raise UserError(f"{option} {text!r}: printable characters are expected")
+
+
+def _labels(texts: tuple[str, ...], given: str | None) -> dict[str, str]:
+    """The labels of --label, and of --labels as JSON."""
+    labels: Any = {}
+    if given is not None:
+        try:
+            labels = json.loads(given)
+        except ValueError as error:
+            raise UserError(f"--labels: not JSON ({one_line(error)})") from error
+        if not isinstance(labels, dict) or not all(isinstance(label, str) for label in labels.values()):
+            raise UserError("--labels: a JSON object from rows to labels is expected")
+        for label in labels.values():
+            _check_printable("--labels", label)
+    return labels | _pairs("--label", texts)
 
 
 @main.command("merge")
@@ -487,6 +574,7 @@ def merge_chunks(files: tuple[Path, ...], out: Path) -> None:
     """Put the CSVs of several chunks of one evaluation together, in the order of the chips."""
     from correctnet.results import Result
 
+    storage.check_writable(out)
     Result.concatenate(Result.from_csv(path) for path in files).to_csv(out)
 
 
@@ -497,6 +585,7 @@ def collect(files: tuple[Path, ...], out: Path) -> None:
     """Put the CSVs of several evaluations (rows, sigmas) into one."""
     from correctnet import tables
 
+    storage.check_writable(out)
     storage.write_csv(out, tables.read_samples(files))
 
 
@@ -504,22 +593,42 @@ def collect(files: tuple[Path, ...], out: Path) -> None:
 @click.argument("samples", type=PATH, nargs=-1, required=True)
 @click.option("--sigma", type=float, default=0.5, show_default=True, help="The sigma of the table.")
 @click.option("--label", multiple=True, metavar="ROW=LABEL", help="What a row is called; may be repeated.")
+@click.option("--labels", metavar="JSON", help="What rows are called, as a JSON object.")
 @click.option("--out", type=PATH, required=True, help="CSV; the same as .md and .html is written beside it.")
-def table(samples: tuple[Path, ...], sigma: float, label: tuple[str, ...], out: Path) -> None:
+def table(samples: tuple[Path, ...], sigma: float, label: tuple[str, ...], labels: str | None, out: Path) -> None:
     """Table I of the paper from per-sample results."""
     from correctnet import pages, tables
 
-    rows = tables.table1(tables.read_samples(samples), sigma, _pairs("--label", label))
-    storage.write_csv(out, rows)
-    storage.write_text(out.with_suffix(".md"), tables.markdown(rows, sigma))
-    storage.write_text(out.with_suffix(".html"), pages.table1(rows, sigma))
-    click.echo(out.with_suffix(".md").read_text(), err=True)
+    csv, markdown, page = _beside(out, ".csv", ".md", ".html")
+    rows = tables.table1(tables.read_samples(samples), sigma, _labels(label, labels))
+    text = tables.markdown(rows, sigma)
+    storage.write_csv(csv, rows)
+    storage.write_text(markdown, text)
+    storage.write_text(page, pages.table1(rows, sigma))
+    click.echo(text, err=True)
+
+
+def _beside(out: Path, *suffixes: str) -> list[Path]:
+    """The files of several kinds that are written for one --out; that they can be is found out before the work.
+
+    They are `out` for the kind that its name tells, and for the first where it tells none of them; see
+    `storage.beside` for the names of the others.
+    """
+    paths = [storage.beside(out, suffix, suffixes) for suffix in suffixes]
+    if out.suffix.lower() not in suffixes:
+        paths[0] = out
+    else:
+        paths[suffixes.index(out.suffix.lower())] = out
+    for path in paths:
+        storage.check_writable(path)
+    return paths
 
 
 @main.command()
 @click.argument("name", type=click.Choice(["2", "7", "9", "10", "rows", "yield", "sensitivity"]))
 @click.argument("files", type=PATH, nargs=-1, required=True)
 @click.option("--label", multiple=True, metavar="ROW=LABEL", help="What `rows` calls a row; may be repeated.")
+@click.option("--labels", metavar="JSON", help="What `rows` calls rows, as a JSON object.")
 @click.option("--only", multiple=True, metavar="ROW", help="A row that `rows` shows, and no other; may be repeated.")
 @click.option("--sigma", type=float, help="The sigma of Table I (7, rows, yield); else the largest that all rows have.")
 @click.option("--out", type=PATH, required=True, help="PNG; an SVG of the same name is written beside it.")
@@ -527,6 +636,7 @@ def figure(
     name: str,
     files: tuple[Path, ...],
     label: tuple[str, ...],
+    labels: str | None,
     only: tuple[str, ...],
     sigma: float | None,
     out: Path,
@@ -541,7 +651,7 @@ def figure(
     matplotlib.use("Agg")  # no window, no display
     from correctnet import figures
 
-    figures.draw(name, files, out, _pairs("--label", label), only, sigma)
+    figures.draw(name, files, out, _labels(label, labels), only, sigma)
 
 
 @main.command()
@@ -551,6 +661,7 @@ def explore(logs: tuple[Path, ...], out: Path) -> None:
     """The states that searches explored (their log.csv) as an interactive scatter, in one HTML file."""
     from correctnet import pages
 
+    storage.check_writable(out)
     storage.write_text(out, pages.search_scatter(logs))
 
 
@@ -566,23 +677,36 @@ def explore(logs: tuple[Path, ...], out: Path) -> None:
 @click.option("--pair", "pairs", multiple=True, required=True, help="A pair of the run; may be repeated.")
 @click.option("--seed", "seeds", multiple=True, help="A seed of the run; may be repeated.")
 @click.option("--command", envvar="CORRECTNET_COMMAND", help="What was run.  [CORRECTNET_COMMAND, else this command]")
+@click.option(
+    "--jobs",
+    metavar="JSON",
+    help="The jobs of the run, folders as objects and those in one folder as a list.  [default: all jobs of the pairs]",
+)
 @click.option("--out", type=PATH, required=True, help="CSV, a row a job; an HTML page is written beside it.")
 def provenance_page(
-    run: str, results: Path, pairs: tuple[str, ...], seeds: tuple[str, ...], command: str | None, out: Path
+    run: str,
+    results: Path,
+    pairs: tuple[str, ...],
+    seeds: tuple[str, ...],
+    command: str | None,
+    jobs: str | None,
+    out: Path,
 ) -> None:
     """What made the results of a RUN: command, revision, versions, machine, time and memory of each job."""
     from correctnet import pages, provenance
 
-    jobs, here = provenance.jobs(results, list(pairs)), provenance.here()
-    storage.write_csv(out, jobs)
+    csv, page = _beside(out, ".csv", ".html")
+    names = None if jobs is None else provenance.unfold(jobs)
+    table, here = provenance.jobs(results, list(pairs), names), provenance.here()
+    storage.write_csv(csv, table)
     here |= {"command": command} if command else {}
-    storage.write_text(out.with_suffix(".html"), pages.provenance(run, here, jobs, seeds))
+    storage.write_text(page, pages.provenance(run, here, table, seeds))
 
 
 @main.command()
 @click.argument("name", type=click.Choice(["digits", "mnist", "cifar10", "cifar100"]))
-@click.option("--data-dir", envvar="CORRECTNET_DATA", help="Where the data sets lie.  [CORRECTNET_DATA, else: data]")
-def fetch(name: str, data_dir: str | None) -> None:
+@data_option
+def fetch(name: str, data_dir: Path | None) -> None:
     """Make sure that a data set is there; download it if not."""
     from correctnet import data
 

@@ -7,19 +7,33 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
 import math
+import os
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from correctnet.errors import UserError, one_line
+from correctnet.errors import UserError
+from correctnet.yamlfile import read_values
 
 Stage = Literal[
     "pretrain", "suppress", "inject", "sweep", "search", "compensate", "finetune", "evaluate", "sensitivity"
@@ -31,9 +45,52 @@ Base = Literal["pretrain", "suppress", "inject"]
 
 
 class Section(BaseModel):
-    """A group of settings; unknown keys are errors."""
+    """A group of settings; unknown keys are errors, and so are values of another kind than the setting's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _kind(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what pydantic would convert: `yes` for 1, "5" for 5, 1 for true."""
+        number, several, truth = _expected(cls.model_fields[info.field_name].annotation)  # type: ignore[index]
+        if truth and not isinstance(value, bool):
+            raise ValueError("true or false is expected")
+        if not number:
+            return value
+        values = (value,) if not several else value if isinstance(value, list | tuple) else ()
+        for single in values:
+            if isinstance(single, bool):
+                raise ValueError("a number is expected")
+            if isinstance(single, str) and (meant := _as_number(single)):
+                raise ValueError(f"a number is expected (write {meant})")
+        return value
+
+
+@functools.cache
+def _expected(annotation: Any) -> tuple[bool, bool, bool]:
+    """Whether a setting is a number (or empty), several numbers, and a truth value."""
+    kinds = get_args(annotation) or (annotation,)
+    return int in kinds or float in kinds, get_origin(annotation) is tuple, annotation is bool
+
+
+def _as_number(text: str) -> str | None:
+    """How YAML writes the number that a text looks like, e.g. 1.0e-4 for "1e-4"; None: no (finite) number."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    if not math.isfinite(value):
+        return None
+    return exact(value) if "e" not in repr(value) else yaml.safe_dump(value).split()[0]
+
+
+def exact(value: float) -> str:
+    """A number in letters, as paths, options and messages name it: the shortest text that reads back as the same float.
+
+    0.5 is "0.5", 1.0 is "1" and 1e-05 is "1e-05"; `float` is the way back.
+    """
+    return repr(float(value) + 0.0).removesuffix(".0")  # + 0.0: no "-0"
 
 
 class Data(Section):
@@ -155,7 +212,7 @@ class Sweep(Section):
 
     threshold: float = Field(0.95, gt=0, le=1)
     """fraction of the original accuracy below which the first i layers become candidates; the paper's is 0.95"""
-    chips: int = Field(50, ge=1)
+    chips: int = Field(50, ge=1, lt=2**30)
     """chip samples a layer"""
     images: int | None = Field(None, ge=1)
     """validation images; empty: all"""
@@ -226,7 +283,7 @@ class Search(Section):
     """epochs of compensator training a state"""
     train_images: int | None = Field(None, ge=1)
     """training images a state; empty: all"""
-    chips: int = Field(20, ge=2)
+    chips: int = Field(20, ge=2, lt=2**30)
     """chip samples a state's accuracy is taken over"""
     images: int | None = Field(None, ge=1)
     """validation images; empty: all"""
@@ -270,7 +327,7 @@ class MonteCarlo(Section):
 class Evaluate(Section):
     """Monte Carlo evaluation."""
 
-    chips: int = Field(250, ge=1)
+    chips: int = Field(250, ge=1, lt=2**30)
     """chip samples of a Table I row"""
     split: Literal["test", "validation"] = "test"
     """images that are classified; "validation" for everything that is still to be chosen"""
@@ -278,7 +335,7 @@ class Evaluate(Section):
     """how many of them; empty: all"""
     sigmas: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4)
     """further sigmas for the curves of Figures 2 and 7"""
-    curve_chips: int = Field(50, ge=1)
+    curve_chips: int = Field(50, ge=1, lt=2**30)
     """chip samples at each of those"""
     curve_images: int | None = Field(None, ge=1)
     """images at each of those; empty: as many as at the row's own sigma"""
@@ -300,7 +357,7 @@ class Evaluate(Section):
 class Sensitivity(Section):
     """Variation in one layer alone, for every layer: what each costs by itself."""
 
-    chips: int = Field(20, ge=1)
+    chips: int = Field(20, ge=1, lt=2**30)
     """chip samples a layer"""
     images: int | None = Field(500, ge=1)
     """validation images; empty: all"""
@@ -401,6 +458,33 @@ def lineage(settings: Settings, stage: Stage) -> tuple[Stage, ...]:
     return tuple(dict.fromkeys(("pretrain", settings.base, *own[: own.index(stage) + 1])))
 
 
+# What names consist of: they stand in paths and in commands.
+PAIR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+ROW_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,99}")
+# The rules of the workflow, whose names no run can have.
+RULES = ("all", "fetch", "pretrain", "suppress", "inject", "sweep", "sensitivity", "search_state", "search")
+RULES += ("compensate", "finetune", "evaluate", "gather", "collect", "table1", "figure", "explore", "provenance")
+# The run of `snakemake` without a target.
+DEFAULT_RUN = "paper"
+
+
+def unprintable(text: str) -> bool:
+    """Whether a text has control characters (line breaks and tabs apart) or lone surrogates, which no file can show."""
+    return any(unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\n\t" for letter in text)
+
+
+def _expanded(path: str) -> str:
+    """A folder of the configuration, `~` replaced. Raises ValueError for one that stages cannot be told."""
+    expanded = os.path.expanduser(path)
+    if not path.strip():
+        raise ValueError("a folder is expected")
+    if expanded.startswith("~"):
+        raise ValueError("there is no such user; write ./~ for a folder of that name")
+    if unprintable(path) or "\n" in path or "\t" in path:
+        raise ValueError("a path without control characters is expected")
+    return expanded
+
+
 class Row(Section):
     """One row of Table I: whose weights are evaluated, under which changed settings."""
 
@@ -413,6 +497,13 @@ class Row(Section):
     set: dict[str, Any] = {}
     """settings that differ for this row, in the sections of the defaults"""
 
+    @field_validator("label")
+    @classmethod
+    def _label(cls, value: str) -> str:
+        if unprintable(value):
+            raise ValueError("printable characters are expected")
+        return value
+
 
 class Config(Section):
     """config.yaml."""
@@ -424,7 +515,7 @@ class Config(Section):
     device: Literal["cpu", "cuda"] = "cpu"
     """where tensors are computed"""
     runs: dict[str, tuple[str, ...]]
-    """the pairs of each target: `snakemake` runs `paper`, `snakemake NAME` the others"""
+    """the pairs of each target: `snakemake` runs `paper`, which must be there, `snakemake NAME` the others"""
     rows: dict[str, Row]
     """the rows of Table I"""
     defaults: dict[str, Any] = {}
@@ -432,6 +523,19 @@ class Config(Section):
     pairs: dict[str, dict[str, Any]]
     """network-data pairs: settings that differ from the defaults, and `rows`: those that are evaluated, as a list, or
     as a mapping from rows to settings that differ for the row in this pair"""
+
+    _merged: dict[tuple[str, str | None], Settings] = PrivateAttr(default_factory=dict)
+
+    @field_validator("data_dir", "results")
+    @classmethod
+    def _folders(cls, value: str, info: ValidationInfo) -> str:
+        value = _expanded(value)
+        if info.field_name == "results":
+            value = os.path.normpath(value)
+            # Wildcards and path variables of Snakemake, and what a command would take for an option.
+            if value.startswith("-") or set(value) & set("{}<>"):
+                raise ValueError("a path without '{', '}', '<' and '>' that does not begin with '-' is expected")
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -444,11 +548,7 @@ class Config(Section):
     @classmethod
     def load(cls, path: str | Path) -> Config:
         """Read and check a file. Raises UserError with one line for each mistake."""
-        try:
-            values = yaml.safe_load(Path(path).read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"{path}: {one_line(error)}") from error
-        return cls.check(values, str(path))
+        return cls.check(read_values(path), str(path))
 
     @classmethod
     def check(cls, values: Any, source: str = "config.yaml") -> Config:
@@ -462,6 +562,7 @@ class Config(Section):
         return config
 
     def _mistakes(self, source: str) -> Iterator[str]:
+        yield from self._mistaken_names(source)
         for run, pairs in self.runs.items():
             if not pairs:
                 yield f"{source}: runs.{run}: one pair or more is expected"
@@ -469,15 +570,16 @@ class Config(Section):
             for pair in pairs:
                 if pair not in self.pairs:
                     yield f"{source}: runs.{run}: no pair {pair!r}{_suggest(pair, self.pairs)}"
-        for row in self.rows:
-            if not row.replace("-", "").replace(".", "").isalnum() or not row.islower():
-                yield f"{source}: rows.{row}: a name of lower-case letters, digits, '-' and '.' is expected"
-        layers = [("defaults", self.defaults), *((f"rows.{n}.set", r.set) for n, r in self.rows.items())]
-        for name, pair in self.pairs.items():
+        if not self.rows:
+            yield f"{source}: rows: one row or more is expected"
+        layers = [("defaults", self.defaults), *((f"rows.{one_word(n)}.set", r.set) for n, r in self.rows.items())]
+        for name, pair in ((one_word(name), pair) for name, pair in self.pairs.items()):
             layers.append((f"pairs.{name}", {k: v for k, v in pair.items() if k != "rows"}))
             if isinstance(pair.get("rows"), Mapping):
-                layers += [(f"pairs.{name}.rows.{row}", own or {}) for row, own in pair["rows"].items()]
-        wrong = False
+                layers += [
+                    (f"pairs.{name}.rows.{row}", {} if own is None else own) for row, own in pair["rows"].items()
+                ]
+        wrong = not self.rows
         for place, values in layers:
             try:
                 validate(Settings, values, source, prefix=place)
@@ -485,21 +587,17 @@ class Config(Section):
                 wrong = True
                 yield str(error)
         for pair in self.pairs:
-            rows = self.pairs[pair].get("rows") or ()
-            if not isinstance(rows, list | tuple | Mapping):
+            if found := list(self._mistaken_rows(pair)):
                 wrong = True
-                yield f"{source}: pairs.{pair}.rows: a list of rows, or a mapping from rows to settings is expected"
-                continue
-            for row in rows:
-                if row not in self.rows:
-                    wrong = True
-                    yield f"{source}: pairs.{pair}.rows: no row {row!r}{_suggest(row, self.rows)}"
-            yield from (f"{source}: pairs.{pair}.rows: {row!r} stands there twice" for row in _repeated(rows))
+                yield from (f"{source}: pairs.{pair}.rows: {mistake}" for mistake in found)
         for pair in () if wrong else self.pairs:
             if self.rows[self.rows_of(pair)[0]].evaluate != "pretrain":
                 yield f"{source}: pairs.{pair}.rows: the first row must evaluate the original network (pretrain)"
             for row in self.rows_of(pair):
                 settings = self.settings(pair, row)
+                yield from (
+                    f"{source}: pairs.{pair}.rows: {text}" for text in self._not_comparable(pair, row, settings)
+                )
                 if settings.evaluate.recalibrate != "none" and not _has_batchnorm(settings.network):
                     yield f"{source}: pairs.{pair}.rows: {row!r} recalibrates BatchNorm, which the network has not"
                 searches = "search" in lineage(settings, self.rows[row].evaluate)
@@ -510,6 +608,56 @@ class Config(Section):
                     )
                 if mistake := network_mistake(settings):
                     yield f"{source}: pairs.{pair}: {mistake}"
+
+    def _mistaken_names(self, source: str) -> Iterator[str]:
+        """Names that paths, commands or the workflow cannot have."""
+        expected = "a name of at most 100 letters, digits, '-', '_' and '.' is expected, a letter, digit or '_' first"
+        for kind, names, taken, reason in (
+            ("runs", self.runs, RULES, "is a rule of the workflow"),
+            ("pairs", self.pairs, ("summary",), "is the folder of tables and figures"),
+        ):
+            for name in names:
+                if not PAIR_NAME.fullmatch(name):
+                    yield f"{source}: {kind}.{one_word(name)}: {expected}"
+                elif name in taken:
+                    yield f"{source}: {kind}.{name}: {name} {reason}; another name is expected"
+        for row in self.rows:
+            if not ROW_NAME.fullmatch(row):
+                yield (
+                    f"{source}: rows.{one_word(row)}: a name of lower-case letters, digits, '-' and '.' is expected, "
+                    "a letter or digit first, at most 100"
+                )
+        if DEFAULT_RUN not in self.runs:
+            yield f"{source}: runs.{DEFAULT_RUN}: missing; `snakemake` without a target runs the pairs of it"
+
+    def _mistaken_rows(self, pair: str) -> Iterator[str]:
+        """What is wrong with the `rows` of a pair."""
+        rows = self.pairs[pair].get("rows")
+        if rows is None:
+            return
+        if not isinstance(rows, list | tuple | Mapping):
+            yield "a list of rows, or a mapping from rows to settings is expected"
+            return
+        if not rows:
+            yield "one row or more is expected; without the key, it is all rows"
+        for row in rows:
+            if not isinstance(row, str):
+                yield f"the name of a row is expected, not {row!r}"
+            elif row not in self.rows:
+                yield f"no row {row!r}{_suggest(row, self.rows)}"
+        yield from (f"{row!r} stands there twice" for row in _repeated(row for row in rows if isinstance(row, str)))
+
+    def _not_comparable(self, pair: str, row: str, settings: Settings) -> Iterator[str]:
+        """In what a row differs from the first one of its pair that all rows of a table share."""
+        first = self.rows_of(pair)[0]
+        own = self.settings(pair, first)
+        for key, mine, other in (
+            ("seed", settings.seed, own.seed),
+            ("data.dataset", settings.data.dataset, own.data.dataset),
+            ("evaluate.split", settings.evaluate.split, own.evaluate.split),
+        ):
+            if mine != other:
+                yield f"{row!r} has {key} {mine} and {first!r} {other}, which are no rows of one table; make it a pair"
 
     def rows_of(self, pair: str) -> tuple[str, ...]:
         """The rows of a pair: its own list, else all."""
@@ -524,12 +672,17 @@ class Config(Section):
         """
         sigmas = sorted({self.settings(pair).variation.sigma for pair in self.runs[run]})
         if len(sigmas) > 1:
-            listed = ", ".join(f"{sigma:g}" for sigma in sigmas)
+            listed = ", ".join(map(exact, sigmas))
             raise UserError(f"runs.{run}: its pairs are one table, but their variation.sigma differ ({listed})")
         return sigmas[0]
 
     def settings(self, pair: str, row: str | None = None) -> Settings:
         """The settings of a pair, or of one of its rows."""
+        if (pair, row) not in self._merged:  # the workflow asks for them again with every job
+            self._merged[pair, row] = self._settings(pair, row)
+        return self._merged[pair, row]
+
+    def _settings(self, pair: str, row: str | None) -> Settings:
         own = {k: v for k, v in self.pairs[pair].items() if k != "rows"}
         layers = [self.defaults, own]
         if row:
@@ -627,6 +780,11 @@ def _namespace(values: Any) -> Any:
     if isinstance(values, dict):
         return SimpleNamespace(**{k: _namespace(v) for k, v in values.items()})
     return tuple(_namespace(v) for v in values) if isinstance(values, list) else values
+
+
+def one_word(name: str) -> str:
+    """A name of the configuration in a message, whatever it consists of."""
+    return name if name.isprintable() and name and " " not in name else repr(name)
 
 
 def _suggest(word: str, known: Any) -> str:

@@ -290,7 +290,7 @@ def fetch(name: str, data_dir: str | Path | None = None) -> Path:
     is checked against its publisher's MD5 and put in place whole.
     """
     _check_name(name)
-    root = Path(data_dir or os.environ.get("CORRECTNET_DATA") or "data")
+    root = Path(data_dir or os.environ.get("CORRECTNET_DATA") or "data").expanduser()
     if name == "digits":
         return root
     source = SOURCES[name]

@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from correctnet import storage, tables
+from correctnet.config import exact
 from correctnet.errors import UserError, one_line
 from correctnet.results import Result
 
@@ -42,6 +43,9 @@ STYLE = {
     "legend.frameon": False,
     "svg.hashsalt": "correctnet",  # the same data give the same file
     "figure.constrained_layout.use": True,
+    # Names and labels are shown as they are written, "$" and "\\" too.
+    "text.parse_math": False,
+    "text.usetex": False,
 }
 
 
@@ -53,7 +57,7 @@ def draw(
     only: Sequence[str] = (),
     sigma: float | None = None,
 ) -> None:
-    """Draw a figure (a key of FIGURES) from files, as PNG (`out`) and SVG (beside it).
+    """Draw a figure (a key of FIGURES) from files, as PNG (`out`) and SVG (beside it); `out` may name either of them.
 
     `labels` and `only` are those of `rows`; `sigma` is Table I's, for those that show it (AT_SIGMA).
     """
@@ -62,12 +66,17 @@ def draw(
     for option, given in (("--label", labels), ("--only", only)):
         if given and name != "rows":
             raise UserError(f"{option}: figure {name} names no rows")
+    if out.suffix.lower() in (".pdf", ".eps", ".ps", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"):
+        raise UserError(f"--out {out}: a PNG and an SVG are written; end the name with .png")
+    paths = {kind: storage.beside(out, kind, (".png", ".svg")) for kind in (".png", ".svg")}
+    for path in paths.values():
+        storage.check_writable(path)
     with plt.rc_context(STYLE):
         at = {"sigma": sigma} if name in AT_SIGMA else {}
         figure = rows(files, labels, only, **at) if name == "rows" else FIGURES[name](files, **at)
-        for path, metadata in ((out.with_suffix(".png"), None), (out.with_suffix(".svg"), {"Date": None})):
-            with storage.replacing(path) as temporary:
-                figure.savefig(temporary, format=path.suffix[1:], dpi=160, metadata=metadata)
+        for kind, metadata in ((".png", None), (".svg", {"Date": None})):
+            with storage.replacing(paths[kind]) as temporary:
+                figure.savefig(temporary, format=kind[1:], dpi=160, metadata=metadata)
         plt.close(figure)
 
 
@@ -78,9 +87,14 @@ def _panels(titles: Sequence[str]) -> tuple[plt.Figure, list[Axes]]:
     for ax in axes.flat[len(titles) :]:
         ax.remove()
     for ax, title in zip(axes.flat, titles, strict=False):
-        ax.set_title(title)
+        ax.set_title(_wrapped(title, 48))
         ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     return figure, list(axes.flat[: len(titles)])
+
+
+def _wrapped(text: str, width: int) -> str:
+    """A text in lines of at most `width` letters, three of them at most."""
+    return "\n".join(textwrap.wrap(text, width, max_lines=3, placeholder=" …"))
 
 
 def _curve(ax: Axes, of_row: pd.DataFrame, colour: str, marker: str, label: str) -> None:
@@ -92,7 +106,8 @@ def _curve(ax: Axes, of_row: pd.DataFrame, colour: str, marker: str, label: str)
 
 
 def _counts(table: pd.DataFrame) -> str:
-    chips = table[table["sigma"] > 0].groupby(["row", "sigma"]).size()
+    varied = table[table["sigma"] > 0]
+    chips = (table if varied.empty else varied).groupby(["row", "sigma"]).size()
     images = "/".join(str(n) for n in sorted(table["images"].unique()))
     low, high = chips.min(), chips.max()
     return f"{low if low == high else f'{low} to {high}'} chips, {images} images"
@@ -110,21 +125,29 @@ def figure7(files: Sequence[Path], sigma: float | None = None) -> plt.Figure:
     Rows named "correctnet-sigma-S" are CorrectNet trained for S: each gives the point at S of a curve of its own.
     """
     samples = tables.read_samples(files)
-    trained_for = pd.to_numeric(samples["row"].str.removeprefix(ANEW), errors="coerce")
+    trained_for = samples["row"].map(_trained_for)
     anew = samples["row"].str.startswith(ANEW) & (samples["sigma"] == trained_for)
     # The one of Table I is the one that was trained for the table's own sigma.
     of_table = samples["pair"].map({pair: table_sigma(of_pair, sigma) for pair, of_pair in samples.groupby("pair")})
     own = (samples["row"] == "correctnet") & (samples["sigma"] == of_table)
     with_anew = samples["pair"].isin(samples["pair"][anew].unique())
     curve = samples[(anew | own) & with_anew].assign(row=ANEW)
-    return _over_sigma(pd.concat([samples, curve]), ["correctnet", "unprotected"], [ANEW])
+    return _over_sigma(pd.concat([samples, curve]), ["correctnet"], ["unprotected", ANEW])
+
+
+def _trained_for(row: str) -> float:
+    """S of a row "correctnet-sigma-S"; NaN for any other row."""
+    try:
+        return float(row.removeprefix(ANEW)) if row.startswith(ANEW) else float("nan")
+    except ValueError:
+        return float("nan")
 
 
 def table_sigma(of_pair: pd.DataFrame, given: float | None = None) -> float:
     """The sigma of Table I, of a pair's samples: the one that is given, else the largest that every row has."""
     if given is not None:
         if given not in set(of_pair["sigma"]):
-            raise UserError(f"figure: pair {of_pair['pair'].iloc[0]} has no results at sigma {given:g}")
+            raise UserError(f"figure: pair {of_pair['pair'].iloc[0]} has no results at sigma {exact(given)}")
         return given
     rows = of_pair.groupby("sigma")["row"].nunique()
     return rows.index[rows == of_pair["row"].nunique()].max()
@@ -261,7 +284,7 @@ def rows(
         of_pair = samples[samples["pair"] == pair]
         varied = of_pair[of_pair["sigma"] == sigmas[pair]]
         names = list(varied["row"].unique())
-        texts = ["\n".join(textwrap.wrap((labels or {}).get(name, name), 48)) for name in names]
+        texts = [_wrapped((labels or {}).get(name, name), 48) for name in names]
         ax.axvline(varied[varied["row"] == names[0]]["accuracy"].mean(), color=GREY, linewidth=0.8, linestyle=":")
         for y, row in enumerate(names):
             result = Result(varied[varied["row"] == row])
@@ -275,7 +298,7 @@ def rows(
             if published is not None and sigmas[pair] == tables.PAPER_SIGMA:
                 ax.plot([published], [y], "*", color="black", markerfacecolor="none", markersize=9)
                 stars = True
-        ax.set(title=pair, yticks=range(len(names)), yticklabels=texts, ylim=(len(names) - 0.4, -0.6))
+        ax.set(title=_wrapped(pair, 72), yticks=range(len(names)), yticklabels=texts, ylim=(len(names) - 0.4, -0.6))
         ax.tick_params(axis="y", labelsize=8)
         ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes[-1, 0].set(xlabel="accuracy")

@@ -13,6 +13,7 @@ import contextlib
 import os
 import platform
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -59,16 +60,29 @@ def status() -> Status:
         reason = (
             "the C++ core was not built: no compiler when correctnet was installed, or CORRECTNET_PURE_PYTHON was 1"
         )
-        return Status(False, "numpy", (), reason)
+        return Status(False, "numpy", (), _hidden_package() or reason)
     available = tuple(core.supported_isas())
     reason = "CORRECTNET_ISA asks for it" if os.environ.get("CORRECTNET_ISA") else "the best that this machine has"
     return Status(True, core.isa(), available, reason, tuple(core.built_isas()))
 
 
+def _hidden_package() -> str | None:
+    """That the sources were imported in place of an installed package, which has the core; None where they were not."""
+    here = Path(__file__).resolve().parent
+    for distribution in distributions(name="correctnet"):
+        package = Path(str(distribution.locate_file("correctnet")))
+        if package.resolve() != here and any(package.glob("_native*")):
+            return (
+                f"the sources in {here} were imported, which have no C++ core, and not the installed package in "
+                f"{package}; run from another folder, or install with `pip install -e`"
+            )
+    return None
+
+
 def cpu_name() -> str:
     """The processor as it names itself."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

@@ -63,7 +63,7 @@ def main() -> None:
     for row in fit_normal():
         words = [float(value).hex() + "," for value in row]
         lines += [" ".join(words[i : i + 4]) for i in range(0, OCTAVES, 4)]
-    NORMAL_PATH.write_text("\n".join(lines) + "\n")
+    NORMAL_PATH.write_text("\n".join(lines) + "\n", encoding="ascii")
 
 
 if __name__ == "__main__":

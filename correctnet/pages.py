@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from correctnet import tables
+from correctnet.config import exact
 from correctnet.figures import SEARCH_COLOURS, read_table
 
 STYLE = """
@@ -61,14 +62,14 @@ def table1(table: pd.DataFrame, sigma: float) -> str:
     columns = ["pair", "row", "clean", "mean ± std", "95 % CI of the mean", "mean / clean", "overhead", "layers"]
     columns += ["paper", "difference", "chips × images", "epochs", "seed"]
     rows, firsts = [], []
-    for number, r in enumerate(table.to_dict("records")):
-        new = number == 0 or r["pair"] != table["pair"].iloc[number - 1]
-        firsts += [number] if new else []
+    for i, r in enumerate(table.to_dict("records")):
+        new = i == 0 or r["pair"] != table["pair"].iloc[i - 1]
+        firsts += [i] if new else []
         known = not pd.isna(r["paper"])
         rows.append(
             [
                 html.escape(r["pair"]) if new else "",
-                html.escape(r["label"]),
+                "<br>".join(html.escape(r["label"]).splitlines()),
                 f"{r['clean']:.2%}",
                 f"<b>{r['mean']:.2%}</b> ± {100 * r['std']:.2f}",
                 f"{100 * r['ci_low']:.2f} to {100 * r['ci_high']:.2f}",
@@ -88,9 +89,9 @@ def table1(table: pd.DataFrame, sigma: float) -> str:
         for (network, data), value in values.items()
     ]
     note = (
-        f"<p>Accuracy under lognormal variation of σ = {sigma:g}, over chip samples; “mean / clean” is of the clean "
-        "accuracy of the original network, the row “unprotected” or the pair's first; the difference to the paper is "
-        f"in points. The paper states values for some pairs only ({'; '.join(clean)}).</p>\n"
+        f"<p>Accuracy under lognormal variation of σ = {exact(sigma)}, over chip samples; “mean / clean” is of the "
+        "clean accuracy of the original network, the row “unprotected” or the pair's first; the difference to the "
+        f"paper is in points. The paper states values for some pairs only ({'; '.join(clean)}).</p>\n"
     )
     return page("Table I: accuracy under variation", note + _table(columns, rows, (0, 1, 11), firsts))
 
@@ -99,7 +100,7 @@ def search_scatter(logs: Sequence[Path]) -> str:
     """The states that searches explored (log.csv of each limit) as scatters of overhead and accuracy to explore."""
     from bokeh.embed import json_item
     from bokeh.layouts import column
-    from bokeh.models import ColumnDataSource, HoverTool
+    from bokeh.models import ColumnDataSource, HoverTool, PlainText, Title
     from bokeh.plotting import figure
     from bokeh.resources import Resources
 
@@ -110,7 +111,11 @@ def search_scatter(logs: Sequence[Path]) -> str:
     for pair, paths in by_pair.items():
         axes = {"x_axis_label": "overhead, % of the network's parameters", "y_axis_label": "validation accuracy, %"}
         plot = figure(
-            title=pair, height=420, sizing_mode="stretch_width", tools="pan,box_zoom,wheel_zoom,reset,save", **axes
+            title=Title(text=PlainText(pair)),  # "$$" is no formula
+            height=420,
+            sizing_mode="stretch_width",
+            tools="pan,box_zoom,wheel_zoom,reset,save",
+            **axes,
         )
         for colour, path in zip(itertools.cycle(SEARCH_COLOURS), paths, strict=False):
             table = read_table(path, ["evaluation", "episode", "filters", "overhead", "mean", "std", "candidates"])

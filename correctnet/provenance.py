@@ -11,6 +11,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Collection, Iterable, Iterator
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -63,16 +64,59 @@ def line(device: str, threads: int | None) -> str:
     return PREFIX + json.dumps(here(device, threads))
 
 
-def jobs(results: Path, pairs: list[str]) -> pd.DataFrame:
+def fold(names: Iterable[str]) -> str:
+    """Names of jobs, paths all, as short JSON: a folder is an object, and what stands in one folder a list."""
+    tree: dict[str, Any] = {}
+    for name in names:
+        *folders, last = name.split("/")
+        place = tree
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place.setdefault("", []).append(last)
+    return json.dumps(_without_empty(tree), separators=(",", ":"))
+
+
+def _without_empty(tree: Any) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    return tree[""] if set(tree) == {""} else {name: _without_empty(inner) for name, inner in tree.items()}
+
+
+def unfold(text: str) -> list[str]:
+    """The names of jobs that `fold` gave. Raises UserError where it is something else."""
+
+    def names(tree: Any, path: tuple[str, ...]) -> Iterator[str]:
+        if isinstance(tree, dict):
+            for name, inner in tree.items():
+                yield from names(inner, (*path, name) if name else path)
+        elif isinstance(tree, list) and all(isinstance(name, str) for name in tree):
+            yield from ("/".join((*path, name)) for name in tree)
+        else:
+            raise UserError("--jobs: objects of folders and lists of jobs are expected")
+
+    try:
+        tree = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"--jobs: not JSON ({one_line(error)})") from error
+    return list(names(tree, ()))
+
+
+def jobs(results: Path, pairs: list[str], only: Collection[str] | None = None) -> pd.DataFrame:
     """One row a job of `pairs` that has a benchmark file under `results`, in the order in which they started.
+
+    `only` are the jobs of the run as it is configured now; what lies there of others, of rows that it no longer has
+    or of settings that were changed, is left out.
 
     Columns: job (its path), seconds (wall time) and memory_mib (peak, resident) of its last process, cpu_seconds,
     started, and from its log version, revision, torch, cpu and command.
     """
     rows = []
+    wanted = None if only is None else set(only)
     for pair in pairs:
         for path in sorted((results / ".benchmarks" / pair).rglob("*.tsv")):
             job = str(path.relative_to(results / ".benchmarks")).removesuffix(".tsv")
+            if wanted is not None and job not in wanted:
+                continue
             row = {"job": job, **_benchmark(path)}
             row |= _first_line(results / ".logs" / f"{job}.log")
             rows.append(row)
@@ -91,7 +135,7 @@ def _benchmark(path: Path) -> dict[str, Any]:
 def _first_line(log: Path) -> dict[str, Any]:
     """What a job's log says of it; nothing where it was written by something else."""
     try:
-        with open(log) as file:
+        with open(log, encoding="utf-8", errors="replace") as file:
             first = file.readline()
         found = json.loads(first.removeprefix(PREFIX)) if first.startswith(PREFIX) else {}
     except (OSError, ValueError):

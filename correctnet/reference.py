@@ -50,7 +50,9 @@ def _hex_floats(text: str) -> NDArray[np.float32]:
 
 
 # (DEGREE + 1, OCTAVES): row j holds the coefficients of t^j. `correctnet.normal_table` has the two fits.
-NORMAL = _hex_floats("\n".join(line for line in NORMAL_PATH.read_text().splitlines() if not line.startswith("//")))
+NORMAL = _hex_floats(
+    "\n".join(line for line in NORMAL_PATH.read_text(encoding="ascii").splitlines() if not line.startswith("//"))
+)
 NORMAL.shape = DEGREE + 1, OCTAVES
 EXP2 = _hex_floats("0x1p+0 0x1.62e43p-1 0x1.ebf9b2p-3 0x1.c6afb0p-5 0x1.3ced86p-7 0x1.5eeceep-10")
 

@@ -18,7 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeVar
 
 import safetensors
 
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = 1
+TEXT = ("pair", "row", "label", "network", "dataset", "split", "variation", "on", "centre", "epochs", "name", "stage")
+"""columns of results that hold text, also where it looks like a number or like none (a row named nan)"""
+MISSING = ["", "nan", "NaN", "NA", "N/A", "n/a", "null", "NULL", "None"]
+"""what stands for a missing number in the other columns"""
 WORK = ".resume"
 """the folder, beside a stage's result, of what a killed stage needs to go on"""
 
@@ -69,7 +73,7 @@ def exclusive(folder: str | Path, *cleaned: Path) -> Iterator[None]:
     try:
         file = _locked(lock)
     except BlockingIOError as error:
-        holder = lock.read_text() if lock.exists() else ""
+        holder = lock.read_text(encoding="utf-8", errors="replace") if lock.exists() else ""
         raise UserError(
             f"{folder}: {holder or 'another process'} is at work on this; stop it or wait for it"
         ) from error
@@ -94,7 +98,7 @@ def _locked(lock: Path) -> TextIO:
     for attempt in itertools.count():
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
-            file = open(lock, "a+")  # noqa: SIM115 (closed by the caller)
+            file = open(lock, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed by the caller)
         except FileNotFoundError:
             if attempt < 10:
                 continue  # whoever held it has just removed the folder
@@ -115,15 +119,40 @@ def _locked(lock: Path) -> TextIO:
         file.close()  # locked, but deleted by the one before
 
 
-def check_writable(path: str | Path) -> None:
-    """Find out before the work that its result can be put at `path`. Raises UserError where it cannot."""
+def check_writable(path: str | Path, kind: Literal["file", "folder"] = "file") -> None:
+    """Find out before the work that its result, a file or a folder of files, can be put at `path`.
+
+    Folders above it are made. Raises UserError where it cannot, or where the other kind stands there.
+    """
     path = Path(path)
     try:
+        if kind == "file" and path.is_dir():
+            raise UserError(f"{path}: is a folder; the name of a file is expected")
+        if kind == "file" and path.exists() and not path.is_file():
+            raise UserError(f"{path}: is no ordinary file; a result is put in the place of what stands there")
+        if kind == "folder" and path.exists() and not path.is_dir():
+            raise UserError(f"{path}: is a file; the name of a folder is expected")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
+        with tempfile.TemporaryFile(dir=path if path.is_dir() else path.parent):
             pass
-    except OSError as error:
+        # The name: it may be too long, and a file has a longer one while it is written.
+        name = f".{path.name}.12345678.tmp" if kind == "file" else path.name
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(path.parent / name)
+    except FileExistsError as error:
+        raise UserError(f"{path}: cannot be written: {path.parent} is a file") from error
+    except (OSError, UnicodeError) as error:
         raise UserError(f"{path}: cannot be written: {_reason(error)}") from error
+
+
+def beside(path: str | Path, suffix: str, known: Sequence[str]) -> Path:
+    """The file of another kind beside `path`: with `suffix` in place of one of the `known`, else behind the name.
+
+    Only those are taken off, so that a name may have dots of its own: run.v1 becomes run.v1.md, and run.csv run.md.
+    """
+    path = Path(path)
+    stem = path.name.removesuffix(path.suffix) if path.suffix.lower() in known else path.name
+    return path.with_name(f"{stem}{suffix}")
 
 
 def _umask() -> int:
@@ -136,10 +165,20 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or one_line(error)
 
 
+def unreadable(path: str | Path, error: OSError) -> UserError:
+    """The error of a user whose file is not there, or cannot be read."""
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"{path}: no such file")
+    return UserError(f"{path}: cannot be read: {_reason(error)}")
+
+
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file atomically."""
+    """Write a text file atomically: UTF-8 with "\\n" as line break, whatever the locale.
+
+    Bytes of the command line that the locale's encoding has not (Python's surrogate escapes) are written as they came.
+    """
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_bytes(text.encode("utf-8", "surrogateescape"))
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -153,22 +192,33 @@ def write_csv(path: str | Path, table: pd.DataFrame) -> None:
 
 
 def read_csv(path: str | Path, text: Sequence[str] = ()) -> pd.DataFrame:
-    """Read what `write_csv` wrote: floats to the last bit, columns of `text` as strings, empty fields too."""
+    """Read what `write_csv` wrote: floats to the last bit, columns of TEXT and `text` as strings, empty fields too.
+
+    Raises:
+        UserError: the file is not there, or cannot be read.
+        ValueError: it is no CSV, or no UTF-8 text.
+    """
     import pandas as pd  # a fifth of a second, and most commands do without it
 
     before = tuple(map(int, pd.__version__.split(".")[:2])) < (3, 1)  # which reads exactly without being asked
     exact = {"float_precision": "round_trip"} if before else {}
-    table = pd.read_csv(path, dtype=dict.fromkeys(text, str), **exact)
-    return table.fillna({name: "" for name in text if name in table})
+    text = {*TEXT, *text}
+    try:
+        columns = pd.read_csv(path, nrows=0).columns
+        # A row named nan is one: empty fields are missing numbers in the other columns only.
+        empty = {name: MISSING for name in columns if name not in text}
+        return pd.read_csv(path, dtype=dict.fromkeys(text, str), keep_default_na=False, na_values=empty, **exact)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {_reason(error)}") from error
 
 
 def read_json(path: str | Path) -> Any:
     """Read JSON. Raises UserError where the file is absent or broken."""
     try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({_reason(error)}); delete it to have it made again") from error
 
 
@@ -195,9 +245,12 @@ def resume(path: str | Path | None, read: Callable[[Path], T], nothing: T) -> T:
 
 
 def sha256(path: str | Path) -> str:
-    """The file's SHA-256, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The file's SHA-256, in hexadecimal. Raises UserError where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:
@@ -213,12 +266,15 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], Any]:
     """Read what `write_tensors` wrote. Raises UserError where the file is absent, cut short or not safetensors."""
     try:
+        with open(path, "rb"):  # whose errors say more than those of safetensors
+            pass
+    except OSError as error:
+        raise unreadable(path, error) from error
+    try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = (file.metadata() or {}).get("correctnet")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         return tensors, None if metadata is None else json.loads(metadata)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: damaged checkpoint ({_reason(error)}); delete it to have it made again") from error
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
 
+from correctnet.config import exact
 from correctnet.errors import UserError
 from correctnet.results import COLUMNS, Result
 
@@ -51,7 +53,8 @@ def read_samples(files: Iterable[Path]) -> pd.DataFrame:
     if twice.any():
         first = samples[twice].iloc[0]
         raise UserError(
-            f"chip {first['sample']} of row {first['row']} of {first['pair']} at sigma {first['sigma']:g} comes twice"
+            f"chip {first['sample']} of row {first['row']} of {first['pair']} at sigma "
+            f"{exact(first['sigma'])} comes twice"
         )
     return samples
 
@@ -73,7 +76,7 @@ def table1(samples: pd.DataFrame, sigma: float, labels: Mapping[str, str] | None
     for pair, of_pair in samples.groupby("pair", sort=False):
         varied = of_pair[of_pair["sigma"] == sigma]
         if varied.empty:
-            raise UserError(f"table: pair {pair} has no results at sigma {sigma}")
+            raise UserError(f"table: pair {pair} has no results at sigma {exact(sigma)}")
         shape = varied.groupby("row", sort=False).apply(_shape, include_groups=False)
         if shape.nunique() != 1:
             listed = "; ".join(f"{row}: {text}" for row, text in shape.items())
@@ -112,6 +115,12 @@ def table1(samples: pd.DataFrame, sigma: float, labels: Mapping[str, str] | None
     return pd.DataFrame(rows)
 
 
+def _escaped(text: str) -> str:
+    """A text in a cell of a Markdown table, shown as it is written: no line, column or markup more."""
+    text = re.sub(r"[\\`*\[\]<>|~$&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", text)
+    return "<br>".join(text.splitlines())
+
+
 def _shape(rows: pd.DataFrame) -> str:
     seeds = "/".join(str(n) for n in sorted(rows["seed"].unique()))
     return f"chips from {rows['sample'].min()} on, {rows['split'].iloc[0]} images, seed {seeds}"
@@ -120,8 +129,8 @@ def _shape(rows: pd.DataFrame) -> str:
 def markdown(table: pd.DataFrame, sigma: float) -> str:
     """The table for people, percentages with the confidence interval and the paper's number."""
     lines = [
-        f"Accuracies in %; sigma = {sigma:g}; mean ± standard deviation over chips, [95 % confidence interval of the "
-        "mean]; ratio: mean / clean accuracy of the unprotected network on all images that it has.",
+        f"Accuracies in %; sigma = {exact(sigma)}; mean ± standard deviation over chips, [95 % confidence interval of "
+        "the mean]; ratio: mean / clean accuracy of the unprotected network on all images that it has.",
         "",
         "| pair | row | clean | mean ± std | 95 % CI | ratio | overhead | layers | chips × images | epochs | seed "
         "| paper | difference |",
@@ -131,7 +140,8 @@ def markdown(table: pd.DataFrame, sigma: float) -> str:
         paper = "" if pd.isna(r["paper"]) else f"{r['paper']:.2%}"
         difference = "" if pd.isna(r["difference"]) else f"{100 * r['difference']:+.2f}"
         lines.append(
-            f"| {r['pair']} | {r['label']} | {r['clean']:.2%} | {r['mean']:.2%} ± {100 * r['std']:.2f} "
+            f"| {_escaped(r['pair'])} | {_escaped(r['label'])} "
+            f"| {r['clean']:.2%} | {r['mean']:.2%} ± {100 * r['std']:.2f} "
             f"| [{100 * r['ci_low']:.2f}, {100 * r['ci_high']:.2f}] | {r['ratio']:.2%} | {r['overhead']:.2%} "
             f"| {r['layers']} | {r['chips']} × {r['images']} | {r['epochs']} | {r['seed']} | {paper} | {difference} |"
         )

@@ -128,7 +128,7 @@ def layers(network: str) -> list[Layer]:
 
 
 def main(bench: Path) -> None:
-    measured = json.loads(bench.read_text())
+    measured = json.loads(bench.read_text(encoding="utf-8"))
     rate = max(r["weights_per_s"] for r in measured["rows"] if r["work"] == "noise" and r["precision"] == "bf16")
     threads = measured["threads"]
     cpu = Machine(
@@ -158,7 +158,7 @@ def main(bench: Path) -> None:
             noise = times * layer.bounds(H100, images)["noise"]
             row |= {"h100_times_drawn_fused": times, "h100_noise_fused_microseconds_a_chip": round(noise * 1e6, 3)}
             rows.append(row)
-    with (HERE / "roofline.csv").open("w", newline="") as file:
+    with (HERE / "roofline.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -6,9 +6,11 @@ from typing import Literal, get_args, get_origin
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from correctnet.config import READS, VERSIONS, Config, Settings, lineage
+from correctnet.config import READS, RULES, VERSIONS, Config, Settings, exact, lineage
 from correctnet.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +92,246 @@ def test_mistakes_are_one_line_each(path, value, line):
     assert line in lines[0]
 
 
+HEAD = "runs: {paper: [p]}\nrows: {unprotected: {evaluate: pretrain, label: u}}\n"
+NAME = "a name of at most 100 letters, digits, '-', '_' and '.' is expected, a letter, digit or '_' first"
+SMALL = "a name of lower-case letters, digits, '-' and '.' is expected"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        # keys that stand twice, at any depth, in any style, behind an anchor
+        (
+            "pairs:\n  p:\n    evaluate: {chips: 10}\n    seed: 1\n    evaluate: {images: 9}",
+            "pairs.p.evaluate: stands there",
+        ),
+        ("pairs: {p: {evaluate: {chips: 1, 'chips': 2}}}", "pairs.p.evaluate.chips: stands there twice"),
+        ("pairs: {p: {}}\npairs: {q: {}}", "pairs: stands there twice"),
+        ("pairs: {p: &a {seed: 1}, q: {<<: *a, seed: 2, seed: 3}}", "pairs.q.seed: stands there twice"),
+        ("pairs: {p: &a {seed: 1}, q: {<<: *a, <<: *a}}", "pairs.q.<<: stands there twice"),
+        ("pairs: {a: &a {seed: 1}, b: &b {seed: 2}, p: {<<: [*a, *b]}}", "pairs.p.<<: seed stands in several"),
+        ("pairs: {a: &a {seed: 1}, b: &b {<<: *a}, p: {<<: [*a, *b]}}", "pairs.p.<<: seed stands in several"),
+        # what YAML reads as something else
+        ("pairs: {p: {evaluate: {chips: yes}}}", "pairs.p.evaluate.chips: a number is expected, not True"),
+        ("pairs: {p: {evaluate: {images: on}}}", "pairs.p.evaluate.images: a number is expected, not True"),
+        ("pairs: {p: {variation: {sigma: off}}}", "pairs.p.variation.sigma: a number is expected, not False"),
+        (
+            "pairs: {p: {evaluate: {sigmas: [0.1, on]}}}",
+            "pairs.p.evaluate.sigmas: a number is expected, not [0.1, True]",
+        ),
+        ("pairs: {p: {pretrain: {clip: no}}}", "pairs.p.pretrain.clip: a number is expected, not False"),
+        (
+            "pairs: {p: {suppress: {beta: 1e-4}}}",
+            "pairs.p.suppress.beta: a number is expected (write 0.0001), not '1e-4'",
+        ),
+        ("pairs: {p: {suppress: {beta: 1e-5}}}", "a number is expected (write 1.0e-05), not '1e-5'"),
+        ("pairs: {p: {seed: '5'}}", "pairs.p.seed: a number is expected (write 5), not '5'"),
+        (
+            "pairs: {p: {search: {limits: ['0.1']}}}",
+            "pairs.p.search.limits: a number is expected (write 0.1), not ['0.1']",
+        ),
+        (
+            "pairs: {p: {suppress: {fold_batchnorm: 1}}}",
+            "pairs.p.suppress.fold_batchnorm: true or false is expected, not 1",
+        ),
+        ("pairs: {p: {suppress: {fold_batchnorm: 'yes'}}}", "true or false is expected, not 'yes'"),
+        ("pairs: {p: {seed: 010}}", "pairs.p.seed: 010 is read as 8"),
+        ("pairs: {p: {pretrain: {epochs: 1:30}}}", "pairs.p.pretrain.epochs: 1:30 is read as 90"),
+        ("pairs: {p: {variation: {sigma: 0:0.5}}}", "pairs.p.variation.sigma: 0:0.5 is read as 0.5"),
+        ("pairs: {p: {variation: {sigma: .inf}}}", "pairs.p.variation.sigma: Input should be a finite number"),
+        ("pairs: {p: {variation: {sigma: .nan}}}", "pairs.p.variation.sigma: Input should be a finite number"),
+        ("pairs: {p: {evaluate: }}", "pairs.p.evaluate: Input should be a valid dictionary"),
+        ("pairs: {p: {evaluate: {chips: }}}", "pairs.p.evaluate.chips: Input should be a valid integer, not None"),
+        ("pairs: {p: {variation: {on: weight}}}", "pairs.p.variation: a name is expected as key, and on is read as"),
+        ("pairs: {p: {}, 1: {}}", "pairs: a name is expected as key, and 1 is read as a number; put it in quotes"),
+        ("pairs: {p: {}, no: {}}", "pairs: a name is expected as key, and no is read as true or false"),
+        ("pairs: {p: {}, 2020-01-01: {}}", "pairs: a name is expected as key, and 2020-01-01 is read as a date"),
+        ("pairs: {p: {}, ~: {}}", "pairs: a name is expected as key, and ~ is read as empty"),
+        ("pairs: {p: {}, [a]: {}}", "pairs: a name is expected as key, and a list or mapping stands there"),
+        ("pairs: {p: {rows: [no]}}", "pairs.p.rows: the name of a row is expected, not False"),
+        ("pairs: {p: {rows: [[unprotected]]}}", "pairs.p.rows: the name of a row is expected, not ['unprotected']"),
+        ("pairs: {p: {rows: []}}", "pairs.p.rows: one row or more is expected"),
+        ("pairs: {p: {rows: {unprotected: 0}}}", "pairs.p.rows.unprotected: Input should be a valid dictionary"),
+        ("pairs: {p: &x {pretrain: *x}}", "pairs.p.pretrain: contains itself"),
+        ("pairs: {p: !!set {seed}}", "pairs.p: the tag tag:yaml.org,2002:set is not supported"),
+        ("pairs: {p: {seed: !!python/name:os.system x}}", "pairs.p.seed: the tag"),
+        ("pairs:\n\tp: {}", "indent with spaces"),
+        ("pairs: {p: {}}\n---\na: 1", "expected a single document"),
+        ("pairs: {p: {}}\n__use_yte__: true", "__use_yte__: templates are not supported"),
+        # names
+        *(
+            (f"pairs: {{p: {{}}, {name!r}: {{}}}}", NAME)
+            for name in ("my pair", "a/b", "x@y", "..", ".logs", "", "-x", "é")
+        ),
+        ('pairs: {p: {}, "a\\nb": {}}', NAME),
+        (f"pairs: {{p: {{}}, {'x' * 101}: {{}}}}", NAME),
+        ("pairs: {p: {}, summary: {}}", "pairs.summary: summary is the folder of tables and figures"),
+        # folders
+        ("pairs: {p: {}}\nresults: ''", "results: a folder is expected, not ''"),
+        ("pairs: {p: {}}\nresults: 'a{b}'", "results: a path without '{'"),
+        ("pairs: {p: {}}\nresults: -x", "results: a path without '{'"),
+        ("pairs: {p: {}}\nresults: no", "results: Input should be a valid string, not False"),
+        ("pairs: {p: {}}\ndata_dir: ~nobody-of-this-name/x", "data_dir: there is no such user"),
+        # rows that are not of one table
+        ("pairs: {p: {rows: {unprotected: {seed: 1}}}}", None),
+    ],
+)
+def test_what_means_something_else_than_it_shows(tmp_path, text, line):
+    (tmp_path / "c.yaml").write_text(HEAD + text, encoding="utf-8")
+    if line is None:
+        Config.load(tmp_path / "c.yaml")
+        return
+    with pytest.raises(UserError) as caught:
+        Config.load(tmp_path / "c.yaml")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith(f"{tmp_path / 'c.yaml'}: ")
+    assert line in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "value"),
+    [
+        ("pairs: {p: {suppress: {beta: 1.0e-4}}}", "suppress.beta", 1e-4),
+        ("pairs: {p: {suppress: {beta: 1}}}", "suppress.beta", 1.0),
+        ("pairs: {p: {evaluate: {chips: 1_000}}}", "evaluate.chips", 1000),
+        ("pairs: {p: {evaluate: {chips: 10.0}}}", "evaluate.chips", 10),
+        ("pairs: {p: {suppress: {fold_batchnorm: yes}}}", "suppress.fold_batchnorm", True),
+        ("pairs: {p: {evaluate: {images: ~}}}", "evaluate.images", None),
+        ("pairs: {p: }", "seed", 0),
+        ("pairs: {p: {rows: }}", "seed", 0),
+        ("pairs: {a: &a {seed: 1, evaluate: {chips: 7}}, p: {<<: *a, seed: 2}}", "evaluate.chips", 7),
+        ("pairs: {a: &a {seed: 1}, b: &b {base: inject}, p: {<<: [*a, *b]}}", "seed", 1),
+        ("pairs: {a: &a {seed: 1}, b: &b {seed: 2}, p: {<<: [*a, *b], seed: 3}}", "seed", 3),
+        ("pairs: {a: &a {seed: 1}, p: *a}", "seed", 1),
+        ("\ufeffpairs: {p: {seed: 3}}  # é", "seed", 3),
+    ],
+)
+def test_what_yaml_means_as_it_shows(tmp_path, text, path, value):
+    text = HEAD + text if text[0] != "\ufeff" else f"\ufeff{HEAD}{text[1:]}"
+    (tmp_path / "c.yaml").write_text(text.replace("\n", "\r\n"), encoding="utf-8")
+    found = Config.load(tmp_path / "c.yaml").settings("p")
+    for part in path.split("."):
+        found = getattr(found, part)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "line"),
+    [
+        *((f"runs/{rule}", ["lenet5-mnist"], f"runs.{rule}: {rule} is a rule of the workflow") for rule in RULES),
+        ("runs/my run", ["lenet5-mnist"], f"runs.'my run': {NAME}"),
+        ("runs/-n", ["lenet5-mnist"], NAME),
+        ("runs", {"quick": ["lenet5-mnist"]}, "runs.paper: missing; `snakemake` without a target runs the pairs of it"),
+        *(
+            (f"rows/{name}", {"evaluate": "pretrain", "label": "x"}, SMALL)
+            for name in ("A", "a b", ".a", "-a", "a_b", "é")
+        ),
+        *(
+            ("rows/s-clip", {"evaluate": "pretrain", "label": label}, "rows.s-clip.label: printable characters")
+            for label in ("\x07", "\ud800", "a\x1bb")
+        ),
+        (
+            "rows/s-clip",
+            {"evaluate": "pretrain", "label": 5},
+            "rows.s-clip.label: Input should be a valid string, not 5",
+        ),
+        ("rows/correctnet/set", {"seed": 3}, "'correctnet' has seed 3 and 'unprotected' 0, which are no rows of one"),
+        ("rows/correctnet/set", {"evaluate": {"split": "validation"}}, "'correctnet' has evaluate.split validation"),
+        ("rows/combined-t90/set", {"data": {"dataset": "mnist"}}, "'combined-t90' has data.dataset mnist"),
+        ("defaults/evaluate/chips", 2**30, "defaults.evaluate.chips: Input should be less than 1073741824"),
+    ],
+)
+def test_names_and_rows_that_the_workflow_cannot_take(path, value, line):
+    with pytest.raises(UserError) as caught:
+        Config.check(changed(path, value))
+    lines = str(caught.value).splitlines()
+    assert lines
+    assert all(
+        line in found or "has seed" in found or "has evaluate.split" in found or "has data" in found for found in lines
+    )
+    assert any(line in found for found in lines)
+
+
+def test_no_run_has_the_name_of_a_rule():
+    """RULES are the rules of the workflow's files."""
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "workflow" / "rules").glob("*.smk"))
+    source += (ROOT / "Snakefile").read_text(encoding="utf-8")
+    assert set(re.findall(r"^rule (\w+):", source, re.MULTILINE)) == set(RULES)
+
+
+@pytest.mark.parametrize("name", ["nan", "null", "none", "inf", "true", "1", "a.b", "no"])
+def test_rows_may_be_called_what_they_like(name):
+    config = Config.check(changed(f"rows/{name}", {"evaluate": "pretrain", "label": "x"}))
+    assert name in config.rows
+
+
+NUMBERS = {"variation.sigma": "variation", "suppress.beta": "suppress", "search.learning_rate": "search"}
+
+
+@given(
+    st.one_of(
+        st.booleans(), st.text(max_size=6), st.floats(), st.integers(), st.none(), st.lists(st.booleans(), max_size=2)
+    )
+)
+@settings(max_examples=200, deadline=None)
+def test_a_number_is_a_number_and_a_truth_value_is_one(value):
+    """Of every setting: what is taken has the type that it was given, or is the float of an integer."""
+    for name, field in Settings.model_fields.items():
+        section = field.annotation
+        inner = section.model_fields.items() if isinstance(section, type) and issubclass(section, BaseModel) else []
+        for key, of_key in inner:
+            try:
+                found = getattr(section.model_validate({key: value}), key)
+            except ValueError:
+                continue
+            args = get_args(of_key.annotation)
+            numeric = {int, float} & {of_key.annotation, *args} and get_origin(of_key.annotation) is not tuple
+            if numeric and found is not None:
+                assert type(value) in (int, float), f"{name}.{key}"
+                assert found == value
+            if of_key.annotation is bool:
+                assert type(value) is bool, f"{name}.{key}"
+    assert type(value) in (int, float) or _refused(value)
+
+
+def _refused(value):
+    try:
+        Settings.model_validate({"seed": value})
+    except ValueError:
+        return True
+    return False
+
+
+@given(st.lists(st.floats(1e-9, 1.0), min_size=1, max_size=4, unique=True))
+@settings(max_examples=50, deadline=None)
+def test_limits_in_names_of_folders_are_exact(limits):
+    assert len({exact(limit) for limit in limits}) == len(limits)
+    config = changed("rows/tight", {"evaluate": "compensate", "label": "t", "set": {"search": {"limits": limits}}})
+    config["pairs"] = {"p": {"rows": ["unprotected", "tight"]}}
+    config["runs"] = {"paper": ["p"]}
+    variant = Config.check(config).variant("p", "tight", "compensate")
+    named = "_".join(map(repr, limits))
+    assert variant == f"@search.limits-{named}" or len(variant) > 120
+    assert re.fullmatch(r"(@[A-Za-z0-9._+-]+)?", variant)
+
+
+def test_a_configuration_in_json(tmp_path):
+    rows = '"rows": {"unprotected": {"evaluate": "pretrain", "label": "u"}}'
+    text = f'{{"runs": {{"paper": ["p"]}}, {rows}, "pairs": {{"p": %s}}}}'
+    path = tmp_path / "c.json"
+    path.write_text(text % '{"suppress": {"beta": 1e-4},\t"seed": 1}', encoding="utf-8")
+    assert Config.load(path).settings("p").suppress.beta == 1e-4
+    path.write_text(text % '{"seed": 1, "suppress": {"k": 1, "k": 2}, "seed": 2}', encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        Config.load(path)
+    assert str(caught.value).splitlines() == [
+        f"{path}: pairs.p.seed: stands there twice",
+        f"{path}: pairs.p.suppress.k: stands there twice",
+    ]
+
+
 def test_every_mistake_is_named_at_once():
     config = changed("defaults/sweep/chips", 0, changed("runs/quick", ["nothing"], changed("defaults/sed", 1)))
     with pytest.raises(UserError) as caught:
@@ -108,13 +350,15 @@ def test_the_pairs_of_a_run_are_one_table():
         assert str(caught.value) == f"runs.{run}: its pairs are one table, but their variation.sigma differ (0.3, 0.5)"
 
 
-@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "", "\x00"])
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "", "\x00", "[" * 5000, "3", b"\xff\xfea: 1", b"a: \xe9"])
 def test_files_that_are_no_configuration(tmp_path, text):
-    (tmp_path / "c.yaml").write_text(text)
+    (tmp_path / "c.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=r"c\.yaml: "):
         Config.load(tmp_path / "c.yaml")
     with pytest.raises(UserError, match="No such file"):
         Config.load(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        Config.load(tmp_path)
 
 
 @pytest.mark.parametrize("stage", READS)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,8 +11,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from workflows import PAIR, ROOT, configuration, configure, prepare, snakemake, stats
+from workflows import PAIR, ROOT, configuration, configure, prepare, short, snakemake, start, stats
 
+from correctnet import provenance
 from correctnet.config import Config
 
 pytest.importorskip("snakemake", reason="the workflow extra is not installed")
@@ -114,6 +116,7 @@ FROM_SEARCH = {"search": 1, "compensate": 1, "explore": 1, "sensitivity": 1, "ev
         # a row's name for people: the table, and the figure of all rows
         ("rows/correctnet/label", "our method", {"table1": 1, "figure": 1, "provenance": 1}),
         ("pairs/one/rows", ["unprotected", "suppressed", "correctnet"], {"figure": 4, **END}),
+        ("rows/finetuned/label", "of a row that the run has not", {}),
         # a row that needs one more stage, after all others
         (
             "pairs/one/rows",
@@ -131,6 +134,102 @@ FROM_SEARCH = {"search": 1, "compensate": 1, "explore": 1, "sensitivity": 1, "ev
 )  # fmt: skip
 def test_one_changed_key_reruns_exactly_what_reads_it(changed, key, value, expected):
     assert changed(key, value) == expected
+
+
+def jobs_of_a_run(plan):
+    """The jobs that the page of provenance is told of, as a dry run prints its command."""
+    command = re.search(r"correctnet provenance .*", plan)[0]
+    options = shlex.split(command)
+    return provenance.unfold(options[options.index("--jobs") + 1])
+
+
+def test_provenance_is_of_the_jobs_of_the_run_as_it_is_configured_now(folder, tmp_path):
+    benchmarks = folder / "results" / ".benchmarks"
+    all_jobs = {str(path.relative_to(benchmarks)).removesuffix(".tsv") for path in benchmarks.rglob("*.tsv")}
+    listed = pd.read_csv(folder / "results" / "summary" / "quick" / "provenance.csv")["job"]
+    assert set(listed) == all_jobs
+    assert len(listed) == len(all_jobs) > 20
+    copied = tmp_path / "less"
+    shutil.copytree(folder, copied)
+    config = yaml.safe_load((copied / "config.yaml").read_text())
+    config["pairs"]["one"] |= {"rows": ["unprotected", "suppressed"], "suppress": {"epochs": 1, "beta": 0.5}}
+    config["pairs"]["one"]["evaluate"] |= {"chunk": 3}
+    configure(copied, config)
+    jobs = jobs_of_a_run(snakemake(copied, "-n", "-p", "quick"))
+    chunks = {
+        "unprotected": [("0", "0-1"), ("0.2", "0-2"), ("0.5", "0-3")],
+        "suppressed": [("0", "0-1"), ("0.5", "0-3")],
+    }
+    expected = [f"one/evaluate/{row}/sigma-{s}/chips-{c}" for row, each in chunks.items() for s, c in each]
+    assert sorted(jobs) == sorted(["one/pretrain", "one/suppress", *expected])
+
+
+# Names, numbers and texts that are odd, and right.
+ODD = r"""
+runs: {paper: [p.1_a], all-of-it.v1: [p.1_a]}
+rows:
+  unprotected: {evaluate: pretrain, label: "$x^{$ | <b> σ 'q' \"dq\" \\ & `a` {b}\nsecond line", curve: yes}
+  nan: &nan {evaluate: pretrain, label: "{wildcards.pair}"}
+  "1": {<<: *nan, set: {variation: {centre: mean}}}
+  correctnet: {evaluate: pretrain, label: c, set: {base: pretrain, suppress: {beta: 9.5}, sweep: {threshold: 0.1}}}
+pairs:
+  p.1_a:
+    variation: {sigma: 0.4723807270774388}
+    search: {limits: [0.00005, 0.02, 0.0200000001]}
+    evaluate: {sigmas: [0.00001, 0.2, 0.20000001], chips: 3}
+"""
+REFUSED = {
+    "no text": ("", "# \udce9", "config.yaml: cannot be read: not UTF-8 text (byte 3)"),
+    "a key that stands twice": (
+        "    search:",
+        "    variation: {}\n    search:",
+        "pairs.p.1_a.variation: stands there twice",
+    ),
+    "no default run": ("runs: {paper: [p.1_a], ", "runs: {", "runs.paper: missing"),
+}
+
+
+@pytest.mark.parametrize("mistake", [None, *REFUSED])
+def test_check_accepts_what_runs_and_nothing_else(tmp_path, mistake):
+    old, new, line = REFUSED.get(mistake, ("", "", "no mistakes"))
+    folder = prepare(tmp_path / "odd")
+    (folder / "config.yaml").write_text(ODD.replace(old, new, 1), "utf-8", "surrogateescape")
+    check = subprocess.run(
+        [sys.executable, "-m", "correctnet.cli", "check"], cwd=folder, capture_output=True, text=True, check=False
+    )
+    dry = start(folder, "-n", "-p", "--cores", 1)
+    said, _ = dry.communicate()
+    assert (check.returncode == 0) == (dry.returncode == 0) == (mistake is None), said[-3000:]
+    assert line in check.stdout + check.stderr
+    assert "Traceback" not in said
+    if mistake is not None:
+        assert line in said
+        assert "Job stats" not in said
+        return
+    assert stats(said)["evaluate"] == 5 + 2 + 2 + 2
+    folders = {"limit-5e-05", "limit-0.02", "limit-0.0200000001"}
+    assert set(re.findall(r"limit-[0-9.e+-]+(?=/best)", said)) == folders
+    for sigma in ("0", "1e-05", "0.2", "0.20000001", "0.4723807270774388"):
+        assert f"results/p.1_a/evaluate/unprotected/sigma-{sigma}/chips-0-" in said
+        assert f'"sigma": {0.0 if sigma == "0" else sigma}' in said
+    assert "--sigma 0.4723807270774388 " in said
+    assert "p.1_a/evaluate/nan/sigma-0.4723807270774388/chips-0-3" in jobs_of_a_run(said)
+
+
+def test_an_empty_variable_is_not_set_and_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    """What jobs are told of where the data sets lie."""
+    monkeypatch.setenv("CORRECTNET_DATA", "")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # no network
+    config = short(configuration()) | {"data_dir": "~/data", "results": "my results/"}
+    config["pairs"]["one"]["data"]["dataset"] = "mnist"
+    folder = prepare(tmp_path / "run", config)
+    snakemake(folder, "my results/.data/mnist.ready", check=False)
+    said = (folder / "my results" / ".logs" / "fetch" / "mnist.log").read_text(encoding="utf-8")
+    assert str(tmp_path / "home" / "data") in said
+    assert not (folder / "~").exists()
+    assert not (folder / "data").exists()
 
 
 def test_a_search_spread_over_jobs_is_the_search_of_one_job(folder, tmp_path):

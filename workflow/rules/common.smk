@@ -11,18 +11,25 @@ from typing import get_args
 
 from snakemake.exceptions import WorkflowError
 
-from correctnet.config import SEARCHING, Config, Stage, lineage, search_rounds
+from correctnet.config import SEARCHING, Config, Stage, lineage, exact, search_rounds
 from correctnet.errors import UserError
 
 try:
     CONFIG = Config.check(config)
+    os.fsencode(CONFIG.results)
+except UnicodeEncodeError:
+    raise WorkflowError(
+        f"results: {CONFIG.results!a} has letters that this locale's encoding, {sys.getfilesystemencoding()}, has not; "
+        "set PYTHONUTF8=1, or another name"
+    )
 except UserError as error:
     raise WorkflowError(str(error))
 
 RUNS = [run for run in CONFIG.runs if run != "paper"]
 RESULTS = CONFIG.results
 # What every stage is told about where it runs goes through the environment: it changes no result, so it is no param.
-os.environ.setdefault("CORRECTNET_DATA", os.path.abspath(CONFIG.data_dir))
+if not os.environ.get("CORRECTNET_DATA"):  # set, but empty, is not set
+    os.environ["CORRECTNET_DATA"] = os.path.abspath(CONFIG.data_dir)
 os.environ.update(CORRECTNET_DEVICE=CONFIG.device, CORRECTNET_RESULTS=RESULTS)
 # The process that its stages end with: if it is killed, they do not go on without it.
 os.environ.update(CORRECTNET_HEAD=str(os.getpid()))
@@ -37,10 +44,10 @@ wildcard_constraints:
     run="|".join(map(re.escape, CONFIG.runs)),
     # '' for a pair's own stage, '@' and what differs for one whose settings a row changes (Config.variant)
     variant=r"(@[A-Za-z0-9._+-]+)?",
-    limit=r"[0-9.]+",
+    limit=r"[0-9.e+-]+",
     round=r"\d+",
     state=r"\d+",
-    sigma=r"[0-9.]+",
+    sigma=r"[0-9.e+-]+",
     model=r"pretrain|suppress|compensate",
     start=r"\d+",
     stop=r"\d+",
@@ -53,7 +60,7 @@ def check_place():
     unnoticed.
     """
     try:
-        with open(f"{RESULTS}/.place") as file:
+        with open(f"{RESULTS}/.place", encoding="utf-8") as file:
             before = file.read().strip()
     except FileNotFoundError:
         return
@@ -66,11 +73,18 @@ def check_place():
 
 def note_place():
     os.makedirs(RESULTS, exist_ok=True)
-    with open(f"{RESULTS}/.place", "w") as file:
+    with open(f"{RESULTS}/.place", "w", encoding="utf-8") as file:
         file.write(f"{RESULTS}\n")
 
 
 check_place()
+
+
+def stages_of(pair, row):
+    """The stages of a row: those before its evaluation, and for `correctnet` what figures show of it, too."""
+    settings = CONFIG.settings(pair, row)
+    shown = ("suppress", "compensate") if row == "correctnet" else ()
+    return {before: None for stage in (CONFIG.rows[row].evaluate, *shown) for before in lineage(settings, stage)}
 
 
 @functools.cache
@@ -79,7 +93,7 @@ def rows_by_variant(pair):
     found = {}
     for stage in reversed(get_args(Stage)):
         for row in CONFIG.rows_of(pair):
-            if stage in lineage(CONFIG.settings(pair, row), CONFIG.rows[row].evaluate):
+            if stage in stages_of(pair, row):
                 found.setdefault(CONFIG.variant(pair, row, stage), {}).setdefault(stage, row)
     return found
 
@@ -155,7 +169,7 @@ def limits(settings):
 
 def found_states(wildcards):
     folder = place(wildcards.pair, row_of(wildcards), "search")
-    return [f"{folder}/limit-{limit:g}/best.json" for limit in limits(settings_of(wildcards))]
+    return [f"{folder}/limit-{exact(limit)}/best.json" for limit in limits(settings_of(wildcards))]
 
 
 def states(wildcards, rounds):
@@ -181,7 +195,7 @@ def sigmas(pair, row):
     chips = {0.0: 1}
     if CONFIG.rows[row].curve:
         chips |= dict.fromkeys(settings.evaluate.sigmas, settings.evaluate.curve_chips)
-    return chips | {own.variation.sigma: settings.evaluate.chips}
+    return chips | {own.variation.sigma: settings.evaluate.chips if own.variation.sigma else 1}
 
 
 def chunk_settings(wildcards):
@@ -197,21 +211,30 @@ def chunk_settings(wildcards):
 
 def chunks(wildcards):
     """The chunks of a Monte Carlo evaluation, by absolute number of the chip."""
-    chips = {f"{s:g}": n for s, n in sigmas(wildcards.pair, wildcards.row).items()}[wildcards.sigma]
-    size = settings_of(wildcards).evaluate.chunk
+    at = {exact(s): n for s, n in sigmas(wildcards.pair, wildcards.row).items()}
+    if wildcards.sigma not in at:
+        raise WorkflowError(
+            f"pair {wildcards.pair}: row {wildcards.row} is not evaluated at sigma {wildcards.sigma} ({', '.join(at)})"
+        )
     folder = f"{RESULTS}/{wildcards.pair}/evaluate/{wildcards.row}/sigma-{wildcards.sigma}"
-    return [f"{folder}/chips-{a}-{min(a + size, chips)}.csv" for a in range(0, chips, size)]
+    return [f"{folder}/{chunk}.csv" for chunk in chunk_names(settings_of(wildcards), at[wildcards.sigma])]
+
+
+def chunk_names(settings, chips):
+    size = settings.evaluate.chunk
+    return [f"chips-{a}-{min(a + size, chips)}" for a in range(0, chips, size)]
 
 
 def evaluations(pair):
     folder = f"{RESULTS}/{pair}/evaluate"
     rows = CONFIG.rows_of(pair)
-    return [f"{folder}/{row}/sigma-{sigma:g}.csv" for row in rows for sigma in sigmas(pair, row)]
+    return [f"{folder}/{row}/sigma-{exact(sigma)}.csv" for row in rows for sigma in sigmas(pair, row)]
 
 
 def labels(wildcards):
-    """What Table I calls the rows."""
-    return " ".join(f"--label {shlex.quote(f'{name}={row.label}')}" for name, row in CONFIG.rows.items())
+    """What Table I calls the rows of the run, as JSON: a shell passes it on in any locale."""
+    names = {row for pair in CONFIG.runs[wildcards.run] for row in CONFIG.rows_of(pair)}
+    return json.dumps({name: row.label for name, row in CONFIG.rows.items() if name in names})
 
 
 def pairs_with(run, row):
@@ -231,7 +254,7 @@ def sweeps(run):
 def search_logs(run):
     """The logs of the search of each pair's correctnet row."""
     return [
-        f"{place(pair, 'correctnet', 'search')}/limit-{limit:g}/log.csv"
+        f"{place(pair, 'correctnet', 'search')}/limit-{exact(limit)}/log.csv"
         for pair in pairs_with(run, "correctnet")
         for limit in limits(CONFIG.settings(pair, "correctnet"))
     ]
@@ -299,7 +322,37 @@ def run_facts(wildcards):
     """The pairs and seeds of a run, as options."""
     pairs = CONFIG.runs[wildcards.run]
     seeds = {CONFIG.settings(pair, row).seed for pair in pairs for row in CONFIG.rows_of(pair)}
-    return " ".join([*(f"--pair {pair}" for pair in pairs), *(f"--seed {seed}" for seed in sorted(seeds))])
+    return " ".join([*(f"--pair {shlex.quote(pair)}" for pair in pairs), *(f"--seed {n}" for n in sorted(seeds))])
+
+
+def run_jobs(wildcards):
+    """The jobs of a run that have benchmark files, by their paths; others of its pairs are of settings of before."""
+    from correctnet import provenance  # not needed in the process of any other job
+
+    names = {}
+    for pair in CONFIG.runs[wildcards.run]:
+        for row in CONFIG.rows_of(pair):
+            settings = CONFIG.settings(pair, row)
+            for stage in stages_of(pair, row):
+                names |= dict.fromkeys(stage_jobs(settings, place(pair, row, stage), stage))
+            for sigma, chips in sigmas(pair, row).items():
+                folder = f"{RESULTS}/{pair}/evaluate/{row}/sigma-{exact(sigma)}"
+                names |= dict.fromkeys(f"{folder}/{chunk}" for chunk in chunk_names(settings, chips))
+    names |= dict.fromkeys(path.removesuffix(".csv") for path in sensitivities(wildcards.run))
+    return provenance.fold(name.removeprefix(f"{RESULTS}/") for name in names)
+
+
+def stage_jobs(settings, folder, stage):
+    """The jobs that make the folder of a stage: one, or those of a search for each limit."""
+    if stage != "search":
+        return [folder]
+    search, jobs = settings.search, []
+    spread = search.population and search.strategy in SEARCHING
+    sizes = [1, *[search.population] * search_rounds(search)] if spread else []
+    for limit in limits(settings):
+        own = f"{folder}-{exact(limit)}"
+        jobs += [f"{own}/round-{r}-state-{k}" for r, size in enumerate(sizes) for k in range(size)] + [own]
+    return jobs
 
 
 def table_sigma(wildcards):
@@ -318,8 +371,8 @@ def table_inputs(wildcards):
 
 def figure_options(wildcards):
     """What a figure is told beside its files: the sigma of Table I, and what rows are called."""
-    sigma = f"--sigma {table_sigma(wildcards)}" if wildcards.name in ("7", "rows", "yield") else ""
-    return f"{sigma} {labels(wildcards)}" if wildcards.name == "rows" else sigma
+    sigma = f"--sigma {exact(table_sigma(wildcards))}" if wildcards.name in ("7", "rows", "yield") else ""
+    return f"{sigma} --labels {shlex.quote(labels(wildcards))}" if wildcards.name == "rows" else sigma
 
 
 def print_estimate():

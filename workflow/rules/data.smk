@@ -11,4 +11,4 @@ rule fetch:
     log:
         f"{RESULTS}/.logs/fetch/{{dataset}}.log",
     shell:
-        "correctnet fetch {wildcards.dataset} > {log:q} 2>&1"
+        "correctnet fetch {wildcards.dataset:q} > {log:q} 2>&1"

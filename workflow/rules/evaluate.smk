@@ -26,8 +26,8 @@ rule evaluate:
         chips=lambda wildcards: int(wildcards.stop) - int(wildcards.start),
     shell:
         "correctnet evaluate --settings {params.settings:q} --quiet --threads {threads}"
-        " --note pair={wildcards.pair} --note row={wildcards.row}"
-        " --model {input.model:q} --chips {params.chips} --start {wildcards.start} --out {output:q} > {log:q} 2>&1"
+        " --note pair={wildcards.pair:q} --note row={wildcards.row:q}"
+        " --model {input.model:q} --chips {params.chips} --start {wildcards.start:q} --out {output:q} > {log:q} 2>&1"
 
 
 rule gather:

@@ -72,9 +72,9 @@ rule search_state:
         settings=stage_settings("search"),
         known=lambda wildcards, input: " ".join(f"--known {shlex.quote(path)}" for path in input.known),
     shell:
-        "correctnet search --settings {params.settings:q} --quiet --threads {threads} --limit {wildcards.limit}"
+        "correctnet search --settings {params.settings:q} --quiet --threads {threads} --limit {wildcards.limit:q}"
         " --base {input.base:q} --candidates {input.candidates:q} {params.known}"
-        " --state {wildcards.state} --out {output:q} > {log:q} 2>&1"
+        " --state {wildcards.state:q} --out {output:q} > {log:q} 2>&1"
 
 
 rule search:
@@ -99,7 +99,7 @@ rule search:
         settings=stage_settings("search"),
         known=lambda wildcards, input: " ".join(f"--known {shlex.quote(path)}" for path in input.known),
     shell:
-        "correctnet search --settings {params.settings:q} --quiet --threads {threads} --limit {wildcards.limit}"
+        "correctnet search --settings {params.settings:q} --quiet --threads {threads} --limit {wildcards.limit:q}"
         " --base {input.base:q} --candidates {input.candidates:q} {params.known}"
         ' --out "$(dirname {output.best:q})" > {log:q} 2>&1'
 

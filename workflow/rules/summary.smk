@@ -31,7 +31,7 @@ rule table1:
         sigma=table_sigma,
         labels=labels,
     shell:
-        "correctnet table {input:q} --sigma {params.sigma} {params.labels} --out {output.csv:q} > {log:q} 2>&1"
+        "correctnet table {input:q} --sigma {params.sigma} --labels {params.labels:q} --out {output.csv:q} > {log:q} 2>&1"
 
 
 rule figure:
@@ -52,7 +52,7 @@ rule figure:
     params:
         options=figure_options,
     shell:
-        "correctnet figure {wildcards.name} {input:q} {params.options} --out {output.png:q} > {log:q} 2>&1"
+        "correctnet figure {wildcards.name:q} {input:q} {params.options} --out {output.png:q} > {log:q} 2>&1"
 
 
 rule explore:
@@ -87,5 +87,7 @@ rule provenance:
         f"{RESULTS}/.logs/summary/{{run}}/provenance.log",
     params:
         facts=run_facts,
+        jobs=run_jobs,
     shell:
-        "correctnet provenance {wildcards.run} {params.facts} --out {output.csv:q} > {log:q} 2>&1"
+        "correctnet provenance {wildcards.run:q} {params.facts} --jobs {params.jobs:q}"
+        " --out {output.csv:q} > {log:q} 2>&1"
