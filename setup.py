@@ -2,7 +2,8 @@
 
 Where no C++ compiler is found, or where CORRECTNET_PURE_PYTHON is 1, correctnet is installed without the core and
 computes the same in numpy; `correctnet.native.status()` says which. Where there is a compiler, a build that fails is an
-error. CXX and CMAKE_ARGS are heeded.
+error. CXX, CXXFLAGS, LDFLAGS and CMAKE_ARGS are heeded; flags among them that change arithmetic are undone or refused
+(csrc/arithmetic.cmake).
 
 The CUDA kernels are a part of the core where nvcc is found (CUDACXX, PATH, or /usr/local/cuda), whether or not there is
 a GPU: CORRECTNET_CUDA=0 leaves them out, 1 demands them and with them the core, and CORRECTNET_CUDA_ARCHS names

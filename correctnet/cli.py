@@ -745,7 +745,7 @@ def info(model: Path | None) -> None:
     from correctnet import __version__, cuda, native
     from correctnet.stages import available_cpus, describe_engine
 
-    status = native.status()
+    status = native.status(check=False)
     click.echo(f"correctnet {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     click.echo(f"CPU: {native.cpu_name()}, {available_cpus()} usable")
     if status.built:
@@ -753,6 +753,8 @@ def info(model: Path | None) -> None:
         click.echo(f"C++ core: compiled for {', '.join(status.compiled)}")
         click.echo(f"  this CPU has {', '.join(status.available)}; it lacks {', '.join(missing) or 'none of them'}")
         click.echo(f"  in use: {status.isa}, {status.reason}")
+        if status.problem:
+            click.echo(f"  it computes {status.problem}")
     else:
         click.echo(f"C++ core: {status.reason}; numpy draws the noise and torch runs the networks")
     gpu = cuda.status()

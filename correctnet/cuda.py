@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -64,10 +65,39 @@ def status() -> Status:
     return Status(True, problem is None, built, problem or f"compiled for {built}")
 
 
-@functools.cache
 def _problem(index: int) -> str | None:
-    """Why the kernels cannot run on a device, or None; asking the runtime takes longer than a small layer."""
+    """Why the kernels cannot run on a device, or None."""
+    problem = _refusal(index)
+    if problem is None and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        problem = _other_bits(index)
+    return problem
+
+
+@functools.cache
+def _refusal(index: int) -> str | None:
+    """What the runtime says against a device, or None; asking it takes longer than a small layer."""
     return _kernels().problem(index)
+
+
+@functools.cache
+def _other_bits(index: int) -> str | None:
+    """Whether the kernels' noise on a device is that of the specification: None, or one line.
+
+    Raises:
+        UserError: the device has no memory left for a few numbers.
+    """
+    device = torch.device(_kernels().device_type, index if _kernels().device_type == "cuda" else None)
+    (seed, layer, sample, purpose, sigma, shift, start), _, count, crc = native.KNOWN_FACTORS[0]
+    assert purpose == start == 0, "the kernels' noise begins with element 0 and has no other purpose"
+    with _memory("known answers", "memory left for a few numbers"):
+        ones = torch.ones(1, count, device=device)
+    factors = noisy_weight(ones, on_device(seed, device), on_device([sample], device), layer, sigma, shift).cpu()
+    if zlib.crc32(factors.numpy().astype("<f4").tobytes()) == crc:
+        return None
+    return (
+        "the CUDA kernels compute other bits than specified: they were built with flags that change arithmetic; "
+        "install correctnet again without CUDAFLAGS, NVCC_APPEND_FLAGS, CXXFLAGS and CMAKE_ARGS"
+    )
 
 
 def reaches(device: torch.device) -> bool:
@@ -87,7 +117,7 @@ def _number(device: torch.device) -> int:
 
 def _kernels() -> ModuleType | None:
     """The core's submodule, or None. Its `device_type` is "cuda", or "cpu" in a build that models the device."""
-    core = native._checked_core()
+    core = native._loaded_core()
     return getattr(core, "cuda", None)
 
 
@@ -151,11 +181,17 @@ class Plan:
     def count_correct(
         self, images: Tensor, labels: Tensor, seed: int | Tensor, samples: Sequence[int] | Tensor, memory: int
     ) -> Tensor:
-        """(samples,) int64 on the device: on how many images the first largest output is at the label's place."""
-        correct = torch.zeros(len(samples), dtype=torch.int64, device=images.device)
+        """(samples,) int64 on the device, the first of `count`."""
+        return self.count(images, labels, seed, samples, memory)[0]
+
+    def count(
+        self, images: Tensor, labels: Tensor, seed: int | Tensor, samples: Sequence[int] | Tensor, memory: int
+    ) -> Tensor:
+        """(2, samples) int64 on the device: see `correctnet.lowering.PlanStep.count`."""
+        counts = torch.zeros(2, len(samples), dtype=torch.int64, device=images.device)
         labels = labels.to(device=images.device, dtype=torch.int64).contiguous()
-        self._run(images, seed, samples, memory, labels=labels, correct=correct)
-        return correct
+        self._run(images, seed, samples, memory, labels=labels, correct=counts[0], nonfinite=counts[1])
+        return counts
 
     def _run(
         self, images: Tensor, seed: int | Tensor, samples: Sequence[int] | Tensor, memory: int, **tensors: Tensor

@@ -57,15 +57,26 @@ class PlanStep(TorchStep):
         return out.view(len(samples), len(x), *self.shape)
 
     def count_correct(self, x: Tensor, labels: Tensor, seed: int, samples: Sequence[int], memory: int) -> list[int]:
-        """For each chip, on how many of x (N, ...) the largest of the value is at the label's place, labels (N,)."""
+        """For each chip, how many of x (N, ...) are classified correctly: the first of `count`."""
+        return self.count(x, labels, seed, samples, memory)[0]
+
+    def count(
+        self, x: Tensor, labels: Tensor, seed: int, samples: Sequence[int], memory: int
+    ) -> tuple[list[int], list[int]]:
+        """For each chip, on how many of x (N, ...) the value is right, and on how many it is not finite; labels (N,).
+
+        Right is a value of which no element is NaN and the first largest one is at the label's place. Not finite is one
+        of which an element is NaN or infinite.
+        """
         if self.gpu:
-            return self.gpu.count_correct(_images(x), labels, seed, samples, memory).tolist()
+            correct, nonfinite = self.gpu.count(_images(x), labels, seed, samples, memory).tolist()
+            return correct, nonfinite
         labels = labels.to(torch.int64).contiguous().numpy()
         threads = torch.get_num_threads()
-        correct, _ = self.plan.count_correct(
+        correct, _, nonfinite = self.plan.count_correct(
             _images(x).numpy(), labels, seed=seed, samples=list(samples), threads=threads
         )
-        return correct.tolist()
+        return correct.tolist(), nonfinite.tolist()
 
     def count(
         self, x: Tensor, labels: Tensor, seed: int, samples: Sequence[int], memory: int
@@ -96,6 +107,7 @@ class _Function:
     after_scale: np.ndarray | None = None
     after_shift: np.ndarray | None = None
 
+    @np.errstate(invalid="ignore", over="ignore")  # what is not finite shall reach the outputs
     def absorb(self, op: Op) -> bool:
         """Put `op` behind, if that can be done."""
         if op.kind == "same":
@@ -120,6 +132,7 @@ class _Function:
         """Whether `op` with what was put behind it does nothing at all."""
         return op.kind == "same" and not self.relu and isinstance(self.scale, float)
 
+    @np.errstate(invalid="ignore", over="ignore")
     def pointwise(self) -> Any:
         """As the core takes it."""
         from correctnet import _native
@@ -256,6 +269,7 @@ class Lowering:
                 waiting += self.ops[node].inputs
         return [n for n in self.root.graph.nodes if n in found]
 
+    @np.errstate(invalid="ignore", over="ignore")
     def _emit(self, plan: Any, op: Op, x: list[int], chain: _Function, pool: bool, first_layer: int) -> int:
         """Append an operation to a plan; the number of its value."""
         if op.kind == "conv":

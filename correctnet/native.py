@@ -2,7 +2,9 @@
 
 The core is the module `correctnet._native`, built when correctnet is installed. Where it was not built, the functions
 here compute the same bits in numpy (`correctnet.reference`), on one thread and about a hundred times slower; `status`
-says so. A core that was built but does not load is an error, never a reason to do without it.
+says so. A core that was built but does not load is an error, never a reason to do without it; so is one
+that gives other bits than specified, which compiler flags can bring about: each set of instructions answers some known
+questions before it is first used.
 
 The environment variable CORRECTNET_ISA (portable, avx2, avx512, avx512bf16, amx) forces one set of instructions.
 """
@@ -10,8 +12,10 @@ The environment variable CORRECTNET_ISA (portable, avx2, avx512, avx512bf16, amx
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
+import zlib
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from importlib.util import find_spec
@@ -19,15 +23,49 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from correctnet import reference
 from correctnet.errors import UserError
 
+
+def _keeps_subnormals() -> bool:
+    """Whether this thread computes with subnormal numbers instead of zeros."""
+    return bool(np.float32(1e-40) * np.float32(1) != 0)
+
+
 _core: ModuleType | None = None
+_flushes = _keeps_subnormals()  # whether loading the core has changed that
 if find_spec("correctnet._native") is not None:
     from correctnet import _native as _core
+_flushes = _flushes and not _keeps_subnormals()
+
+# Some lines of tests/kat_lognormal.txt: seed, layer, sample, purpose, sigma, shift, first element; the bits of the
+# first factors; a number of factors, and the CRC-32 of the bits of so many.
+KNOWN_FACTORS = (
+    ((0, 0, 0, 0, 0.5, 0.0, 0), (0x3FC322AC, 0x3F89FD84, 0x3F583E75, 0x3F45BB69), 333, 0xF4D31D78),
+    ((42, 1, 2, 0, 0.5, 0.0, 3), (0x3FDDBFC2, 0x3F24EC0B, 0x40045A2E, 0x3F56ED6F), 333, 0x07AFCE87),
+    (
+        (2**64 - 1, 2**32 - 1, 2**32 - 1, 2**32 - 1, 0.5, 0.0, 17179869176),
+        (0x3E815119, 0x3F893372, 0x3F989EF5, 0x3F497778),
+        8,
+        0x0395088F,
+    ),
+)
+# Numbers, and how they are rounded to bfloat16: ties to even, upwards to infinity, subnormal numbers to zeros.
+_ROUNDED = {
+    0x3F808000: 0x3F80,
+    0x3F818000: 0x3F82,
+    0x3F808001: 0x3F81,
+    0xBF817FFF: 0xBF81,
+    0x7F7FFFFF: 0x7F80,
+    0x7F800000: 0x7F80,
+    0x007FFFFF: 0x0000,
+    0x80000001: 0x8000,
+    0x00800000: 0x0080,
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +78,7 @@ class Status:
         available: all that this machine has and the core knows, the best last.
         compiled: all that the core was compiled for.
         reason: one line that says why.
+        problem: what is wrong with the bits that it computes, in one line, or None.
     """
 
     built: bool
@@ -47,15 +86,20 @@ class Status:
     available: tuple[str, ...]
     reason: str
     compiled: tuple[str, ...] = ()
+    problem: str | None = None
 
 
-def status() -> Status:
+def status(check: bool = True) -> Status:
     """What computes the noise, and why.
 
+    Args:
+        check: whether a core that computes other bits than specified is an error; else it is the status's `problem`.
+
     Raises:
-        UserError: CORRECTNET_ISA names no instructions, some that this machine lacks, or any without the core.
+        UserError: CORRECTNET_ISA names no instructions, some that this machine lacks, or any without the core; or the
+            core computes other bits than specified.
     """
-    core = _checked_core()
+    core = _checked_core() if check else _loaded_core()
     if core is None:
         reason = (
             "the C++ core was not built: no compiler when correctnet was installed, or CORRECTNET_PURE_PYTHON was 1"
@@ -63,7 +107,7 @@ def status() -> Status:
         return Status(False, "numpy", (), _hidden_package() or reason)
     available = tuple(core.supported_isas())
     reason = "CORRECTNET_ISA asks for it" if os.environ.get("CORRECTNET_ISA") else "the best that this machine has"
-    return Status(True, core.isa(), available, reason, tuple(core.built_isas()))
+    return Status(True, core.isa(), available, reason, tuple(core.built_isas()), _problem(core))
 
 
 def _hidden_package() -> str | None:
@@ -197,6 +241,57 @@ def _as_int64(seed: int) -> int:
 
 
 def _checked_core() -> ModuleType | None:
+    """The core, or None if it was not built. Raises UserError where it computes other bits than specified."""
+    core = _loaded_core()
+    problem = None if core is None else _problem(core)
+    if problem is not None:
+        raise UserError(f"the C++ core computes {problem}")
+    return core
+
+
+def _problem(core: ModuleType) -> str | None:
+    """Why the bits that the core computes are not those of the specification, or None."""
+    wrong = _wrong_answer(core, core.isa())
+    if wrong is None:
+        return None
+    return (
+        f"other bits than specified ({wrong}): it was built with flags that change arithmetic; install correctnet "
+        "again without CXXFLAGS, LDFLAGS and CMAKE_ARGS, or without the core: CORRECTNET_PURE_PYTHON=1"
+    )
+
+
+@functools.cache
+def _wrong_answer(core: ModuleType, isa: str) -> str | None:
+    """The first known answer that the core does not give with the instructions `isa`, which it takes; or None."""
+    if _flushes:
+        return "subnormal numbers are zeros since it was loaded"
+    for (seed, layer, sample, purpose, sigma, shift, start), first, count, crc in KNOWN_FACTORS:
+        factors = np.zeros(count, np.float32)
+        noise = core.Noise(seed, layer, sample, sigma, shift, purpose)
+        core.lognormal(noise, start, count, factors.ctypes.data, 1)
+        bits = factors.view(np.uint32).astype("<u4")
+        if tuple(bits[: len(first)].tolist()) != first or zlib.crc32(bits.tobytes()) != crc:
+            return f"factors, {isa}"
+    # At sigma 0 every factor is 1.
+    weight = np.array([*_ROUNDED, 0x7FC00000], np.uint32)
+    rounded = np.zeros(len(weight), np.uint16)
+    shape = {"rows": 1, "taps": 1, "channels": len(weight), "channels_last": True, "threads": 1}
+    core.noisy_weight(
+        core.Noise(0, 0, 0, 0.0, 0.0, 0), **shape, weight=weight.ctypes.data, out=rounded.ctypes.data, bfloat16=True
+    )
+    if rounded[:-1].tolist() != list(_ROUNDED.values()) or rounded[-1] & 0x7FFF <= 0x7F80:
+        return f"rounding to bfloat16, {isa}"
+    plan = core.Plan("float32", 1, 2, 2)
+    value = plan.conv(0, np.ones((1, 1, 1, 1), np.float32), pointwise=core.Pointwise(relu=True), pool=True)
+    plan.finish(value)
+    images = np.array([[1, np.nan, 2, 3], [-1, -np.inf, -2, -3], [1, 2, 3, 4]], np.float32).reshape(3, 1, 2, 2)
+    outputs = plan.outputs(images, seed=0, samples=[0])[0].ravel()
+    if not np.array_equal(outputs, np.array([np.nan, 0, 4], np.float32), equal_nan=True):
+        return f"NaN and infinity, {isa}"
+    return None
+
+
+def _loaded_core() -> ModuleType | None:
     """The core, or None if it was not built; CORRECTNET_ISA is heeded in either case."""
     if _core is None:
         if os.environ.get("CORRECTNET_ISA"):

@@ -60,12 +60,13 @@ void bind_cuda(py::module_& parent) {
       .def(
           "run",
           [](const cuda::Engine& engine, Address images, int64_t count, Address seed, Address samples,
-             int64_t sample_count, Address outputs, Address labels, Address correct, Address workspace,
-             size_t workspace_bytes, bool materialise, Address stream) {
+             int64_t sample_count, Address outputs, Address labels, Address correct, Address nonfinite,
+             Address workspace, size_t workspace_bytes, bool materialise, Address stream) {
             cuda::DeviceRun run = {at<float>(images), count, at<uint64_t>(seed), at<uint32_t>(samples), sample_count};
             run.outputs = at<float>(outputs);
             run.labels = at<int64_t>(labels);
             run.correct = at<int64_t>(correct);
+            run.nonfinite = at<int64_t>(nonfinite);
             run.workspace = at<void>(workspace);
             run.workspace_bytes = workspace_bytes;
             run.materialise = materialise;
@@ -75,7 +76,7 @@ void bind_cuda(py::module_& parent) {
           },
           py::kw_only(), py::arg("images"), py::arg("count"), py::arg("seed"), py::arg("samples"),
           py::arg("sample_count"), py::arg("outputs") = 0, py::arg("labels") = 0, py::arg("correct") = 0,
-          py::arg("workspace"), py::arg("workspace_bytes"), py::arg("materialise") = false, py::arg("stream") = 0);
+          py::arg("nonfinite") = 0, py::arg("workspace"), py::arg("workspace_bytes"), py::arg("materialise") = false, py::arg("stream") = 0);
 
   m.def(
       "noisy_weight",

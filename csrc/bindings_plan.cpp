@@ -115,26 +115,28 @@ void bind_plan(py::module_& m) {
           },
           py::arg("count"), py::arg("samples"), py::kw_only(), py::arg("threads") = 1,
           py::arg("keep_bytes") = kKeepBytes, py::arg("chunk_groups") = 0)
-      // The correctly classified images of each sample, and how many weights were drawn.
+      // Of each sample: the images that are classified correctly; how many weights were drawn, of all samples; and, of
+      // each, the images with an output that is NaN or infinite.
       .def(
           "count_correct",
           [](const BoundPlan& p, const Images& images, const Labels& labels, uint64_t seed,
              const std::vector<uint32_t>& samples, int threads, size_t keep_bytes, int chunk_groups) {
             p.check_images(images);
             if (labels.ndim() != 1 || labels.shape(0) != images.shape(0)) fail("labels: one an image is expected");
-            Labels correct(py::ssize_t(samples.size()));
+            Labels correct(py::ssize_t(samples.size())), nonfinite(py::ssize_t(samples.size()));
             int64_t drawn = 0;
             Run run = p.run(images.shape(0), samples, threads, keep_bytes, chunk_groups);
             run.images = images.data();
             run.seed = seed;
             run.labels = labels.data();
             run.correct = correct.mutable_data();
+            run.nonfinite = nonfinite.mutable_data();
             run.drawn = &drawn;
             {
               py::gil_scoped_release unlocked;
               p.plan.run(run);
             }
-            return std::make_tuple(correct, drawn);
+            return std::make_tuple(correct, drawn, nonfinite);
           },
           py::arg("images"), py::arg("labels"), py::kw_only(), py::arg("seed"), py::arg("samples"),
           py::arg("threads") = 1, py::arg("keep_bytes") = kKeepBytes, py::arg("chunk_groups") = 0)

@@ -13,7 +13,8 @@ CN_INLINE Lanes apply(const Epilogue& e, int channel, Lanes a) {
   return a;
 }
 
-// Writes channels first .. first + count - 1 (at most NC, `first` even) of one image vector. y: its vector in slot 0.
+// Writes channels first .. first + count - 1 (at most NC, `first` even) of one image vector. y: its vector in slot 0. The
+// partner of an odd last channel is zero, which a sum of zero products is not where an input is infinite.
 template <class Math, int NC>
 CN_INLINE void store_channels(const ConvJob& job, char* y, int first, int count, const Lanes (&a)[NC]) {
   const ptrdiff_t slot = ptrdiff_t(job.groups) * kVectorBytes;
@@ -24,7 +25,7 @@ CN_INLINE void store_channels(const ConvJob& job, char* y, int first, int count,
   } else {
 #pragma GCC unroll 3
     for (int c = 0; c < NC; c += 2)
-      if (c < count) store_pair(y + (first + c) / 2 * slot, a[c], a[c + 1]);
+      if (c < count) store_pair(y + (first + c) / 2 * slot, a[c], c + 1 < count ? a[c + 1] : zero());
   }
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <exception>
 #include <numeric>
 #include <stdexcept>
@@ -94,6 +95,11 @@ const Kernels& kernels(Isa isa) {
 }
 
 // ---- what a run needs -----------------------------------------------------------------------------------------------
+
+// Of a chip: images that are classified correctly, and those with an output that is NaN or infinite.
+struct Plan::Impl::Counts {
+  int64_t correct = 0, nonfinite = 0;
+};
 
 struct Plan::Impl::Images {
   const Run& run;
@@ -268,7 +274,12 @@ void Plan::Impl::run_operation(Worker& worker, const Images& images, const Part&
   std::vector<ChannelRun> runs;
   switch (op.kind) {
     case Kind::input: break;
-    case Kind::conv: run_conv(worker, chip, index, x, y, groups); break;
+    case Kind::conv:
+      // What AMX multiplies by zeros behind the tensor must not be a NaN that other images or another chip left there.
+      if (kernels.panel_width > kPanelOutputs && !(part.narrow ? in.narrow : in.wide).kept)
+        memset(address(op.inputs[0], worker, images, part) + groups * in.group_bytes(), 0, groups * kSlackBytes);
+      run_conv(worker, chip, index, x, y, groups);
+      break;
     case Kind::pool:
       kernels.pool({x, y, groups, out.slots, in.shape.width, out.shape.height, out.shape.width, op.rows.data(),
                     op.cols.data(), op.average, op.divisor});
@@ -304,15 +315,15 @@ void Plan::Impl::run_operation(Worker& worker, const Images& images, const Part&
   }
 }
 
-// Writes the outputs of a chunk, and returns on how many of its images the first largest output is the label's.
-int64_t Plan::Impl::collect(Worker& worker, const Images& images, int64_t chunk, int64_t sample) const {
+// Writes the outputs of a chunk, and counts its images if there are labels.
+Plan::Impl::Counts Plan::Impl::collect(Worker& worker, const Images& images, int64_t chunk, int64_t sample) const {
   const Run& run = images.run;
   const Value& v = values[output];
   const Type stored = v.float_out ? Type::float32 : type;
   const int groups = images.groups_of(chunk);
   const int64_t first = chunk * images.chunk_groups * kLanes, pixels = int64_t(v.shape.height) * v.shape.width;
   const char* y = address(output, worker, images, {chunk, false, 0, groups});
-  int64_t correct = 0;
+  Counts counts;
   for (int64_t i = 0; i < std::min<int64_t>(run.count - first, groups * kLanes); ++i) {
     if (run.outputs) {
       float* out = run.outputs + (sample * run.count + first + i) * v.shape.channels * pixels;
@@ -323,15 +334,21 @@ int64_t Plan::Impl::collect(Worker& worker, const Images& images, int64_t chunk,
     if (run.labels) {
       int best = 0;
       float largest = from_lanes(stored, y, 0, int(i), groups);
-      for (int c = 1; c < v.shape.channels; ++c)
-        if (const float a = from_lanes(stored, y, c, int(i), groups); a > largest) {
+      bool nan = false, finite = true;
+      for (int c = 0; c < v.shape.channels; ++c) {
+        const float a = from_lanes(stored, y, c, int(i), groups);
+        nan |= std::isnan(a);
+        finite &= std::isfinite(a);
+        if (a > largest) {
           largest = a;
           best = c;
         }
-      correct += best == run.labels[first + i];
+      }
+      counts.correct += !nan && best == run.labels[first + i];
+      counts.nonfinite += !finite;
     }
   }
-  return correct;
+  return counts;
 }
 
 // ---- all of it ------------------------------------------------------------------------------------------------------
@@ -403,6 +420,7 @@ void Plan::run(const Run& run) const {
   const Value& out = plan.values[plan.output];
   if (!run.images || (run.labels == nullptr) != (run.correct == nullptr))
     fail("run: images are missing, or one of labels and correct is");
+  if (run.nonfinite && !run.correct) fail("run: nonfinite is counted beside correct");
   if (run.correct && (out.shape.height != 1 || out.shape.width != 1)) fail("run: the output is no vector of classes");
 
   Impl::Images images{run, layout.groups, layout.chunks, layout.chunk_groups, {}, {}};
@@ -417,7 +435,7 @@ void Plan::run(const Run& run) const {
   share(workers, layout.chunks,
         [&](Impl::Worker& worker, int64_t chunk) { plan.run_operations(worker, images, chunk, nullptr); });
 
-  std::vector<int64_t> correct(samples * parts);
+  std::vector<Impl::Counts> counts(samples * parts);
   share(workers, (samples + together - 1) / together * parts, [&](Impl::Worker& worker, int64_t item) {
     const int64_t first = item / parts * together, part = item % parts, chips = std::min(together, samples - first);
     for (int64_t i = 0; i < chips; ++i) {
@@ -427,12 +445,20 @@ void Plan::run(const Run& run) const {
     for (int64_t chunk = part * layout.chunks / parts; chunk < (part + 1) * layout.chunks / parts; ++chunk)
       for (int64_t i = 0; i < chips; ++i) {
         plan.run_operations(worker, images, chunk, &worker.chips[i]);
-        correct[(first + i) * parts + part] += plan.collect(worker, images, chunk, first + i);
+        const Impl::Counts found = plan.collect(worker, images, chunk, first + i);
+        counts[(first + i) * parts + part].correct += found.correct;
+        counts[(first + i) * parts + part].nonfinite += found.nonfinite;
       }
   });
-  if (run.correct)
-    for (int64_t s = 0; s < samples; ++s)
-      run.correct[s] = std::accumulate(&correct[s * parts], &correct[s * parts] + parts, int64_t(0));
+  for (int64_t s = 0; run.correct && s < samples; ++s) {
+    Impl::Counts sum;
+    for (int64_t part = 0; part < parts; ++part) {
+      sum.correct += counts[s * parts + part].correct;
+      sum.nonfinite += counts[s * parts + part].nonfinite;
+    }
+    run.correct[s] = sum.correct;
+    if (run.nonfinite) run.nonfinite[s] = sum.nonfinite;
+  }
   if (run.drawn) {
     *run.drawn = 0;
     for (const auto& worker : workers) *run.drawn += worker->drawn;

@@ -12,6 +12,11 @@
 // others are drawn again for each chunk.
 //
 // bfloat16: weights and activations are rounded to it, sums and the output of the last layer are float32.
+//
+// A NaN or an infinity goes through every operation as it does through torch's, and never reaches another image or
+// chip. Two things differ: what padding would multiply is skipped, so zero times infinity is none there; and zero
+// weights that fill a panel (of several groups of channels, or of AMX) meet channels and pixels of the same image
+// that they have nothing to do with, so that an infinity there makes a NaN of more outputs of this image.
 #pragma once
 
 #include <cstdint>
@@ -66,6 +71,7 @@ struct Window {
   int kernel_h, kernel_w, stride_h, stride_w, padding_h = 0, padding_w = 0;
 };
 
+// An image is classified correctly if none of its outputs is NaN and the first largest one is at the label's place.
 struct Run {
   const float* images;  // (count, channels, height, width)
   int64_t count;
@@ -76,7 +82,8 @@ struct Run {
   size_t keep_bytes = 64 << 20;     // packed weights that a thread keeps, at most
   float* outputs = nullptr;         // (samples, count, channels * height * width) of the output, if wanted
   const int64_t* labels = nullptr;  // (count), together with
-  int64_t* correct = nullptr;       // (samples): on how many images the first largest output is the label's
+  int64_t* correct = nullptr;       // (samples): how many images are classified correctly (below)
+  int64_t* nonfinite = nullptr;     // (samples): on how many of them an output is NaN or infinite, if wanted
   int64_t* drawn = nullptr;         // how many weights were made noisy, if wanted
 };
 

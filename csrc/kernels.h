@@ -56,7 +56,7 @@ struct Epilogue {
   const float *scale, *shift;
   const float *after_scale, *after_shift;  // null: none
   bool relu;
-  bool monotone;  // no scale is negative: a max-pool gives the same before as after
+  bool monotone;  // all is finite and every scale positive: a max-pool gives the same before as after
 };
 
 struct ConvJob {

@@ -1,7 +1,8 @@
 // The register tile of the layout "images in lanes" (kernels.h), for whichever instruction set the including file is
 // compiled for: AVX-512 with or without BF16, AVX2 with FMA, or portable C++.
 //
-//   Lanes                16 floats, one image a lane, and the few operations on them that the kernels need
+//   Lanes                16 floats, one image a lane, and the few operations on them that the kernels need. A NaN stays
+//                        one in all of them, `max` and `relu` included, as it does in torch
 //   Float, Bfloat16      sum += x * w for NV vectors of images and NC outputs, NV * NC sums in registers: what a step
 //                        through one slot is, and how the weights of a panel are packed for it
 //
@@ -48,7 +49,10 @@ CN_INLINE void store(void* p, Lanes a) { _mm512_store_ps(p, a.v); }
 CN_INLINE Lanes fma(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 CN_INLINE Lanes add(Lanes a, Lanes b) { return {_mm512_add_ps(a.v, b.v)}; }
 CN_INLINE Lanes div(Lanes a, Lanes b) { return {_mm512_div_ps(a.v, b.v)}; }
-CN_INLINE Lanes max(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
+CN_INLINE Lanes relu(Lanes a) { return {_mm512_max_ps(_mm512_setzero_ps(), a.v)}; }  // of a NaN the second: it stays
+CN_INLINE Lanes max(Lanes a, Lanes b) {
+  return {_mm512_mask_max_ps(a.v, _mm512_cmp_ps_mask(a.v, a.v, _CMP_ORD_Q), a.v, b.v)};
+}
 CN_INLINE Lanes load_even(const void* p) {  // the even channel of a bfloat16 slot
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_load_si512(p), 16))};
 }
@@ -99,7 +103,13 @@ CN_INLINE Lanes fma(Lanes x, Lanes y, Lanes z) {
 }
 CN_INLINE Lanes add(Lanes x, Lanes y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 CN_INLINE Lanes div(Lanes x, Lanes y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
-CN_INLINE Lanes max(Lanes x, Lanes y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+CN_INLINE Lanes relu(Lanes x) {  // of a NaN the second operand: it stays
+  return {_mm256_max_ps(_mm256_setzero_ps(), x.a), _mm256_max_ps(_mm256_setzero_ps(), x.b)};
+}
+CN_INLINE __m256 max(__m256 x, __m256 y) {
+  return _mm256_blendv_ps(_mm256_max_ps(x, y), x, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+}
+CN_INLINE Lanes max(Lanes x, Lanes y) { return {max(x.a, y.a), max(x.b, y.b)}; }
 CN_INLINE Lanes load_even(const void* p) {
   const __m256i* u = static_cast<const __m256i*>(p);
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_load_si256(u), 16)),
@@ -157,8 +167,12 @@ CN_INLINE Lanes div(Lanes a, Lanes b) {
   return a;
 }
 CN_INLINE Lanes max(Lanes a, Lanes b) {
-  for (int i = 0; i < kLanes; ++i) b.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+  for (int i = 0; i < kLanes; ++i) b.v[i] = (a.v[i] > b.v[i]) | (a.v[i] != a.v[i]) ? a.v[i] : b.v[i];
   return b;
+}
+CN_INLINE Lanes relu(Lanes a) {
+  for (int i = 0; i < kLanes; ++i) a.v[i] = 0 > a.v[i] ? 0 : a.v[i];
+  return a;
 }
 CN_INLINE Lanes from_bits(const uint32_t (&u)[kLanes]) {
   Lanes r;
@@ -184,8 +198,6 @@ CN_INLINE void store_pair(void* p, Lanes even, Lanes odd) {
 }
 
 #endif
-
-CN_INLINE Lanes relu(Lanes a) { return max(zero(), a); }  // in this order a NaN stays one, as it does in torch
 
 // ---- one step through a slot ----------------------------------------------------------------------------------------
 //

@@ -94,9 +94,14 @@ PaddedPointwise::PaddedPointwise(const Pointwise& p, int channels) : relu(p.relu
     after_scale = padded(p.after_scale, 1);
     after_shift = padded(p.after_shift, 0);
   }
-  const auto negative = [](float f) { return !(f >= 0); };
-  monotone = std::none_of(scale.begin(), scale.end(), negative) &&
-             std::none_of(after_scale.begin(), after_scale.end(), negative);
+  // Zero times infinity, or infinity less infinity, is a NaN of one pixel that the maximum of all would miss.
+  const auto all_of = [channels](const std::vector<float>& v, const auto& good) {
+    return v.empty() || std::all_of(v.begin(), v.begin() + channels, good);
+  };
+  const auto positive = [](float f) { return f > 0 && std::isfinite(f); };
+  const auto finite = [](float f) { return std::isfinite(f); };
+  monotone = all_of(scale, positive) && all_of(after_scale, positive) && all_of(shift, finite) &&
+             all_of(after_shift, finite);
 }
 
 Epilogue PaddedPointwise::view() const {

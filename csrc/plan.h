@@ -100,6 +100,7 @@ struct Plan::Impl {
   int narrow_operations() const;
   void plan_memory();
 
+  struct Counts;
   struct Images;
   struct Part;
   struct Chip;
@@ -111,7 +112,7 @@ struct Plan::Impl {
   void run_operations(Worker& worker, const Images& images, int64_t chunk, Chip* chip) const;
   void run_operation(Worker& worker, const Images& images, const Part& part, Chip* chip, int index) const;
   void run_conv(Worker& worker, Chip* chip, int index, const char* x, char* y, int groups) const;
-  int64_t collect(Worker& worker, const Images& images, int64_t chunk, int64_t sample) const;
+  Counts collect(Worker& worker, const Images& images, int64_t chunk, int64_t sample) const;
 };
 
 }  // namespace correctnet

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -46,13 +48,70 @@ def test_clang() -> None:
     print(run(["ctest", "--test-dir", build, "--output-on-failure", "--tests-regex", "^(lanes|engine)$"]))
 
 
-def wheel(tmp_path: Path, **environment: str) -> tuple[Path, str]:
-    """The wheel of a copy of the sources, and what its build said."""
+# What people and distributions set. Neither the noise nor the processors that it runs on may depend on it.
+HARMLESS = [
+    "-O2 -march=native -mfpmath=387 -funsafe-math-optimizations -fno-trapping-math -fno-signed-zeros",
+    "-Ofast -ffast-math -ffinite-math-only -fassociative-math -freciprocal-math -fsingle-precision-constant "
+    "-ffp-contract=fast -fno-math-errno -DNDEBUG",
+    "-march=nocona -mtune=haswell -ftree-vectorize -fno-plt -O2 -ffunction-sections",
+]
+
+
+def configure(build: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = ["cmake", "-S", ROOT / "csrc", "-B", build, "-G", "Ninja", *options]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+
+
+@needs_compiler
+@pytest.mark.parametrize("flags", HARMLESS)
+def test_flags_from_outside_that_are_undone(flags: str, tmp_path: Path) -> None:
+    """The noise on every instruction set against the known answers and the scalar code, and subnormal numbers."""
+    ours = {"CXXFLAGS": flags, "CFLAGS": flags, "LDFLAGS": "-Ofast -ffast-math -funsafe-math-optimizations"}
+    if "march" in flags:
+        environment, options = ours, ["-DCMAKE_BUILD_TYPE=None"]
+    else:
+        environment, options = {"LDFLAGS": ours["LDFLAGS"]}, [f"-DCMAKE_CXX_FLAGS={flags}"]
+    done = configure(tmp_path, *options, **environment)
+    assert done.returncode == 0, done.stderr
+    run(["cmake", "--build", tmp_path, "--target", "test_noise"])
+    assert "all checks passed" in run([tmp_path / "tests" / "test_noise", ROOT / "tests", "200003"])
+    if platform.machine() == "x86_64" and shutil.which("objdump"):
+        # Vector instructions of later processors, in files that every processor runs.
+        _, *members = re.split(
+            r"^(\S+)\.o: +file format", run(["objdump", "-d", tmp_path / "libcore.a"]), flags=re.MULTILINE
+        )
+        code = dict(zip(members[::2], members[1::2], strict=True))
+        assert len(code) == 6
+        vectors = {name: ("%ymm" in body, "%zmm" in body) for name, body in code.items()}
+        assert vectors.pop("noise_avx2.cpp") == (True, False)
+        assert vectors.pop("noise_avx512.cpp")[1]
+        assert vectors.pop("noise_avx512bf16.cpp")[1]
+        assert set(vectors.values()) == {(False, False)}, vectors
+        assert not any(re.search(r"\tv[a-z0-9]+ ", code[name]) for name in vectors)
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
+@pytest.mark.parametrize("flags", ["-mfma", "-mavx512f", "-msse4.2", "-mno-sse2", "-m32"])
+def test_flags_from_outside_that_are_refused(flags: str, tmp_path: Path) -> None:
+    done = configure(tmp_path, CXXFLAGS=flags)
+    assert done.returncode
+    if flags == "-m32" and "simple test program" in done.stderr:
+        return  # CMake's own refusal, where there are no libraries of 32 bits
+    said = " ".join(done.stderr.split())
+    assert f"correctnet: the compiler's flags ({flags}" in said
+    assert "would change results or ask for a processor" in said
+
+
+def wheel(tmp_path: Path, undo: bool = True, **environment: str) -> tuple[Path, str]:
+    """The wheel of a copy of the sources, and what its build said; `undo` keeps what undoes compiler flags."""
     source = tmp_path / "source"
     for name in ("correctnet", "csrc"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, source)
+    if not undo:
+        (source / "csrc" / "arithmetic.cmake").write_text("")
     command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
     output = run(command, env=os.environ | {"CORRECTNET_CUDA": "0"} | environment)
     (path,) = tmp_path.glob("*.whl")
@@ -86,6 +145,44 @@ def test_pure_wheel_without_a_compiler(tmp_path: Path) -> None:
     assert "correctnet: no C++ compiler found" in output
     assert path.name.endswith("py3-none-any.whl")
     assert "was not built" in status_of(path, tmp_path)
+
+
+BITS = (
+    NOT_EDITABLE
+    + """
+import numpy as np
+kept = np.float32(1e-40) * np.float32(1) != 0
+from correctnet import native, reference
+address = 3, 2, 7, 100003, 0.5
+print((native.lognormal(*address).numpy() != reference.lognormal(*address)).sum(), kept, native._keeps_subnormals())
+"""
+)
+
+
+@needs_compiler
+def test_a_wheel_with_flags_that_change_arithmetic(tmp_path: Path) -> None:
+    flags = "-O2 -march=native -funsafe-math-optimizations -fno-trapping-math"
+    settings = {"CXXFLAGS": flags, "LDFLAGS": flags, "CMAKE_ARGS": "-DCORRECTNET_BASELINE=ON"}  # compiled in less time
+    path, _ = wheel(tmp_path, **settings)
+    zipfile.ZipFile(path).extractall(tmp_path / "site")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    assert run([sys.executable, "-c", BITS], cwd=tmp_path, env=environment).split() == ["0", "True", "True"]
+
+
+@needs_compiler
+def test_a_wheel_that_computes_other_bits_says_so(tmp_path: Path) -> None:
+    """The same without what undoes the flags: an error where noise is first asked for, and a line of `info`."""
+    flags = "-march=native -funsafe-math-optimizations -fno-trapping-math"
+    settings = {"CXXFLAGS": flags, "LDFLAGS": flags, "CMAKE_ARGS": "-DCORRECTNET_BASELINE=ON"}
+    path, _ = wheel(tmp_path, undo=False, **settings)
+    zipfile.ZipFile(path).extractall(tmp_path / "site")
+    options = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(tmp_path / "site")}}
+    done = subprocess.run([sys.executable, "-c", BITS], capture_output=True, text=True, **options)
+    assert done.returncode
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("correctnet.errors.UserError: the C++ core computes other bits than specified")
+    code = NOT_EDITABLE + "from correctnet.cli import main; main(['info'])"
+    assert "it computes other bits than specified" in run([sys.executable, "-c", code], **options)
 
 
 @needs_compiler

@@ -386,8 +386,8 @@ CN_DEVICE void store_tile(const ConvArguments& p, Tile<T, kN>& sums, int tile, i
     for (int i = 0; i < kRows / 4; ++i)
 #pragma unroll
       for (int j = 0; j < kColumns; ++j)
-        sums.at(i, j) = fmaxf(fmaxf(sums.at(4 * i, j), sums.at(4 * i + 1, j)),
-                              fmaxf(sums.at(4 * i + 2, j), sums.at(4 * i + 3, j)));
+        sums.at(i, j) = max_or_nan(max_or_nan(sums.at(4 * i, j), sums.at(4 * i + 1, j)),
+                                   max_or_nan(sums.at(4 * i + 2, j), sums.at(4 * i + 3, j)));
     row /= 4, rows /= 4, stored /= 4;
   }
 #pragma unroll

@@ -85,6 +85,13 @@ CN_DEVICE uint32_t pack_bfloat16(float low, float high) {
   return packed;
 }
 
+// The larger one; NaN if either is, as in torch.
+CN_DEVICE float max_or_nan(float a, float b) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+}
+
 template <class T>
 CN_DEVICE T shuffle_xor(T value, int lanes) {
   return __shfl_xor_sync(0xffffffff, value, lanes);

@@ -464,6 +464,7 @@ void Engine::run(const DeviceRun& run) const {
   if ((run.labels == nullptr) != (run.correct == nullptr)) throw std::invalid_argument("cuda: labels or correct are missing");
   if (run.correct && (out.height != 1 || out.width != 1))
     throw std::invalid_argument("cuda: the output is no vector of classes");
+  if (run.nonfinite && !run.correct) throw std::invalid_argument("cuda: nonfinite is counted beside correct");
   int64_t together = std::min<int64_t>(run.sample_count, plan.device.most_samples);
   while (plan.places(run.count, together, run.materialise).bytes > run.workspace_bytes) {
     if (together == 1) throw std::invalid_argument("cuda: the workspace is too small for one sample");
@@ -472,7 +473,8 @@ void Engine::run(const DeviceRun& run) const {
   const OnDevice current(plan.device.number);
   const Places places = plan.places(run.count, together, run.materialise);
   const auto stream = static_cast<cudaStream_t>(run.stream);
-  if (run.correct) check(cudaMemsetAsync(run.correct, 0, run.sample_count * 8, stream), "counts");
+  for (int64_t* counts : {run.correct, run.nonfinite})
+    if (counts) check(cudaMemsetAsync(counts, 0, run.sample_count * 8, stream), "counts");
   for (int64_t first = 0; first < run.sample_count; first += together) {
     const Impl::Step step{run, first, std::min(together, run.sample_count - first), places, stream};
     const auto all = [&](auto zero) {
@@ -607,8 +609,11 @@ void Engine::Impl::collect(const Step& step) const {
           "outputs");
   }
   if (step.run.correct) {
+    const auto counts = [&](int64_t* all) {
+      return all ? reinterpret_cast<unsigned long long*>(all) + step.first : nullptr;
+    };
     const CountArguments p = {step.at(output), each, count, v.shape.channels, step.run.labels,
-                              reinterpret_cast<unsigned long long*>(step.run.correct) + step.first};
+                              counts(step.run.correct), counts(step.run.nonfinite)};
     const dim3 grid = small_grid(count * 32, step.samples);
     check(floats ? launch(count_correct<float>, grid, kSmallThreads, 0, step.stream, p)
                  : launch(count_correct<T>, grid, kSmallThreads, 0, step.stream, p),

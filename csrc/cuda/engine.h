@@ -35,7 +35,8 @@ struct DeviceRun {
   int64_t sample_count;
   float* outputs = nullptr;         // (samples, count, channels, height, width) of the output, if wanted
   const int64_t* labels = nullptr;  // (count), together with
-  int64_t* correct = nullptr;       // (samples): on how many images the first largest output is the label's
+  int64_t* correct = nullptr;       // (samples): how many images are classified correctly, see Run
+  int64_t* nonfinite = nullptr;     // (samples): on how many an output is NaN or infinite, if wanted beside `correct`
   void* workspace = nullptr;        // 256-byte aligned
   size_t workspace_bytes = 0;       // less than `workspace(count, samples)`: some samples at a time
   bool materialise = false;         // make noisy weights in memory first, instead of while they are loaded

@@ -402,6 +402,8 @@ inline uint32_t pack_bfloat16(float low, float high) {
   return noise::bfloat16(low) | uint32_t(noise::bfloat16(high)) << 16;
 }
 
+inline float max_or_nan(float a, float b) { return a > b || a != a ? a : b; }
+
 template <class T>
 T shuffle_xor(T value, int lanes) {
   return shim::exchange(value)[(shim::self->index.x % shim::kWarp) ^ unsigned(lanes)];

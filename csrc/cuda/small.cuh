@@ -61,7 +61,8 @@ CN_KERNEL(kSmallThreads, 4) pool(CN_ARGUMENTS(PoolArguments) p) {
       for (int w = col.start; w < col.start + col.last - col.first; ++w, first = false) {
         load<kCount>(x + ((image * p.in_h + h) * p.in_w + w) * p.channels + c, a);
 #pragma unroll
-        for (int j = 0; j < kCount; ++j) sum[j] = first ? a[j] : p.average ? sum[j] + a[j] : fmaxf(sum[j], a[j]);
+        for (int j = 0; j < kCount; ++j)
+          sum[j] = first ? a[j] : p.average ? sum[j] + a[j] : max_or_nan(sum[j], a[j]);
       }
     if (p.average) {
       const float size = float(p.divisor ? p.divisor : (row.last - row.first) * (col.last - col.first));
@@ -166,27 +167,30 @@ CN_KERNEL(kSmallThreads, 4) transpose(CN_ARGUMENTS(TransposeArguments) p) {
   });
 }
 
-// correct[sample] += on how many images the first largest of `classes` numbers is the label's. A warp takes an image.
-// The comparison starts from class 0 as a loop would: a NaN there stays the largest, and elsewhere it never becomes it.
+// correct[sample] += on how many images none of `classes` numbers is NaN and the first largest one is the label's, and
+// nonfinite[sample], if wanted, += on how many one is NaN or infinite. A warp takes an image.
 struct CountArguments {
   const void* x;  // (samples, images, classes)
   int64_t x_stride, images;
   int classes;
   const int64_t* labels;
-  unsigned long long* correct;
+  unsigned long long *correct, *nonfinite;
 };
+
+constexpr unsigned kNan = 1, kInfinite = 2;
 
 template <class T>
 CN_KERNEL(kSmallThreads, 4) count_correct(CN_ARGUMENTS(CountArguments) p) {
   const T* const x = static_cast<const T*>(p.x) + blockIdx.y * p.x_stride;
   const int lane = int(threadIdx.x) % 32, warps = kSmallThreads / 32;
-  unsigned long long correct = 0;
+  unsigned long long correct = 0, nonfinite = 0;
   for (int64_t image = int64_t(blockIdx.x) * warps + threadIdx.x / 32; image < p.images; image += int64_t(gridDim.x) * warps) {
     float largest = -INFINITY;
     int best = 0x7fffffff;
+    unsigned found = 0;  // kNan, kInfinite
     for (int c = lane; c < p.classes; c += 32) {
-      float a = to_float(x[image * p.classes + c]);
-      if (a != a) a = c == 0 ? INFINITY : -INFINITY;
+      const float a = to_float(x[image * p.classes + c]);
+      found |= a != a ? kNan : fabsf(a) == INFINITY ? kInfinite : 0;
       if (a > largest || (a == largest && c < best)) largest = a, best = c;
     }
 #pragma unroll
@@ -194,10 +198,13 @@ CN_KERNEL(kSmallThreads, 4) count_correct(CN_ARGUMENTS(CountArguments) p) {
       const float other = shuffle_xor(largest, lanes);
       const int other_best = shuffle_xor(best, lanes);
       if (other > largest || (other == largest && other_best < best)) largest = other, best = other_best;
+      found |= shuffle_xor(found, lanes);
     }
-    correct += best == p.labels[image];
+    correct += !(found & kNan) && best == p.labels[image];
+    nonfinite += found != 0;
   }
   if (lane == 0 && correct) atomicAdd(p.correct + blockIdx.y, correct);
+  if (lane == 0 && nonfinite && p.nonfinite) atomicAdd(p.nonfinite + blockIdx.y, nonfinite);
 }
 
 }  // namespace cuda

@@ -53,7 +53,8 @@ inline Tensor max_pool(const Tensor& x, const correctnet::Window& p) {
           float best = -INFINITY;
           for (int h = i * p.stride_h - p.padding_h; h < i * p.stride_h - p.padding_h + p.kernel_h; ++h)
             for (int w = j * p.stride_w - p.padding_w; w < j * p.stride_w - p.padding_w + p.kernel_w; ++w)
-              if (h >= 0 && h < s.height && w >= 0 && w < s.width) best = std::max(best, x.at(n, c, h, w));
+              if (h >= 0 && h < s.height && w >= 0 && w < s.width)
+                if (const float a = x.at(n, c, h, w); a > best || std::isnan(a)) best = a;
           y.at(n, c, i, j) = best;
         }
   return y;

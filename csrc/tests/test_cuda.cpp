@@ -465,6 +465,45 @@ void check_network(const char* what, Shape in, int images, Type type, const Net&
   CHECK(correct == expected, "%s, %s: counts differ from those of the outputs", what, name(type));
 }
 
+// NaN and infinity, which every pool meets: of the same kind as on the CPU, and counted.
+void test_nonfinite(Type type) {
+  Tensor x = random_images({3, 12, 12}, 6, 4);
+  x.at(1, 0, 5, 6) = NAN;
+  x.at(2, 1, 6, 6) = INFINITY;
+  x.at(4, 2, 0, 11) = -INFINITY;
+  RandomLayers random(0.5);
+  Plan plan(type, kernels(supported_isas().back()), x.shape);
+  Conv first = random.conv(3, 6, 3, 1), second = random.conv(6, 8, 3, 1);
+  first.pool = true;
+  const int a = plan.conv(plan.input(), first), b = plan.max_pool(plan.conv(a, second), {3, 3, 2, 2, 1, 1});
+  plan.finish(plan.linear(b, random.linear(72, 5, true)));
+  const std::vector<uint32_t> samples = {130, 131};
+  const std::vector<float> wanted = on_cpu(plan, {5, 1, 1}, x, samples), got = outputs_of(plan, x, samples);
+  for (size_t i = 0; i < got.size(); ++i)
+    CHECK(std::isnan(got[i]) == std::isnan(wanted[i]) && std::isinf(got[i]) == std::isinf(wanted[i]),
+          "%s: output %zu is %g, not %g", name(type), i, double(got[i]), double(wanted[i]));
+  std::vector<int64_t> labels(6), correct(2, -1), nonfinite(2, -1), right(2), odd(2);
+  for (int s = 0; s < 2; ++s)
+    for (int n = 0; n < 6; ++n) {
+      const float* logits = &got[(s * 6 + n) * 5];
+      if (s == 0) labels[n] = std::max_element(logits, logits + 5) - logits;
+      const bool nan = std::any_of(logits, logits + 5, [](float f) { return std::isnan(f); });
+      right[s] += !nan && std::max_element(logits, logits + 5) - logits == labels[n];
+      odd[s] += std::any_of(logits, logits + 5, [](float f) { return !std::isfinite(f); });
+    }
+  const cuda::Engine engine(plan, 0);
+  std::vector<char> workspace(engine.workspace(6, 2, false) + 256);
+  cuda::DeviceRun run = {x.data.data(), 6, &kSeed, samples.data(), 2};
+  run.labels = labels.data();
+  run.correct = correct.data();
+  run.nonfinite = nonfinite.data();
+  run.workspace = workspace.data() + (256 - reinterpret_cast<uintptr_t>(workspace.data()) % 256);
+  run.workspace_bytes = workspace.size() - 256;
+  engine.run(run);
+  CHECK(correct == right && nonfinite == odd && odd[0] >= 2 && right[0] >= 3, "%s: %d and %d instead of %d and %d",
+        name(type), int(correct[0]), int(nonfinite[0]), int(right[0]), int(odd[0]));
+}
+
 // ---- mistakes -------------------------------------------------------------------------------------------------------
 
 template <class Work>
@@ -500,6 +539,9 @@ void test_mistakes() {
   refuses("labels without counts", [&] { engine.run(run); });
   run.correct = &correct;
   refuses("counting maps instead of classes", [&] { engine.run(run); });
+  run.labels = run.correct = nullptr;
+  run.nonfinite = &correct;
+  refuses("infinities without counts", [&] { engine.run(run); });
 }
 
 // ---- the runtime's limits and errors --------------------------------------------------------------------------------
@@ -745,6 +787,7 @@ int main(int argc, char** argv) {
   }
   for (const Type type : {Type::float32, Type::bfloat16}) {
     check_network("mixed", {3, 7, 7}, 3, type, [](Plan& p) { return mixed(p); });
+    test_nonfinite(type);
     if (few) continue;
     check_network("LeNet-5", {1, 32, 32}, 2, type, [](Plan& p) { return lenet5(p, 0.5); });
     check_network("VGG16, an eighth", {3, 32, 32}, 1, type,

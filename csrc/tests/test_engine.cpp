@@ -238,6 +238,65 @@ void test_invariance(const Kernels& kernels, Type type) {
   CHECK(correct == counted, "%s %s: correct predictions", kernels.name, name(type));
 }
 
+// What is not finite goes to the outputs of its image, where it is counted, and to no other image: neither beside it in
+// a vector nor in the chunk that comes next, into the same buffers. On every kind of pool, and for AMX, which multiplies
+// what lies behind a tensor by zeros.
+void test_nonfinite(const Kernels& kernels, Type type) {
+  Tensor images = random_images({3, 17, 17}, 50), clean = images;
+  const float inf = INFINITY;
+  const std::vector<std::pair<int, float>> bad = {{3, NAN}, {20, inf}, {33, -inf}, {34, NAN}};
+  for (const auto& [image, value] : bad)
+    for (int c = 0; c < 3; ++c) images.at(image, c, 8, 7 + c % 2) = value;
+  for (const bool pool : {true, false}) {
+    RandomLayers random(0.5);
+    Conv c1 = random.conv(3, 9, 3, 1), c2 = random.conv(9, 33, 3), c3 = random.conv(33, 5, 3, 1);
+    c1.pool = c3.pool = pool;
+    c3.pointwise.scale.assign(5, -1);
+    Plan plan(type, kernels, images.shape);
+    int x = plan.max_pool(plan.conv(plan.conv(plan.input(), c1), c2), {3, 3, 2, 2, 1, 1});
+    x = plan.adaptive_average_pool(plan.conv(x, c3), 1, 1);
+    plan.finish(plan.linear(x, random.linear(5, 10, true)));
+    const std::vector<uint32_t> samples = {1, 5, 6};
+    for (const How how : {How{1, 1}, How{2, 3, 0}}) {
+      const std::vector<float> got = outputs_of(plan, {10, 1, 1}, images, 5, samples, how);
+      const std::vector<float> wanted = outputs_of(plan, {10, 1, 1}, clean, 5, samples, how);
+      std::vector<int64_t> labels(images.count), correct(samples.size()), nonfinite(samples.size());
+      for (int n = 0; n < images.count; ++n)
+        labels[n] = std::max_element(&wanted[n * 10], &wanted[n * 10] + 10) - &wanted[n * 10];
+      Run run;
+      run.images = images.data.data();
+      run.count = images.count;
+      run.seed = 5;
+      run.samples = samples;
+      run.threads = how.threads;
+      run.chunk_groups = how.chunk_groups;
+      run.keep_bytes = how.keep_bytes;
+      run.labels = labels.data();
+      run.correct = correct.data();
+      run.nonfinite = nonfinite.data();
+      plan.run(run);
+      for (size_t s = 0; s < samples.size(); ++s) {
+        int64_t right = 0, odd = 0;
+        for (int n = 0; n < images.count; ++n) {
+          const float* logits = &got[(s * images.count + n) * 10];
+          const auto spoiled = std::find_if(bad.begin(), bad.end(), [n](const auto& b) { return b.first == n; });
+          const bool nan = std::any_of(logits, logits + 10, [](float f) { return std::isnan(f); });
+          if (spoiled == bad.end())
+            CHECK(std::equal(logits, logits + 10, &wanted[(s * images.count + n) * 10]), "%s %s: image %d has changed",
+                  kernels.name, name(type), n);
+          else if (std::isnan(spoiled->second))
+            CHECK(std::all_of(logits, logits + 10, [](float f) { return std::isnan(f); }), "%s %s: image %d lost its NaN",
+                  kernels.name, name(type), n);
+          right += !nan && std::max_element(logits, logits + 10) - logits == labels[n];
+          odd += std::any_of(logits, logits + 10, [](float f) { return !std::isfinite(f); });
+        }
+        CHECK(correct[s] == right && nonfinite[s] == odd && odd >= 2, "%s %s: %d and %d instead of %d and %d", kernels.name,
+              name(type), int(correct[s]), int(nonfinite[s]), int(right), int(odd));
+      }
+    }
+  }
+}
+
 // AVX2 and both kinds of AVX-512 add in the same order and fuse what they multiply, so their float32 is the same.
 void test_agreement() {
   const Tensor images = random_images({3, 32, 32}, 40);
@@ -357,6 +416,8 @@ void test_errors() {
   run_fails("missing", [](Run& r) { r.images = nullptr; });
   static const int64_t label = 0;
   run_fails("one of labels and correct", [](Run& r) { r.labels = &label; });
+  static int64_t odd;
+  run_fails("beside correct", [](Run& r) { r.nonfinite = &odd; });
   check_throws("not finished", [&] { plan_with([](Plan& p) { p.run({}); }); });
 }
 
@@ -373,6 +434,7 @@ int main() {
       check_identity(*kernels, type, {15, 2, 2}, 9, 3);
       test_networks(*kernels, type);
       test_invariance(*kernels, type);
+      test_nonfinite(*kernels, type);
       test_clean_prefix(*kernels, type);
     }
     printf("%s: done\n", kernels->name);

@@ -293,6 +293,12 @@ void test_selection() {
 
 }  // namespace
 
+// What fast-math among the linker's flags would change for the whole process.
+void test_subnormals() {
+  volatile float tiny = 1e-40f, one = 1;
+  CHECK(tiny * one > 0, "subnormal numbers are zeros");
+}
+
 int main(int argc, char** argv) {
   const std::string directory = argc > 1 ? argv[1] : "";
   const uint64_t stride = argc > 2 ? strtoull(argv[2], nullptr, 10) : 0;
@@ -300,6 +306,7 @@ int main(int argc, char** argv) {
     fprintf(stderr, "usage: test_noise DIRECTORY STRIDE (odd)\n");
     return 2;
   }
+  test_subnormals();
   test_fma();
   test_bfloat16();
   test_selection();
