@@ -195,9 +195,14 @@ def resume(path: str | Path | None, read: Callable[[Path], T], nothing: T) -> T:
 
 
 def sha256(path: str | Path) -> str:
-    """The file's SHA-256, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The file's SHA-256, in hexadecimal. Raises UserError where it is absent or cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {_reason(error)}") from error
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:
@@ -224,10 +229,13 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], Any]:
 
 
 def model_files(path: str | Path) -> tuple[Path, Path]:
-    """The (tensors, description) files of a model, named by its folder or by either of them."""
+    """The (tensors, description) files of a model, named by its folder or by either of them.
+
+    Only the endings .safetensors and .json are taken away: other dots belong to the name.
+    """
     path = Path(path)
-    stem = path.with_suffix("") if path.suffix in (".safetensors", ".json") else path / "model"
-    return stem.with_suffix(".safetensors"), stem.with_suffix(".json")
+    stem = path.with_name(path.stem) if path.suffix in (".safetensors", ".json") else path / "model"
+    return stem.with_name(f"{stem.name}.safetensors"), stem.with_name(f"{stem.name}.json")
 
 
 def write_model(path: str | Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
@@ -243,8 +251,6 @@ def read_model(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     description = read_json(text)
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise UserError(f"{text}: not a model description of format {FORMAT}")
-    if not weights.exists():
-        raise UserError(f"{weights}: no such file")
     if sha256(weights) != description.get("sha256"):
         raise UserError(f"{weights}: damaged, or not the file that {text.name} describes; delete both to remake them")
     return read_tensors(weights)[0], description
