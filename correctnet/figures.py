@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from correctnet import storage, tables
-from correctnet.errors import UserError, one_line
-from correctnet.results import Result
+from correctnet import checked, storage, tables
+from correctnet.errors import UserError
+from correctnet.results import Result, check_accuracies
 
 # Okabe and Ito's palette, which people with any kind of colour blindness can tell apart.
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"
@@ -314,15 +314,11 @@ def sensitivity(files: Sequence[Path]) -> plt.Figure:
 
 
 def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """A CSV with at least these columns. Raises UserError where it is not one."""
-    try:
-        table = storage.read_csv(path, text=("filters", "candidates"))  # empty where no layer is a candidate
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)})") from error
-    missing = [c for c in columns if c not in table.columns]
-    if missing:
-        raise UserError(f"{path}: no column {missing[0]!r}")
-    return table
+    """A CSV with at least these columns. Raises UserError, with the line, where it is not one, or is cut or edited."""
+    read = checked.read(path, columns)
+    if {"correct", "images", "accuracy"} <= set(read.table):
+        check_accuracies(read)
+    return read.table
 
 
 def chip_histogram(result: Result, ax: Axes | None = None, label: str | None = None) -> Axes:

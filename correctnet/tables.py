@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from correctnet.errors import UserError
-from correctnet.results import COLUMNS, Result
+from correctnet.results import COLUMNS, Result, read_chips
 
 # What the paper states (Section IV), as fractions, by (network, data set): clean accuracy, and by row at sigma 0.5
 # (mean, standard deviation). Table I itself is not legible in the copies at hand; these are the values of its text.
@@ -41,7 +41,7 @@ def read_samples(files: Iterable[Path]) -> pd.DataFrame:
     """
     tables = []
     for path in files:
-        table = Result.from_csv(path).table
+        table = read_chips(path, by=("pair", "row", "sigma"))
         missing = [c for c in [*KEYS, *COLUMNS] if c not in table.columns]
         if missing:
             raise UserError(f"{path}: no column {missing[0]!r}; evaluate with --note {missing[0]}=...")
