@@ -145,10 +145,9 @@ def suppress(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) 
         base = {"network": base["network"]}
     lam = lipschitz.bound(s.variation.sigma, s.suppress.k, variation.make(s.variation).shift)
     ramp, beta = s.suppress.ramp, s.suppress.beta
+    norms = lipschitz.batchnorms(model) if s.suppress.fold_batchnorm else {}
     hooks = Hooks(
-        penalty=lambda: lipschitz.penalty(
-            lipschitz.analog_weights(model, s.suppress.fold_batchnorm), lam, s.suppress.form
-        ),
+        penalty=lambda: lipschitz.penalty(lipschitz.analog_weights(model, norms), lam, s.suppress.form),
         penalty_weight=lambda done: beta * min(1.0, done / ramp) if ramp else beta,
         temperature=s.suppress.temperature,
         sizes=s.suppress.sizes,
