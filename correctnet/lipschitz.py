@@ -82,7 +82,8 @@ def _one_sided(matrix: Tensor, lam: float) -> Tensor:
 class _Orthogonal(torch.autograd.Function):
     """|| W^T W - lambda^2 I ||_F^2 of one matrix or the sum over a batch, with its gradient in closed form.
 
-    That is 4 W (W^T W - lambda^2 I): two products of matrices instead of the three that differentiating the first would take.
+    That is 4 W (W^T W - lambda^2 I): two products of matrices instead of the three that differentiating the first
+    would take.
     """
 
     @staticmethod
