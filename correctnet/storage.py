@@ -254,3 +254,21 @@ def read_model(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if sha256(weights) != description.get("sha256"):
         raise UserError(f"{weights}: damaged, or not the file that {text.name} describes; delete both to remake them")
     return read_tensors(weights)[0], description
+
+
+def training_data(description: Any) -> dict[str, Any]:
+    """The images that a model was trained on, by its description.
+
+    `dataset`, `validation` (the fraction held out), `seed` (of that split), and how they were augmented. {} where the
+    description does not say. An older one says it with the settings of its history.
+    """
+    if not isinstance(description, dict):
+        return {}
+    if isinstance(description.get("data"), dict):
+        return description["data"]
+    history = description.get("history")
+    for entry in history if isinstance(history, list) else ():
+        settings = entry.get("settings") if isinstance(entry, dict) else None
+        if isinstance(settings, dict) and "seed" in settings and {"dataset", "validation"} <= set(settings["data"]):
+            return {**settings["data"], "seed": settings["seed"]}
+    return {}
