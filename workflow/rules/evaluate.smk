@@ -24,9 +24,10 @@ rule evaluate:
     params:
         settings=chunk_settings,
         chips=lambda wildcards: int(wildcards.stop) - int(wildcards.start),
+        prefixes=prefixes,
     shell:
         "correctnet evaluate --settings {params.settings:q} --quiet --threads {threads}"
-        " --note pair={wildcards.pair} --note row={wildcards.row}"
+        " --note pair={wildcards.pair} --note row={wildcards.row} {params.prefixes}"
         " --model {input.model:q} --chips {params.chips} --start {wildcards.start} --out {output:q} > {log:q} 2>&1"
 
 
