@@ -130,6 +130,8 @@ def sweep(
     """
     if not 0 < original <= 1:
         raise UserError(f"sweep: the original accuracy must lie in (0, 1], not {original}")
+    if not 0 < threshold <= 1:
+        raise UserError(f"sweep: the threshold is a fraction in (0, 1] (0.95, not 95), not {threshold}")
     registered = tuple(name for name, _ in crossbar_layers(model))
     if len(analog_layers(model)) != len(registered):
         raise UserError("sweep: every conv and linear layer must carry variation; convert the model without `exclude`")
