@@ -144,7 +144,7 @@ class Result:
             raise UserError("chunks of a Monte Carlo run overlap: a chip comes twice")
         if table["images"].nunique() != 1:
             raise UserError("chunks of a Monte Carlo run saw different numbers of images")
-        for column in table.columns.difference(COLUMNS):
+        for column in ["seed", *table.columns.difference(COLUMNS)]:
             if table[column].nunique(dropna=False) != 1:
                 found = ", ".join("none" if pd.isna(value) else str(value) for value in table[column].unique())
                 raise UserError(f"chunks of a Monte Carlo run differ in {column} ({found})")
@@ -189,7 +189,7 @@ def read_chips(path: str | Path, by: Sequence[str] = ()) -> pd.DataFrame:
         read.refuse(row, "sample", f"chip {table['sample'].iloc[row]} comes twice")
     groups = [table] if not by else [rows for _, rows in table.groupby(by, sort=False)]
     for rows in groups:
-        for column in rows.columns.difference(["sample", "correct", "accuracy", "seed"]):
+        for column in rows.columns.difference(["sample", "correct", "accuracy"]):
             first = rows[column].iloc[0]
             other = rows[column].ne(first) & ~(rows[column].isna() & pd.isna(first))
             if other.any():

@@ -194,6 +194,7 @@ GOOD = "row,sigma,sample,correct,images,accuracy,seed\nr,0.5,0,40,50,0.8,7\nr,0.
         ("45,50,0.9", "4_5,50,0.9", "line 3: correct: an integer that is at least 0 is expected; '4_5' was found"),
         ("45,50,0.9", "0,0,0.0", "line 3: images: an integer that is at least 1 is expected; '0' was found"),
         ("45,50,0.9", "18,20,0.9", "line 3: images: 20 where the lines before have 50; one evaluation is expected"),
+        ("0.9,7", "0.9,8", "line 3: seed: 8 where the lines before have 7; one evaluation is expected"),
         ("r,0.5,1", "r,0.4,1", "line 3: sigma: 0.4 where the lines before have 0.5; one evaluation is expected"),
         ("r,0.5,1", "s,0.5,1", "line 3: row: s where the lines before have r; one evaluation is expected"),
         ("r,0.5,1", "r,inf,1", "line 3: sigma: a number that is at least 0 is expected; 'inf' was found"),
@@ -231,6 +232,8 @@ def test_chunks_that_overlap_or_differ():
         Result.concatenate([result([0.9, 0.8]), result([0.7], start=1)])
     with pytest.raises(UserError, match="different numbers of images"):
         Result.concatenate([result([0.9]), result([0.7], start=1, images=10)])
+    with pytest.raises(UserError, match=r"differ in seed \(0, 1\)"):
+        Result.concatenate([result([0.9]), result([0.7], start=1, seed=1)])
     parts = [record(result([0.9], start=k), {"row": "r", "sigma": sigma}) for k, sigma in enumerate((0.5, 0.4))]
     with pytest.raises(UserError, match="differ in sigma"):
         Result.concatenate(parts)
