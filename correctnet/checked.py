@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -38,18 +38,26 @@ class Column:
 
 COUNT, FRACTION, SHARE, TEXT = Column(int, 0), Column(float, 0, 1), Column(float, 0), Column(str)
 MAYBE_FRACTION, MAYBE_TEXT = Column(float, 0, 1, empty=True), Column(str, empty=True)
-# By name, in whichever file of the project they stand.
-COLUMNS = {
-    **dict.fromkeys(("sample", "correct", "seed", "evaluation", "episode"), COUNT),
-    **dict.fromkeys(("images", "layer", "weights"), Column(int, 1)),
-    **dict.fromkeys(("accuracy", "original", "threshold", "clean"), FRACTION),
-    **dict.fromkeys(("mean", "std"), MAYBE_FRACTION),
-    **dict.fromkeys(("sigma", "overhead", "seconds", "factor_mean", "factor_cv"), SHARE),
-    "reward": Column(float),
-    "layers": COUNT,
-    **dict.fromkeys(("pair", "row", "network", "dataset", "split", "centre", "name", "stage"), TEXT),
+# By name: those of an evaluation's file, and those of the files of the other stages.
+EVALUATION = {
+    **dict.fromkeys(("sample", "correct", "seed", "layers"), COUNT),
+    "images": Column(int, 1),
+    "accuracy": FRACTION,
+    **dict.fromkeys(("sigma", "overhead", "factor_mean", "factor_cv"), SHARE),
+    **dict.fromkeys(("pair", "row", "network", "dataset", "split", "centre"), TEXT),
     **dict.fromkeys(("epochs", "variation", "on", "resample", "data", "device", "model"), MAYBE_TEXT),
-    **dict.fromkeys(("filters", "ratios", "candidates", "trained_sigma", "prefixes"), MAYBE_TEXT),
+    **dict.fromkeys(("trained_sigma", "prefixes"), MAYBE_TEXT),
+}
+COLUMNS = {
+    **EVALUATION,
+    **dict.fromkeys(("evaluation", "episode"), COUNT),
+    **dict.fromkeys(("layer", "weights"), Column(int, 1)),
+    **dict.fromkeys(("original", "threshold", "clean"), FRACTION),
+    **dict.fromkeys(("mean", "std"), MAYBE_FRACTION),
+    "seconds": SHARE,
+    "reward": Column(float),
+    **dict.fromkeys(("name", "stage"), TEXT),
+    **dict.fromkeys(("filters", "ratios", "candidates"), MAYBE_TEXT),
 }
 
 
@@ -67,11 +75,16 @@ class Checked:
         raise UserError(f"{self.path}: line {self.lines[row]}: {column}: {what}")
 
 
-def read(path: str | Path, required: Sequence[str] = ()) -> Checked:
+def read(path: str | Path, required: Sequence[str] = (), known: Mapping[str, Column] = COLUMNS) -> Checked:
     """Read a CSV file whose first line names its columns, and check each cell of the columns that are known.
 
-    Floats are read to the last bit. A column of no known name holds numbers where all of its cells do, an empty one
+    Floats are read to the last bit. A column of another name holds numbers where all of its cells do, an empty one
     being none, else texts.
+
+    Args:
+        path: the file.
+        required: columns that it must have.
+        known: what the cells of columns hold, by their names.
 
     Raises:
         UserError: the file is absent, cut short (it does not end with a line end), has a column that is required not,
@@ -104,7 +117,7 @@ def read(path: str | Path, required: Sequence[str] = ()) -> Checked:
     columns = {}
     for i, name in enumerate(header):
         cells = [row[i] for row in rows]
-        columns[name] = _values(path, name, cells, lines) if name in COLUMNS else _guessed(cells)
+        columns[name] = _values(path, name, known[name], cells, lines) if name in known else _guessed(cells)
     return Checked(path, pd.DataFrame(columns, columns=header), lines)
 
 
@@ -117,9 +130,9 @@ def _check_header(path: str | Path, header: Sequence[str], required: Sequence[st
         raise UserError(f"{path}: line 1: two columns are named {twice[0]!r}")
 
 
-def _values(path: str | Path, name: str, cells: Sequence[str], lines: Sequence[int]) -> pd.Series:
+def _values(path: str | Path, name: str, column: Column, cells: Sequence[str], lines: Sequence[int]) -> pd.Series:
     """The cells of a column that is known, each checked."""
-    column, values = COLUMNS[name], []
+    values = []
     for cell, line in zip(cells, lines, strict=True):
         try:
             values.append(_value(column, cell))

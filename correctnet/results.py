@@ -177,7 +177,7 @@ def read_chips(path: str | Path, by: Sequence[str] = ()) -> pd.DataFrame:
         UserError: what `correctnet.checked.read` refuses, an accuracy that is not correct / images, a chip that comes
             twice, or a column whose value changes within an evaluation. It names file, line and column.
     """
-    read = checked.read(path)
+    read = checked.read(path, known=checked.EVALUATION)
     table = read.table
     if not set(COLUMNS) <= set(table.columns) or table.empty:
         raise UserError(f"{path}: not a Monte Carlo result (columns {', '.join(COLUMNS)} are expected)")

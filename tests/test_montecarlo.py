@@ -167,7 +167,8 @@ def test_chunks_of_another_evaluation_are_not_put_together(name):
 
 
 def test_what_an_evaluation_was_of_comes_back(tmp_path):
-    identity = {"data": "0123456789", "device": "lognormal(sigma=0.5, centre=median)", "model": "ab12"}
+    identity = {"std": "low", "layer": 0, "original": "no"}  # notes of one's own
+    identity |= {"data": "0123456789", "device": "lognormal(sigma=0.5, centre=median)", "model": "ab12"}
     found = record(result([0.9, 0.8]), identity)
     found.to_csv(tmp_path / "r.csv")
     pd.testing.assert_frame_equal(Result.from_csv(tmp_path / "r.csv").table, found.table)
