@@ -92,7 +92,8 @@ def settings_options(stage: Stage) -> Callable[[Callable[..., Any]], Callable[..
     """Options for every setting of a stage, its default and meaning taken from `correctnet.config`.
 
     The decorated function gets them merged and checked as one argument, `settings`. They are taken from the defaults,
-    then --settings or --config/--pair/--row, then the single options.
+    then --settings or --config/--pair/--row, or else what the model that the stage begins with was made with (data set,
+    fraction held out, augmentation, seed), then the single options.
     """
     taken: dict[str, tuple[str, ...]] = {}
     # The stage's own section last in READS has the first claim on a short name.
@@ -103,7 +104,8 @@ def settings_options(stage: Stage) -> Callable[[Callable[..., Any]], Callable[..
         def call(**arguments: Any) -> Any:
             given = {path: arguments.pop(f"set_{name}") for path, name in names.items() if f"set_{name}" in arguments}
             source = {key: arguments.pop(key) for key in ("settings", "config", "pair", "row")}
-            settings = _settings(stage, given, names, **source)
+            models = (arguments.get(key) for key in ("model", "compensated", "base", "pretrained"))
+            settings = _settings(stage, given, names, **source, model=next(filter(None, models), None))
             return function(settings=settings, **arguments)
 
         call.__doc__, call.__name__ = function.__doc__, function.__name__
@@ -156,6 +158,7 @@ def _settings(
     config: Path | None,
     pair: str | None,
     row: str | None,
+    model: Path | None,
 ) -> Settings:
     if settings is not None and config is not None:
         raise UserError("--settings and --config exclude each other")
@@ -171,6 +174,8 @@ def _settings(
         if row is not None and row not in loaded.rows:
             raise UserError(f"--row: {config} has no row {row!r} (rows: {', '.join(loaded.rows)})")
         base = loaded.settings(pair, row)
+    elif model is not None:
+        base = _as_made(model)
     changes: dict[str, Any] = {}
     for path, value in given.items():
         if value is None:
@@ -184,6 +189,17 @@ def _settings(
             target = target.setdefault(part, {})
         target[path[-1]] = value
     return validate(Settings, merge(base.model_dump(), changes), "command line")
+
+
+def _as_made(model: Path) -> Settings:
+    """The defaults, with the data set, its split and the seed that a model was made with."""
+    described = storage.model_files(model)[1]
+    if not described.is_file():  # the stage says so
+        return Settings()
+    made = storage.training_data(storage.read_json(described))
+    changes = {"data": {key: value for key, value in made.items() if key != "seed"}}
+    changes |= {"seed": made["seed"]} if "seed" in made else {}
+    return validate(Settings, merge(Settings().model_dump(), changes), str(described))
 
 
 def _annotation(path: tuple[str, ...]) -> Any:
@@ -506,6 +522,13 @@ def finetune(settings: Settings, runtime: Runtime, compensated: Path, out: Path)
 @click.option("--chips", type=click.IntRange(1), default=250, show_default=True, help="Chip samples.")
 @click.option("--start", type=click.IntRange(0), default=0, show_default=True, help="Number of the first chip.")
 @click.option("--note", multiple=True, metavar="NAME=VALUE", help="A further column of the CSV; may be repeated.")
+@click.option(
+    "--prefix",
+    type=click.IntRange(1),
+    multiple=True,
+    metavar="N",
+    help="With --sigma 0: also count what is correct of the first N images; may be repeated.",
+)
 @click.option("--out", type=PATH, required=True, help="CSV that is written, a row a chip.")
 def evaluate(
     settings: Settings,
@@ -514,13 +537,16 @@ def evaluate(
     chips: int,
     start: int,
     note: tuple[str, ...],
+    prefix: tuple[int, ...],
     out: Path,
 ) -> None:
     """Evaluate a model over chip samples: a CSV with the accuracy of each."""
     from correctnet import stages
 
     notes = _pairs("--note", note)
-    result = stages.evaluate_chips(settings, model, out, runtime, chips=chips, start=start, notes=notes)
+    result = stages.evaluate_chips(
+        settings, model, out, runtime, chips=chips, start=start, notes=notes, prefixes=prefix
+    )
     first = result.table.iloc[0]
     click.echo(
         f"{first['variation']} {first['on']}s, sigma {exact(first['sigma'])}, centre {first['centre']}: "

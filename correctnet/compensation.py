@@ -531,7 +531,10 @@ def load(original: nn.Module, path: str | Path) -> nn.Module:
 def restore(original: nn.Module, tensors: dict[str, Tensor], description: dict[str, Any], source: str) -> nn.Module:
     """Put what `storage.read_model` gave into a copy of `original`, compensation included."""
     plan = description.get("compensation") or {"filters": {}}
-    model = compensate(original, **plan, stage="restore")  # other weights take the place of those drawn here
+    try:
+        model = compensate(original, **plan, stage="restore")  # other weights take the place of those drawn here
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{source}: compensation: no plan that is known ({one_line(error, 200)})") from error
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

@@ -1,17 +1,22 @@
 """The data sets: digits (embedded), MNIST, CIFAR-10 and CIFAR-100, as tensors of 32 x 32 images.
 
 Records are put in an order of their own content before anything is drawn, so that copies of a data set that store
-them in another order give the same splits and the same prefixes.
+them in another order give the same splits and the same prefixes. For the same reason a data set is known by its
+records, whatever their order: a digest of their digests tells it from a damaged copy, and from another data set of the
+same sizes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import gzip
 import hashlib
 import os
+import stat
 import tarfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +60,8 @@ class Source:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     read: Callable[[list[Path]], Records]
+    digests: dict[str, str]
+    """`part_digest` of the parts "train" and "test", by their names"""
 
 
 @dataclass(frozen=True)
@@ -91,11 +98,13 @@ class DataSet:
     test: Split
     classes: int
     channels: int
+    digest: str = ""
+    """what `digest` gives for the name: of all records before they were split; '' where it is not known"""
 
     def to(self, device: str) -> DataSet:
         """The data set on another device."""
         parts = (part.to(device) for part in (self.train, self.validation, self.test))
-        return DataSet(self.name, *parts, self.classes, self.channels)
+        return DataSet(self.name, *parts, self.classes, self.channels, self.digest)
 
 
 def _read_idx(path: Path, magic: int) -> np.ndarray:
@@ -165,6 +174,10 @@ SOURCES = {
         mean=(0.1307,),
         std=(0.3081,),
         read=_read_mnist,
+        digests={
+            "train": "394f069b3f25ffc42a49e238de64c809",
+            "test": "ea3002d0d9c4f352a7522da043bef12b",
+        },
     ),
     "cifar10": Source(
         folder="cifar-10-batches-bin",
@@ -176,6 +189,10 @@ SOURCES = {
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2470, 0.2435, 0.2616),
         read=_read_cifar10,
+        digests={
+            "train": "2ce5464d4c80e1cb0d9e203d05a91a3e",
+            "test": "ec53789b417f3fd2095dc750759f678a",
+        },
     ),
     "cifar100": Source(
         folder="cifar-100-binary",
@@ -187,9 +204,15 @@ SOURCES = {
         mean=(0.5071, 0.4865, 0.4409),
         std=(0.2673, 0.2564, 0.2762),
         read=_read_cifar100,
+        digests={
+            "train": "46517d17e296e72129e5a81293a9e300",
+            "test": "0b7db9ca442ef487d9dabbff904a6893",
+        },
     ),
 }
 NAMES = ("digits", *SOURCES)
+DIGITS = "a8a6179bbc606094d96d99d75837eb84"
+"""`part_digest` of scikit-learn's digits, 8 x 8"""
 
 
 def load(name: str, data_dir: str | Path | None = None, validation: float = 0.1, seed: int = 0) -> DataSet:
@@ -204,7 +227,7 @@ def load(name: str, data_dir: str | Path | None = None, validation: float = 0.1,
 
     Raises:
         UserError: an unknown name, a fraction outside (0, 1), files that are absent and cannot be downloaded, or a
-            file that is truncated or not what it should be.
+            file that cannot be read, is truncated, or does not hold the records of the data set.
     """
     _check_name(name)
     if not 0 < validation < 1:
@@ -215,8 +238,14 @@ def load(name: str, data_dir: str | Path | None = None, validation: float = 0.1,
     else:
         source = SOURCES[name]
         folder = fetch(name, data_dir)
-        train, test = (_read(source, folder, files) for files in (source.train, source.test))
-        train, test = (tuple(part[_content_order(*records)] for part in records) for records in (train, test))
+        with _readable(folder):
+            train, test = (_read(source, folder, files) for files in (source.train, source.test))
+        digests = {"train": _record_digests(*train), "test": _record_digests(*test)}
+        _check_content(name, source, folder, digests)
+        train, test = (
+            tuple(values[_content_order(digests[part])] for values in records)
+            for part, records in (("train", train), ("test", test))
+        )
         test = _permuted(test, np.random.default_rng(TEST_SEED))
         classes, mean, std = source.classes, source.mean, source.std
     images, labels = _permuted(train, streams.numpy_generator(seed, "split", name))
@@ -236,7 +265,14 @@ def load(name: str, data_dir: str | Path | None = None, validation: float = 0.1,
         test=split(*test),
         classes=classes,
         channels=images.shape[1],
+        digest=digest(name),
     )
+
+
+def digest(name: str) -> str:
+    """What tells a data set from every other one, in hexadecimal; known without reading it, as `load` checks it."""
+    _check_name(name)
+    return DIGITS if name == "digits" else "".join(SOURCES[name].digests.values())
 
 
 def _check_name(name: str) -> None:
@@ -251,11 +287,13 @@ def _digits() -> tuple[Records, Records]:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
+    if part_digest(_record_digests(bunch.images.astype(np.uint8), bunch.target.astype(np.uint8))) != DIGITS:
+        raise UserError("digits: scikit-learn's load_digits() gives other images than it should; install it anew")
     small = torch.from_numpy(bunch.images).float().unsqueeze(1)
     large = F.interpolate(small, size=(32, 32), mode="bilinear", align_corners=False)
     images = (large * (255 / 16)).round().to(torch.uint8).numpy()
     labels = bunch.target.astype(np.uint8)
-    order = _content_order(images, labels)
+    order = _content_order(_record_digests(images, labels))
     images, labels = _permuted((images[order], labels[order]), np.random.default_rng(TEST_SEED))
     held_out = round(0.2 * len(labels))
     return (images[held_out:], labels[held_out:]), (images[:held_out], labels[:held_out])
@@ -266,13 +304,22 @@ def _permuted(records: Records, rng: np.random.Generator) -> Records:
     return records[0][order], records[1][order]
 
 
-def _content_order(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The permutation that sorts records by a digest of their content; equal records are interchangeable."""
-    digests = [
+def _record_digests(images: np.ndarray, labels: np.ndarray) -> list[bytes]:
+    """16 bytes for each record, of its image and label."""
+    return [
         hashlib.blake2b(image.tobytes() + label.tobytes(), digest_size=16).digest()
         for image, label in zip(images, labels, strict=True)
     ]
+
+
+def _content_order(digests: Sequence[bytes]) -> np.ndarray:
+    """The permutation that sorts records by their digests; equal records are interchangeable."""
     return np.argsort(np.array(digests, dtype="V16").view("S16"), kind="stable")
+
+
+def part_digest(digests: Sequence[bytes]) -> str:
+    """Of all records of a part by their digests, in whatever order they are stored, in hexadecimal."""
+    return hashlib.blake2b(b"".join(sorted(digests)), digest_size=16).hexdigest()
 
 
 def _read(source: Source, folder: Path, files: tuple[File, ...]) -> Records:
@@ -283,11 +330,58 @@ def _read(source: Source, folder: Path, files: tuple[File, ...]) -> Records:
     return source.read(paths)
 
 
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Errors of the file system as one line that names the file."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"{error.filename or folder}: cannot be read: {reason}") from error
+
+
+def _check_content(name: str, source: Source, folder: Path, digests: dict[str, list[bytes]]) -> None:
+    """Raise a UserError where a part's records are not those of the data set; it names the files that are suspected."""
+    for part, other in (("train", "test"), ("test", "train")):
+        if part_digest(digests[part]) == source.digests[part]:
+            continue
+        files = source.train if part == "train" else source.test
+        suspects, why = _suspects(files, digests[part], digests[other], source.read is _read_mnist)
+        listed = ", ".join(str(folder / file.name) for file in suspects)
+        raise UserError(
+            f"{listed}: not what {name} has for its {'training' if part == 'train' else 'test'} images ({why}); "
+            "delete to download anew"
+        )
+
+
+def _suspects(
+    files: tuple[File, ...], digests: list[bytes], other: list[bytes], together: bool
+) -> tuple[tuple[File, ...], str]:
+    """Which files of a part hold wrong records, as far as these tell, and why. `together`: all files make each record.
+
+    Records are taken for wrong that stand twice (a file was cut, or copied), or in the other part, too. Where there are
+    none of these it can be any file.
+    """
+    size = len(digests) // (1 if together else len(files))
+    counts, elsewhere = Counter(digests), set(other)
+    shared, repeated = [], []
+    for start in range(0, len(digests), size):
+        own = digests[start : start + size]
+        shared.append(sum(d in elsewhere for d in own))
+        repeated.append(sum(counts[d] > 1 for d in own))
+    for found, why in ((shared, "records of the other part"), (repeated, "records that stand twice")):
+        if max(found) > size // 100:  # CIFAR-100 has a few of both
+            which = files if together else tuple(f for f, n in zip(files, found, strict=True) if 2 * n >= max(found))
+            return which, f"{max(found)} {why}"
+    return files, "damaged, or another data set of the same sizes"
+
+
 def fetch(name: str, data_dir: str | Path | None = None) -> Path:
     """Make sure that a data set's files are there, downloading them if not; the folder that holds them.
 
     Files that are there are used as they are (their sizes and contents are checked when they are read). A download
-    is checked against its publisher's MD5 and put in place whole.
+    is checked against its publisher's MD5 and put in place whole. Raises UserError where they are absent and cannot be
+    downloaded, or a folder is closed to this user.
     """
     _check_name(name)
     root = Path(data_dir or os.environ.get("CORRECTNET_DATA") or "data").expanduser()
@@ -295,14 +389,23 @@ def fetch(name: str, data_dir: str | Path | None = None) -> Path:
         return root
     source = SOURCES[name]
     files = (*source.train, *source.test)
-    for folder in (root / source.folder, root):
-        if all((folder / f.name).is_file() for f in files):
-            return folder
-    folder = root / source.folder
-    missing = [f for f in files if not (folder / f.name).is_file()]
+    with _readable(root):
+        for folder in (root / source.folder, root):
+            if all(_is_file(folder / f.name) for f in files):
+                return folder
+        folder = root / source.folder
+        missing = [f for f in files if not _is_file(folder / f.name)]
     for archive in dict.fromkeys(f.archive for f in missing):
         _download(name, source, archive, [f for f in missing if f.archive == archive], root)
     return folder
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is a file. Raises PermissionError where a folder above it is closed to this user."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def _download(name: str, source: Source, archive: str, files: list[File], root: Path) -> None:
@@ -325,6 +428,8 @@ def _download(name: str, source: Source, archive: str, files: list[File], root: 
         Path(path).unlink()
     except UserError:
         raise
+    except PermissionError as error:
+        raise UserError(f"{error.filename or root}: cannot be written: {error.strerror or 'not permitted'}") from error
     except Exception as error:  # whatever the network, the server or the archive did wrong, the way out is the same
         raise UserError(
             f"{name}: no {names} in {folder.resolve()}, and {source.url + archive} cannot be had "

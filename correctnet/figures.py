@@ -14,10 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from correctnet import storage, tables
+from correctnet import checked, storage, tables
 from correctnet.config import exact
-from correctnet.errors import UserError, one_line
-from correctnet.results import Result
+from correctnet.errors import UserError
+from correctnet.results import Result, check_accuracies
 
 # Okabe and Ito's palette, which people with any kind of colour blindness can tell apart.
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"
@@ -110,7 +110,12 @@ def _counts(table: pd.DataFrame) -> str:
     chips = (table if varied.empty else varied).groupby(["row", "sigma"]).size()
     images = "/".join(str(n) for n in sorted(table["images"].unique()))
     low, high = chips.min(), chips.max()
-    return f"{low if low == high else f'{low} to {high}'} chips, {images} images"
+    return f"{_chips(low) if low == high else f'{low} to {high} chips'}, {images} images"
+
+
+def _chips(count: int) -> str:
+    """How many chips, and that one of them has no spread."""
+    return tables.NO_INTERVAL if count == 1 else f"{count} chips"
 
 
 def figure2(files: Sequence[Path]) -> plt.Figure:
@@ -197,7 +202,7 @@ def figure9(files: Sequence[Path]) -> plt.Figure:
         below = mean.index[mean < line]
         if len(below):
             ax.axvspan(0.5, below.max() + 0.5, color=ORANGE, alpha=0.1, linewidth=0, label="candidates")
-        text = f"{by_layer.size().iloc[0]} chips, {table['images'].iloc[0]} validation images"
+        text = f"{_chips(by_layer.size().iloc[0])}, {table['images'].iloc[0]} validation images"
         ax.text(0.98, 0.02, text, transform=ax.transAxes, fontsize=7, color=GREY, ha="right")
         ax.set(xlabel="first layer with variation", ylabel="accuracy", xticks=mean.index)
         ax.legend(loc="lower right", bbox_to_anchor=(1, 0.08))
@@ -248,7 +253,9 @@ def yield_curve(files: Sequence[Path], sigma: float | None = None) -> plt.Figure
         ax.set(xlabel="accuracy", ylabel="chips at or above it", ylim=(0, 1.02))
         ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         chips = varied.groupby("row").size()
-        ax.text(0.02, 0.02, f"σ = {varied['sigma'].iloc[0]:g}, {chips.min()} chips", transform=ax.transAxes, fontsize=7)
+        ax.text(
+            0.02, 0.02, f"σ = {varied['sigma'].iloc[0]:g}, {_chips(chips.min())}", transform=ax.transAxes, fontsize=7
+        )
         ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
     return figure
 
@@ -284,13 +291,17 @@ def rows(
         of_pair = samples[samples["pair"] == pair]
         varied = of_pair[of_pair["sigma"] == sigmas[pair]]
         names = list(varied["row"].unique())
-        texts = [_wrapped((labels or {}).get(name, name), 48) for name in names]
+        lone = varied.groupby("row").size() == 1
+        texts = []
+        for name in names:
+            text = _wrapped((labels or {}).get(name, name), 48)
+            texts.append(f"{text}\n({tables.NO_INTERVAL})" if lone[name] else text)
         ax.axvline(varied[varied["row"] == names[0]]["accuracy"].mean(), color=GREY, linewidth=0.8, linestyle=":")
         for y, row in enumerate(names):
             result = Result(varied[varied["row"] == row])
             interval, colour = result.interval(), ROW_STYLE[row][0] if row in ROW_STYLE else GREEN
             ax.plot(result.accuracies, np.full(result.chips, y), "|", color=colour, alpha=0.15, markersize=9)
-            error = [[result.mean - interval.low], [interval.high - result.mean]]
+            error = None if lone[row] else [[result.mean - interval.low], [interval.high - result.mean]]
             ax.errorbar([result.mean], [y], xerr=error, fmt="o", color=colour, markersize=5, capsize=3)
             clean = of_pair[(of_pair["row"] == row) & (of_pair["sigma"] == 0)]["accuracy"]
             ax.plot(clean, np.full(len(clean), y), "D", color=colour, markerfacecolor="none", markersize=5)
@@ -330,32 +341,32 @@ def sensitivity(files: Sequence[Path]) -> plt.Figure:
         ax.axhline(0, color=GREY, linewidth=0.8)
         ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
         ax.set(xlabel="the layer with variation", ylabel="accuracy lost, points", xticks=mean.index)
-        text = f"{table.groupby('layer').size().iloc[0]} chips, {table['images'].iloc[0]} validation images"
+        chips = _chips(table.groupby("layer").size().iloc[0])
+        text = f"{chips}, {table['images'].iloc[0]} validation images"
         ax.text(0.98, 0.98, text, transform=ax.transAxes, fontsize=7, color=GREY, ha="right", va="top")
         ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
     return figure
 
 
 def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """A CSV with at least these columns. Raises UserError where it is not one."""
-    try:
-        table = storage.read_csv(path, text=("filters", "candidates"))  # empty where no layer is a candidate
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)})") from error
-    missing = [c for c in columns if c not in table.columns]
-    if missing:
-        raise UserError(f"{path}: no column {missing[0]!r}")
-    return table
+    """A CSV with at least these columns. Raises UserError, with the line, where it is not one, or is cut or edited."""
+    read = checked.read(path, columns)
+    if {"correct", "images", "accuracy"} <= set(read.table):
+        check_accuracies(read)
+    return read.table
 
 
 def chip_histogram(result: Result, ax: Axes | None = None, label: str | None = None) -> Axes:
-    """Histogram of the chips' accuracies, with the mean and its 95 % confidence interval."""
+    """Histogram of the chips' accuracies, with the mean and its 95 % confidence interval; one chip has none."""
     if ax is None:
         _, ax = plt.subplots()
     _, _, patches = ax.hist(result.accuracies, bins="auto", alpha=0.5, label=label)
     interval, colour = result.interval(), patches[0].get_facecolor()[:3]
     ax.axvline(result.mean, color=colour)
-    ax.axvspan(interval.low, interval.high, color=colour, alpha=0.3, linewidth=0)
+    if result.chips > 1:
+        ax.axvspan(interval.low, interval.high, color=colour, alpha=0.3, linewidth=0)
+    else:
+        ax.text(0.02, 0.98, tables.NO_INTERVAL, transform=ax.transAxes, fontsize=7, va="top")
     ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=int(np.ptp(result.accuracies) < 0.05)))
     ax.set(xlabel="accuracy", ylabel="chips")
     if label:

@@ -78,12 +78,6 @@ class PlanStep(TorchStep):
         )
         return correct.tolist(), nonfinite.tolist()
 
-    def count(
-        self, x: Tensor, labels: Tensor, seed: int, samples: Sequence[int], memory: int
-    ) -> tuple[list[int], list[int]]:
-        """MERGE: replaced by the kernels' own."""
-        return self.count_correct(x, labels, seed, samples, memory), [0] * len(samples)
-
     def bytes(self, images: int, samples: int) -> int:
         """That a run takes beside the images; on a GPU for a few chips at once, which is the least that pays."""
         if self.gpu:

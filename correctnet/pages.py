@@ -62,18 +62,18 @@ def table1(table: pd.DataFrame, sigma: float) -> str:
     columns = ["pair", "row", "clean", "mean ± std", "95 % CI of the mean", "mean / clean", "overhead", "layers"]
     columns += ["paper", "difference", "chips × images", "epochs", "seed"]
     rows, firsts = [], []
-    for i, r in enumerate(table.to_dict("records")):
-        new = i == 0 or r["pair"] != table["pair"].iloc[i - 1]
-        firsts += [i] if new else []
-        known = not pd.isna(r["paper"])
+    for number, r in enumerate(table.to_dict("records")):
+        new = number == 0 or r["pair"] != table["pair"].iloc[number - 1]
+        firsts += [number] if new else []
+        known, one = not pd.isna(r["paper"]), r["chips"] == 1
         rows.append(
             [
                 html.escape(r["pair"]) if new else "",
                 "<br>".join(html.escape(r["label"]).splitlines()),
                 f"{r['clean']:.2%}",
-                f"<b>{r['mean']:.2%}</b> ± {100 * r['std']:.2f}",
-                f"{100 * r['ci_low']:.2f} to {100 * r['ci_high']:.2f}",
-                f"{r['ratio']:.1%}",
+                f"<b>{r['mean']:.2%}</b>" + ("" if one else f" ± {100 * r['std']:.2f}"),
+                tables.NO_INTERVAL if one else f"{100 * r['ci_low']:.2f} to {100 * r['ci_high']:.2f}",
+                "–" if pd.isna(r["ratio"]) else f"{r['ratio']:.1%}",
                 f"{r['overhead']:.2%}",
                 str(r["layers"]),
                 f"{r['paper']:.2%}" if known else "–",
@@ -89,9 +89,10 @@ def table1(table: pd.DataFrame, sigma: float) -> str:
         for (network, data), value in values.items()
     ]
     note = (
-        f"<p>Accuracy under lognormal variation of σ = {exact(sigma)}, over chip samples; “mean / clean” is of the "
-        "clean accuracy of the original network, the row “unprotected” or the pair's first; the difference to the "
-        f"paper is in points. The paper states values for some pairs only ({'; '.join(clean)}).</p>\n"
+        f"<p>Accuracy under lognormal variation of σ = {exact(sigma)}, over chip samples; “mean / clean” is of the clean "
+        "accuracy of the original network, the row “unprotected” or the pair's first, on the same images (–: not "
+        "known); the difference to the paper is "
+        f"in points. The paper states values for some pairs only ({'; '.join(clean)}).</p>\n"
     )
     return page("Table I: accuracy under variation", note + _table(columns, rows, (0, 1, 11), firsts))
 

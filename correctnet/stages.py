@@ -15,6 +15,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,13 +31,13 @@ from correctnet import data as datasets
 from correctnet import search as searching
 from correctnet import sweep as sweeping
 from correctnet.analog import analog_layers, convert, crossbar_layers, program
-from correctnet.config import SEARCHING, Settings, Stage, network_mistake, sizes_mistake
+from correctnet.config import SEARCHING, Settings, Stage, exact, network_mistake, sizes_mistake
 from correctnet.coverage import check_coverage
 from correctnet.data import DataSet, Split
 from correctnet.engine import MEMORY, describe
 from correctnet.errors import UserError, one_line
 from correctnet.montecarlo import clean_accuracy, evaluate
-from correctnet.results import COLUMNS, Result, record
+from correctnet.results import COLUMNS, IDENTITY, Result, record
 from correctnet.training import Checkpoint, Hooks, fit
 
 # Simulated chips over which BatchNorm's statistics are estimated.
@@ -55,10 +56,43 @@ class Runtime:
     memory: int = MEMORY
     """bytes that Monte Carlo may take beside the data, about"""
 
-    def load(self, settings: Any) -> DataSet:
-        """The data set that a stage's settings name, on the device."""
-        data = datasets.load(settings.data.dataset, self.data_dir, settings.data.validation, settings.seed)
-        return data.to(self.device)
+    def load(self, settings: Any, description: dict[str, Any] | None = None, source: Path | str = "") -> DataSet:
+        """The data set that a stage's settings name, on the device; that of the model at `source`, if it is described.
+
+        The model's images are split as they were for it: another seed of the settings is that of chips and batches
+        alone. Raises UserError where the settings name another data set than the model's, or hold out another fraction.
+        """
+        seed = _split_seed(settings, description, source)
+        if seed != settings.seed:
+            warnings.warn(
+                f"seed {settings.seed} is that of chips and batches; the images are split with seed {seed}, as they "
+                f"were for {source}",
+                stacklevel=2,
+            )
+        return datasets.load(settings.data.dataset, self.data_dir, settings.data.validation, seed).to(self.device)
+
+
+def _split_seed(settings: Any, description: dict[str, Any] | None, source: Path | str) -> int:
+    """The seed of the split into training and validation images: that of the model, if there is one.
+
+    Raises UserError where the settings name other images than those that the model was trained on.
+    """
+    made = storage.training_data(description or {})
+    if made.get("dataset", settings.data.dataset) != settings.data.dataset:
+        raise UserError(f"--dataset {settings.data.dataset}: {source} was trained on {made['dataset']}")
+    if made.get("validation", settings.data.validation) != settings.data.validation:
+        raise UserError(
+            f"--validation {settings.data.validation}: {source} was trained with {made['validation']} of the training "
+            "images held out"
+        )
+    return made.get("seed", settings.seed)
+
+
+def _identity(stage: Stage, settings: Settings, description: dict[str, Any], *inputs: Path | str) -> str:
+    """What a stage was asked for, as text: settings, network, images and their split, input files."""
+    base = json.dumps([description.get("network"), storage.training_data(description)], sort_keys=True)
+    known = datasets.digest(settings.data.dataset)
+    return "\n".join([stage, settings.canonical(stage), base, known, *(storage.sha256(path) for path in inputs)])
 
 
 def read_network(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
@@ -69,9 +103,57 @@ def read_network(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict
     tensors, description = storage.read_model(path)
     if "network" not in description:
         raise UserError(f"{path}: holds no network of correctnet.models; load it with correctnet.compensation.load")
-    model = _build(description["network"], 0, "restore")  # other weights take the place of those drawn here
-    model = compensation.restore(model, tensors, description, str(path))
+    _check_description(storage.model_files(path)[1], description)
+    try:
+        # Other weights take the place of those drawn here.
+        model = _build(description["network"], 0, "restore")
+        model = compensation.restore(model, tensors, description, str(path))
+    except (TypeError, ValueError) as error:  # settings that no network and no compensation has
+        raise UserError(f"{storage.model_files(path)[1]}: describes no network ({one_line(error)})") from error
     return model.eval().to(device), description
+
+
+def _whole(value: Any, low: int) -> bool:
+    """Whether a value of a JSON file is a whole number, at least `low`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def _number(value: Any, low: float = 0.0, high: float = math.inf) -> bool:
+    """Whether a value of a JSON file is a finite number from `low` to `high`."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and low <= value <= high
+
+
+def _filters(value: Any) -> bool:
+    """Whether a value of a JSON file says how many filters which layers have."""
+    return isinstance(value, dict) and all(_whole(m, 1) for m in value.values())
+
+
+def _expect(path: Path, key: str, holds: bool, expected: str, value: Any) -> None:
+    """Raise a UserError about a value of a JSON file that is not what is expected."""
+    if not holds:
+        raise UserError(f"{path}: {key}: {expected} is expected, not {json.dumps(value)[:60]}")
+
+
+def _check_description(path: Path, description: dict[str, Any]) -> None:
+    """Raise a UserError where a model's description says what no stage writes."""
+    network, history = description["network"], description.get("history", [])
+    _expect(path, "network", isinstance(network, dict) and isinstance(network.get("name"), str), "a network", network)
+    for key in ("classes", "channels"):
+        _expect(path, f"network.{key}", _whole(network.get(key), 1), "a number of them", network.get(key))
+    holds = isinstance(history, list) and all(
+        isinstance(h, dict) and isinstance(h.get("stage"), str) and _whole(h.get("epochs"), 0) for h in history
+    )
+    _expect(path, "history", holds, "a list of stages, each with its epochs", history)
+    overhead = description.get("overhead", 0.0)
+    _expect(path, "overhead", _number(overhead), "a fraction that is at least 0", overhead)
+    plan = description.get("compensation") or {"filters": {}}
+    _expect(path, "compensation", isinstance(plan, dict) and _filters(plan.get("filters")), "filters by layer", plan)
+    made = description.get("data")
+    if made is not None:
+        holds = isinstance(made, dict) and made.get("dataset") in datasets.NAMES and _whole(made.get("seed"), 0)
+        holds = holds and _number(made.get("validation"), 0, 1)
+        _expect(path, "data", holds, "a data set, the fraction held out and a seed", made)
 
 
 def _build(network: dict[str, Any], seed: int, stage: str) -> nn.Module:
@@ -84,6 +166,8 @@ def _write_network(
 ) -> None:
     """Write a model that `stage` made from one described by `base`, with the stage added to its history."""
     description = {k: v for k, v in base.items() if k not in ("format", "sha256")}
+    own = {**settings.data.model_dump(mode="json"), "seed": settings.seed}
+    description["data"] = storage.training_data(base) or own
     entry = {"stage": stage, **metrics, "settings": json.loads(settings.canonical(stage))}
     description["history"] = [*base.get("history", []), entry]
     storage.write_model(out, model.state_dict(), description)
@@ -108,10 +192,9 @@ def _train(
     """
     s = settings.of(stage)
     hooks.augment = s.data.augment
-    # A checkpoint is for these settings, this network, these inputs, and no others.
-    network = json.dumps(base["network"], sort_keys=True)
-    identity = [stage, settings.canonical(stage), network, *(storage.sha256(p) for p in inputs)]
-    checkpoint = Checkpoint(runtime.work / f"{stage}.safetensors", "\n".join(identity)) if runtime.work else None
+    # A checkpoint is for these settings, these images, these inputs, and no others.
+    identity = _identity(stage, settings, base, *inputs)
+    checkpoint = Checkpoint(runtime.work / f"{stage}.safetensors", identity) if runtime.work else None
     rows = fit(
         model,
         data.train,
@@ -154,21 +237,22 @@ def suppress(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) 
     model, base = read_network(pretrained, runtime.device)
     if mistake := sizes_mistake(s, "suppress", base["network"]["name"]):
         raise UserError(mistake)
-    inputs = [storage.model_files(pretrained)[0]]
     if s.suppress.start == "scratch":
         model = _build(base["network"], s.seed, "suppress").to(runtime.device)
-        base, inputs = {"network": base["network"]}, []
+        base = {"network": base["network"], "data": storage.training_data(base)}
     lam = lipschitz.bound(s.variation.sigma, s.suppress.k, variation.make(s.variation).shift)
     ramp, beta = s.suppress.ramp, s.suppress.beta
+    norms = lipschitz.batchnorms(model) if s.suppress.fold_batchnorm else {}
     hooks = Hooks(
-        penalty=lambda: lipschitz.penalty(
-            lipschitz.analog_weights(model, s.suppress.fold_batchnorm), lam, s.suppress.form
-        ),
+        penalty=lambda: lipschitz.penalty(lipschitz.analog_weights(model, norms), lam, s.suppress.form),
         penalty_weight=lambda done: beta * min(1.0, done / ramp) if ramp else beta,
         temperature=s.suppress.temperature,
         sizes=s.suppress.sizes,
     )
-    _train("suppress", model, base, runtime.load(s), settings, hooks, out, runtime, inputs)
+    # From scratch, nothing of the pre-trained network but its shape is used.
+    inputs = [] if s.suppress.start == "scratch" else [storage.model_files(pretrained)[0]]
+    data = runtime.load(s, base, pretrained)
+    _train("suppress", model, base, data, settings, hooks, out, runtime, inputs)
 
 
 def inject(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) -> None:
@@ -197,15 +281,17 @@ def _train_with_variation(
         update_batchnorm=getattr(s, stage).batchnorm == "updated",
     )
     weights, _ = storage.model_files(path)
-    _train(stage, analog, base, runtime.load(s), settings, hooks, out, runtime, [weights])
+    _train(stage, analog, base, runtime.load(s, base, path), settings, hooks, out, runtime, [weights])
 
 
 def sweep(settings: Settings, pretrained: Path, base: Path, out: Path, runtime: Runtime) -> None:
     """Find the candidate layers on the validation images. Writes out/accuracy.csv and out/candidates.json."""
     s = settings.of("sweep")
-    images = runtime.load(s).validation.take(s.sweep.images)
-    original, _ = read_network(pretrained, runtime.device)
-    model, _ = read_network(base, runtime.device)
+    original, of_original = read_network(pretrained, runtime.device)
+    model, description = read_network(base, runtime.device)
+    if _split_seed(s, description, base) != _split_seed(s, of_original, pretrained):
+        raise UserError(f"sweep: {base} and {pretrained} were trained on other splits of the images")
+    images = runtime.load(s, description, base).validation.take(s.sweep.images)
     found = sweeping.sweep(
         convert(model, variation.make(s.variation), s.seed),
         images,
@@ -231,7 +317,7 @@ def sensitivity(settings: Settings, path: Path, out: Path, runtime: Runtime) -> 
         model,
         variation.make(s.variation),
         s.seed,
-        runtime.load(s).validation.take(s.sensitivity.images),
+        runtime.load(s, description, path).validation.take(s.sensitivity.images),
         chips=s.sensitivity.chips,
         start=streams.chips("sensitivity", s.sensitivity.chips).start,
         precision=s.montecarlo.precision,
@@ -276,9 +362,9 @@ def search(
     log_path = None
     if runtime.work:
         # A log of other settings or inputs has another name, and is not resumed from.
-        weights, _ = storage.model_files(base)
-        identity = f"{settings.canonical('search')} {limit} {storage.sha256(weights)} {storage.sha256(candidates)}"
-        log_path = _resumable(runtime.work, "search", identity)
+        weights, text = storage.model_files(base)
+        identity = _identity("search", settings, storage.read_json(text), weights, candidates)
+        log_path = _resumable(runtime.work, "search", f"{identity} {limit}")
     log = searching.search(problem, s.search, s.seed, log_path, not runtime.quiet, _read_states(known))
     storage.write_csv(out / "log.csv", log.table().assign(candidates=" ".join(names)))
     chosen = log.best()
@@ -330,7 +416,8 @@ def _search_problem(
     s = settings.of("search")
     if not 0 < limit <= 1:
         raise UserError(f"search: --limit is a fraction above 0 and at most 1, not {limit}")
-    model, _ = read_network(base, runtime.device)
+    model, description = read_network(base, runtime.device)
+    _split_seed(s, description, base)  # refused before any work
     layers = dict(crossbar_layers(model))
     names = _candidate_names(candidates, layers)
     section = SimpleNamespace(**{**vars(s.compensate), "epochs": s.search.train_epochs})
@@ -338,7 +425,7 @@ def _search_problem(
 
     @functools.cache
     def splits() -> tuple[Split, Split]:  # read once, and not at all where nothing is trained
-        data = runtime.load(s)
+        data = runtime.load(s, description, base)
         return data.train.take(s.search.train_images), data.validation.take(s.search.images)
 
     def score(filters: searching.Filters) -> tuple[float, float]:
@@ -383,21 +470,26 @@ def _read_states(paths: Sequence[Path]) -> list[searching.Explored]:
         found = storage.read_json(path)
         if found is None:
             continue
-        try:
-            filters, mean, std, seconds = (found[key] for key in ("filters", "mean", "std", "seconds"))
-            states.append(searching.Explored(0, 0, tuple(map(int, filters)), 0.0, mean, std, 0.0, seconds))
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{path}: no state of a search ({one_line(error)}); delete it to have it made again"
-            ) from error
+        keys = ("filters", "mean", "std", "seconds")
+        if not isinstance(found, dict) or not set(keys) <= set(found):
+            raise UserError(f"{path}: no state of a search; delete it to have it made again")
+        filters, mean, std, seconds = (found[key] for key in keys)
+        holds = isinstance(filters, list) and all(_whole(m, 0) for m in filters)
+        _expect(path, "filters", holds, "a list of numbers of filters", filters)
+        for key in ("mean", "std"):
+            _expect(path, key, _number(found[key], 0, 1), "a fraction between 0 and 1", found[key])
+        _expect(path, "seconds", _number(seconds), "a number that is at least 0", seconds)
+        states.append(searching.Explored(0, 0, tuple(filters), 0.0, mean, std, 0.0, seconds))
     return states
 
 
 def _candidate_names(path: Path, layers: dict[str, nn.Module]) -> list[str]:
     found = storage.read_json(path)
     names = found.get("candidates") if isinstance(found, dict) else None
-    if not isinstance(names, list) or not set(names) <= set(layers):
+    if not isinstance(names, list) or not all(isinstance(name, str) and name in layers for name in names):
         raise UserError(f"{path}: names no candidate layers of this network")
+    if len(set(names)) != len(names):
+        raise UserError(f"{path}: candidates: a layer is named twice")
     return names
 
 
@@ -421,11 +513,13 @@ def compensate(settings: Settings, base: Path, found: Sequence[Path], out: Path,
     described |= {"compensation": plan, "overhead": compensation.overhead(model, plan["filters"]), "search": best}
     parameters = compensation.trained_parameters(analog, s.compensate)
     if not parameters:
-        metrics = {"epochs": 0, "validation": clean_accuracy(analog, runtime.load(s).validation)}
+        data = runtime.load(s, described, base)
+        metrics = {"epochs": 0, "validation": clean_accuracy(analog, data.validation)}
         _write_network(out, analog, described, "compensate", settings, metrics)
         storage.write_text(out / "log.csv", "epoch\n")
         return
-    inputs, data = [storage.model_files(base)[0], *found], runtime.load(s)
+    inputs = [storage.model_files(base)[0], *found]
+    data = runtime.load(s, described, base)
 
     def judge() -> dict[str, Any]:
         how = {"stage": "compensate", "memory": runtime.memory}
@@ -439,6 +533,10 @@ def _read_best(path: Path) -> dict[str, Any]:
     best = storage.read_json(path)
     if not isinstance(best, dict) or not {"filters", "mean", "overhead"} <= set(best):
         raise UserError(f"{path}: not what a search found (its best.json)")
+    _expect(path, "filters", _filters(best["filters"]), "a number of filters for each layer", best["filters"])
+    holds = best["mean"] is None or _number(best["mean"], 0, 1)
+    _expect(path, "mean", holds, "a fraction between 0 and 1, or null", best["mean"])
+    _expect(path, "overhead", _number(best["overhead"]), "a number that is at least 0", best["overhead"])
     return best
 
 
@@ -451,6 +549,7 @@ def evaluate_chips(
     chips: int,
     start: int = 0,
     notes: Mapping[str, Any] | None = None,
+    prefixes: Sequence[int] = (),
 ) -> Result:
     """Accuracy of a number of chips. Writes a CSV, a row a chip.
 
@@ -461,11 +560,16 @@ def evaluate_chips(
         start: number of the first among the chips for these images: test images and validation images are evaluated on
             chips of their own (`correctnet.streams`), as choices are made on the latter.
         notes: further columns of one value each (pair, row), put before the others.
+        prefixes: with `variation.sigma` 0, numbers of images: how many of the first N are correct is put into the
+            column `prefixes`, as N:CORRECT, for Table I to divide the accuracies of rows of N images by. One that is
+            not below the number of all images is left out.
     """
     s = settings.of("evaluate")
     storage.check_writable(out)
+    if prefixes and s.variation.sigma != 0:
+        raise UserError("--prefix: the nominal network alone is judged on fewer images, too; it needs --sigma 0")
     model, description = read_network(path, runtime.device)
-    data = runtime.load(s)
+    data = runtime.load(s, description, path)
     images = getattr(data, s.evaluate.split).take(s.evaluate.images)
     analog = convert(model, variation.make(s.variation), s.seed)
     history = description.get("history", [])
@@ -478,8 +582,9 @@ def evaluate_chips(
         "overhead": description.get("overhead", 0.0),
         "layers": len(plan["filters"]),
         "epochs": " + ".join(f"{h['epochs']} {h['stage']}" for h in history),
+        "trained_sigma": _trained_sigma(history),
     }
-    if taken := sorted(set(notes or {}) & {*columns, *COLUMNS}):
+    if taken := sorted(set(notes or {}) & {*columns, *COLUMNS, *IDENTITY, "prefixes"}):
         raise UserError(f"--note {taken[0]}: the evaluation has a column of that name")
     first = streams.chips(s.evaluate.split, chips, start).start
     if s.variation.sigma > 0:
@@ -499,25 +604,30 @@ def evaluate_chips(
     save = None
     if runtime.work:
         # The rows of other settings or another model have another name, and are not taken over.
-        identity = f"{settings.canonical('evaluate')} {storage.sha256(storage.model_files(path)[0])}"
-        save = _resumable(runtime.work, "chips", identity)
-    result = evaluate(
-        analog,
-        images,
-        chips,
-        start=first,
-        precision=s.montecarlo.precision,
-        gpu_method=s.montecarlo.gpu_method,
-        memory=runtime.memory,
-        prepare=prepare,
-        save=save,
-        progress=not runtime.quiet,
-    )
+        save = _resumable(
+            runtime.work, "chips", _identity("evaluate", settings, description, *storage.model_files(path))
+        )
+    how = {"precision": s.montecarlo.precision, "gpu_method": s.montecarlo.gpu_method, "memory": runtime.memory}
+    how |= {"start": first, "prepare": prepare}
+    result = evaluate(analog, images, chips, save=save, progress=not runtime.quiet, **how)
+    counts = {
+        n: evaluate(analog, images.take(n), 1, progress=False, **how).table["correct"][0]
+        for n in sorted(set(prefixes))
+        if n < len(images)
+    }
+    if counts:
+        columns["prefixes"] = " ".join(f"{n}:{correct}" for n, correct in counts.items())
     result = record(result, {**(notes or {}), **columns})
     result.to_csv(out)
     if save:
         _discard(save)
     return result
+
+
+def _trained_sigma(history: Sequence[dict[str, Any]]) -> str:
+    """The sigmas that a model was trained for, by the stages that know one; "none" where none does."""
+    sigmas = (h.get("settings", {}).get("variation", {}).get("sigma") for h in history)
+    return " + ".join(dict.fromkeys(exact(sigma) for sigma in sigmas if sigma is not None)) or "none"
 
 
 def _resumable(folder: Path, name: str, identity: str) -> Path:

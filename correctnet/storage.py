@@ -280,10 +280,13 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], Any]:
 
 
 def model_files(path: str | Path) -> tuple[Path, Path]:
-    """The (tensors, description) files of a model, named by its folder or by either of them."""
+    """The (tensors, description) files of a model, named by its folder or by either of them.
+
+    Only the endings .safetensors and .json are taken away: other dots belong to the name.
+    """
     path = Path(path)
-    stem = path.with_suffix("") if path.suffix in (".safetensors", ".json") else path / "model"
-    return stem.with_suffix(".safetensors"), stem.with_suffix(".json")
+    stem = path.with_name(path.stem) if path.suffix in (".safetensors", ".json") else path / "model"
+    return stem.with_name(f"{stem.name}.safetensors"), stem.with_name(f"{stem.name}.json")
 
 
 def write_model(path: str | Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
@@ -299,8 +302,24 @@ def read_model(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     description = read_json(text)
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise UserError(f"{text}: not a model description of format {FORMAT}")
-    if not weights.exists():
-        raise UserError(f"{weights}: no such file")
     if sha256(weights) != description.get("sha256"):
         raise UserError(f"{weights}: damaged, or not the file that {text.name} describes; delete both to remake them")
     return read_tensors(weights)[0], description
+
+
+def training_data(description: Any) -> dict[str, Any]:
+    """The images that a model was trained on, by its description.
+
+    `dataset`, `validation` (the fraction held out), `seed` (of that split), and how they were augmented. {} where the
+    description does not say. An older one says it with the settings of its history.
+    """
+    if not isinstance(description, dict):
+        return {}
+    if isinstance(description.get("data"), dict):
+        return description["data"]
+    history = description.get("history")
+    for entry in history if isinstance(history, list) else ():
+        settings = entry.get("settings") if isinstance(entry, dict) else None
+        if isinstance(settings, dict) and "seed" in settings and {"dataset", "validation"} <= set(settings["data"]):
+            return {**settings["data"], "seed": settings["seed"]}
+    return {}

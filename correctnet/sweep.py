@@ -1,16 +1,24 @@
-"""Which layers variation hurts: from layer i to the last (Fig. 9 of the paper), and each layer alone."""
+"""Which layers variation hurts: from layer i to the last (Fig. 9 of the paper), and each layer alone.
+
+Layers are counted in the order in which the network runs them, whatever the order of their registration; the address
+of a layer's noise, its layer index, is that of registration and stays what it is.
+"""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-from torch import nn
+import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from correctnet.analog import analog_layers, convert, crossbar_layers
+from correctnet.analog import ANALOG, analog_layers, convert, crossbar_layers, programmed
 from correctnet.arithmetic import Precision
+from correctnet.data import Split
 from correctnet.engine import MEMORY, Method
 from correctnet.errors import UserError
 from correctnet.montecarlo import Batches, clean_accuracy, evaluate
@@ -25,7 +33,7 @@ class Sweep:
     results: dict[int, Result]
     """by i, 1 <= i <= L, counted as in the paper"""
     names: tuple[str, ...]
-    """of the L layers"""
+    """of the L layers, in the order of execution"""
     original: float
     """clean accuracy of the pre-trained network, on the same images"""
     threshold: float
@@ -55,6 +63,46 @@ class Sweep:
         }
 
 
+def executed(model: nn.Module, data: Batches) -> list[str]:
+    """The names of the conv and linear layers in the order in which `model` first runs them.
+
+    Observed on images of `data`, in evaluation mode. Raises UserError for a layer that is never called: variation in it
+    has no effect.
+    """
+    if isinstance(data, Split):
+        data = data.images, data.labels
+    whole = isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)
+    images = data[0] if whole else next(iter(data))[0]
+    layers = dict(crossbar_layers(model))
+    device = next(model.parameters()).device
+    order: dict[str, None] = {}
+    hooks = [
+        layer.register_forward_hook(lambda *_, name=name: order.setdefault(name)) for name, layer in layers.items()
+    ]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(images[:2].to(device, copy=True))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes:
+            module.training = training
+    if never := [name for name in layers if name not in order]:
+        raise UserError(f"{never[0]} is never called, so variation in it has no effect; take it out of the network")
+    return list(order)
+
+
+def _nominal(model: nn.Module, names: Collection[str]) -> nn.Module:
+    """A copy of a converted model whose layers `names` carry no variation; all others keep their addresses."""
+    model = copy.deepcopy(model)
+    for name, layer in crossbar_layers(model):
+        if name in names:
+            layer.__class__ = next(plain for plain, analog in ANALOG.items() if type(layer) is analog)
+    return model
+
+
 def sweep(
     model: nn.Module,
     data: Batches,
@@ -70,6 +118,8 @@ def sweep(
 ) -> Sweep:
     """Inject variation into layers i..L for i = L, L-1, ..., 1, each over the same chips.
 
+    Layer i is the i-th that the network runs.
+
     Args:
         model: from `correctnet.analog.convert`, no layer excluded.
         data: validation images, never the test set: the result is a choice.
@@ -80,17 +130,22 @@ def sweep(
     """
     if not 0 < original <= 1:
         raise UserError(f"sweep: the original accuracy must lie in (0, 1], not {original}")
-    names = tuple(name for name, _ in crossbar_layers(model))
-    if len(analog_layers(model)) != len(names):
+    if not 0 < threshold <= 1:
+        raise UserError(f"sweep: the threshold is a fraction in (0, 1] (0.95, not 95), not {threshold}")
+    registered = tuple(name for name, _ in crossbar_layers(model))
+    if len(analog_layers(model)) != len(registered):
         raise UserError("sweep: every conv and linear layer must carry variation; convert the model without `exclude`")
+    with programmed(model, None):
+        names = tuple(executed(model, data))
     results = {}
     for i in tqdm(range(len(names), 0, -1), desc="sweep", unit="layer", disable=not progress):
+        in_order = names == registered
         results[i] = evaluate(
-            model,
+            model if in_order else _nominal(model, names[: i - 1]),
             data,
             chips,
             start=start,
-            first_layer=i - 1,
+            first_layer=i - 1 if in_order else 0,
             precision=precision,
             gpu_method=gpu_method,
             memory=memory,
@@ -123,14 +178,14 @@ def sensitivity(
         data, chips, start, precision, gpu_method, memory, progress: as in `correctnet.montecarlo.evaluate`.
 
     Returns:
-        One row a layer and chip: layer (1 is the first), name, weights (of the layer), sample, accuracy, ..., clean
-        (accuracy of the nominal network on the same images).
+        One row a layer and chip: layer (1 is the first that the network runs), name, weights (of the layer), sample,
+        accuracy, ..., clean (accuracy of the nominal network on the same images).
     """
-    layers = list(crossbar_layers(model))
-    names = [name for name, _ in layers]
+    layers = dict(crossbar_layers(model))
+    names = executed(model, data)
     clean = clean_accuracy(model, data)
     parts = []
-    for i, (name, layer) in enumerate(tqdm(layers, desc="sensitivity", unit="layer", disable=not progress), start=1):
+    for i, name in enumerate(tqdm(names, desc="sensitivity", unit="layer", disable=not progress), start=1):
         alone = convert(model, variation, seed, exclude=[other for other in names if other != name])
         result = evaluate(
             alone,
@@ -144,5 +199,5 @@ def sensitivity(
             progress=progress,
             title=name,
         )
-        parts.append(result.table.assign(layer=i, name=name, weights=layer.weight.numel(), clean=clean))
+        parts.append(result.table.assign(layer=i, name=name, weights=layers[name].weight.numel(), clean=clean))
     return pd.concat(parts, ignore_index=True)

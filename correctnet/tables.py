@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from correctnet.config import exact
 from correctnet.errors import UserError
-from correctnet.results import COLUMNS, Result
+from correctnet.results import COLUMNS, Result, read_chips
 
 # What the paper states (Section IV), as fractions, by (network, data set): clean accuracy, and by row at sigma 0.5
 # (mean, standard deviation). Table I itself is not legible in the copies at hand; these are the values of its text.
@@ -27,6 +28,7 @@ PAPER = {
 }
 PAPER_SIGMA = 0.5
 
+NO_INTERVAL = "1 chip, no interval"
 KEYS = ["pair", "row", "network", "dataset", "split", "sigma", "centre", "overhead", "layers", "epochs"]
 
 
@@ -43,7 +45,7 @@ def read_samples(files: Iterable[Path]) -> pd.DataFrame:
     """
     tables = []
     for path in files:
-        table = Result.from_csv(path).table
+        table = read_chips(path, by=("pair", "row", "sigma"))
         missing = [c for c in [*KEYS, *COLUMNS] if c not in table.columns]
         if missing:
             raise UserError(f"{path}: no column {missing[0]!r}; evaluate with --note {missing[0]}=...")
@@ -63,14 +65,16 @@ def table1(samples: pd.DataFrame, sigma: float, labels: Mapping[str, str] | None
     """One row a (pair, row): accuracies at `sigma` against the clean accuracy of the pair's unprotected network.
 
     Columns: pair, row, label, centre, clean (of the row's own network), mean, std, ci_low, ci_high (95 % t interval),
-    ratio (mean / clean accuracy of the row `unprotected`, or else of the pair's first row, on all images that that one
-    has; those of a row with fewer are its first), overhead, layers, chips, images, epochs, seed, paper (its mean
-    at sigma 0.5, where it is known), difference. `labels` names the rows for people.
+    ratio (mean / clean accuracy, on the same images, of the row `unprotected`, or else of the pair's first row; none
+    where that is not known: a row with fewer images has the first ones, on which `correctnet evaluate --sigma 0
+    --prefix N` counts), overhead, layers, chips, images, epochs, seed, paper (its mean
+    at sigma 0.5, where it is known), difference. `labels` names the rows for people. One chip has no std and no
+    interval.
 
     Raises:
-        UserError: a row lacks its clean accuracy, or rows of a pair differ in split, seed or first chip and must not
-            stand in one table. They may differ in how many chips and images they have: each says it, and a smaller
-            number of chips is the first of the larger one.
+        UserError: a row lacks its clean accuracy or a chip between its first and its last, or rows of a pair differ in
+            data set, split, seed or first chip and must not stand in one table. They may differ in how many chips and
+            images they have: each says it, and a smaller number of them is the first of the larger one.
     """
     rows = []
     for pair, of_pair in samples.groupby("pair", sort=False):
@@ -81,7 +85,9 @@ def table1(samples: pd.DataFrame, sigma: float, labels: Mapping[str, str] | None
         if shape.nunique() != 1:
             listed = "; ".join(f"{row}: {text}" for row, text in shape.items())
             raise UserError(f"table: rows of {pair} are not comparable ({listed})")
-        clean = of_pair[of_pair["sigma"] == 0].groupby("row")["accuracy"].first()
+        _check_images(pair, of_pair[of_pair["sigma"].isin([0, sigma])])
+        nominal = of_pair[of_pair["sigma"] == 0].groupby("row").first()
+        clean = nominal["accuracy"]
         names = list(varied["row"].unique())
         if missing := [row for row in names if row not in clean.index]:
             raise UserError(f"table: row {missing[0]} of {pair} has no results at sigma 0")
@@ -89,6 +95,8 @@ def table1(samples: pd.DataFrame, sigma: float, labels: Mapping[str, str] | None
         for row, of_row in varied.groupby("row", sort=False):
             result, first = Result(of_row), of_row.iloc[0]
             interval = result.interval()
+            _check_chips(pair, row, of_row)
+            reference_clean = _clean_on(nominal.loc[reference], result.images)
             paper = paper_mean(of_row, row) if sigma == PAPER_SIGMA else None
             rows.append(
                 {
@@ -98,10 +106,10 @@ def table1(samples: pd.DataFrame, sigma: float, labels: Mapping[str, str] | None
                     "centre": first["centre"],
                     "clean": clean[row],
                     "mean": result.mean,
-                    "std": result.std,
+                    "std": result.std if result.chips > 1 else None,
                     "ci_low": interval.low,
                     "ci_high": interval.high,
-                    "ratio": result.mean / clean[reference],
+                    "ratio": None if reference_clean is None else result.mean / reference_clean,
                     "overhead": first["overhead"],
                     "layers": int(first["layers"]),
                     "chips": result.chips,
@@ -123,14 +131,55 @@ def _escaped(text: str) -> str:
 
 def _shape(rows: pd.DataFrame) -> str:
     seeds = "/".join(str(n) for n in sorted(rows["seed"].unique()))
-    return f"chips from {rows['sample'].min()} on, {rows['split'].iloc[0]} images, seed {seeds}"
+    images = f"{rows['split'].iloc[0]} images of {rows['dataset'].iloc[0]}"
+    return f"chips from {rows['sample'].min()} on, {images}, seed {seeds}"
+
+
+def _check_images(pair: str, of_pair: pd.DataFrame) -> None:
+    """Raise a UserError where results of a pair are on other images, as far as they say it, than the others."""
+    sources = (of_pair["split"] + " images of " + of_pair["dataset"]).unique()
+    if len(sources) > 1:
+        raise UserError(f"table: rows of {pair} are not comparable: they are on {', and on '.join(sources)}")
+    if "data" not in of_pair:
+        return
+    known = of_pair[of_pair["data"].notna() & (of_pair["data"] != "")]
+    for images, digests in known.groupby("images")["data"]:
+        if digests.nunique() > 1:
+            first = known.loc[digests.index].drop_duplicates("data")
+            listed = ", ".join(f"{row} at sigma {exact(sigma)}" for row, sigma in first[["row", "sigma"]].to_numpy())
+            raise UserError(f"table: rows of {pair} are not comparable: other {images} images ({listed})")
+
+
+def _check_chips(pair: str, row: str, of_row: pd.DataFrame) -> None:
+    """Raise a UserError where a chip between the first and the last is missing."""
+    for _, samples in of_row.groupby("seed")["sample"]:
+        missing = sorted(set(range(samples.min(), samples.max() + 1)) - set(samples))
+        if missing:
+            raise UserError(f"table: row {row} of {pair} lacks chip {missing[0]} and has chip {samples.max()}")
+
+
+def _clean_on(nominal: pd.Series, images: int) -> float | None:
+    """The accuracy of a nominal network on the first `images` images, by its row at sigma 0; None: not known."""
+    if nominal["images"] == images:
+        return nominal["accuracy"]
+    counted = nominal.get("prefixes")
+    if not isinstance(counted, str):
+        return None
+    try:
+        prefixes = {int(n): int(correct) for n, correct in (part.split(":") for part in counted.split())}
+    except ValueError as error:
+        raise UserError(f"table: prefixes {counted!r}: IMAGES:CORRECT ... is expected") from error
+    if any(not 0 <= correct <= n < nominal["images"] or n == 0 for n, correct in prefixes.items()):
+        raise UserError(f"table: prefixes {counted!r}: more correct than images, or more images than there are")
+    correct = prefixes.get(images)
+    return None if correct is None else correct / images
 
 
 def markdown(table: pd.DataFrame, sigma: float) -> str:
     """The table for people, percentages with the confidence interval and the paper's number."""
     lines = [
-        f"Accuracies in %; sigma = {exact(sigma)}; mean ± standard deviation over chips, [95 % confidence interval of "
-        "the mean]; ratio: mean / clean accuracy of the unprotected network on all images that it has.",
+        f"Accuracies in %; sigma = {exact(sigma)}; mean ± standard deviation over chips, [95 % confidence interval of the "
+        "mean]; ratio: mean / clean accuracy of the unprotected network on the same images (–: not known).",
         "",
         "| pair | row | clean | mean ± std | 95 % CI | ratio | overhead | layers | chips × images | epochs | seed "
         "| paper | difference |",
@@ -138,11 +187,19 @@ def markdown(table: pd.DataFrame, sigma: float) -> str:
     ]
     for r in table.to_dict("records"):
         paper = "" if pd.isna(r["paper"]) else f"{r['paper']:.2%}"
+        ratio = "–" if pd.isna(r["ratio"]) else f"{r['ratio']:.2%}"
         difference = "" if pd.isna(r["difference"]) else f"{100 * r['difference']:+.2f}"
         lines.append(
-            f"| {_escaped(r['pair'])} | {_escaped(r['label'])} "
-            f"| {r['clean']:.2%} | {r['mean']:.2%} ± {100 * r['std']:.2f} "
-            f"| [{100 * r['ci_low']:.2f}, {100 * r['ci_high']:.2f}] | {r['ratio']:.2%} | {r['overhead']:.2%} "
+            f"| {_escaped(r['pair'])} | {_escaped(r['label'])} | {r['clean']:.2%} | {_mean(r)} | {_interval(r)} | {ratio} "
+            f"| {r['overhead']:.2%} "
             f"| {r['layers']} | {r['chips']} × {r['images']} | {r['epochs']} | {r['seed']} | {paper} | {difference} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _mean(row: dict[str, Any]) -> str:
+    return f"{row['mean']:.2%}" if row["chips"] == 1 else f"{row['mean']:.2%} ± {100 * row['std']:.2f}"
+
+
+def _interval(row: dict[str, Any]) -> str:
+    return NO_INTERVAL if row["chips"] == 1 else f"[{100 * row['ci_low']:.2f}, {100 * row['ci_high']:.2f}]"

@@ -21,7 +21,7 @@ import torch
 from correctnet import LogNormalVariation, compensation, convert, data, evaluate, streams
 from correctnet.config import Compensate, validate
 from correctnet.stages import read_network
-from correctnet.storage import write_csv
+from correctnet.storage import training_data, write_csv
 from correctnet.training import fit
 
 
@@ -51,8 +51,12 @@ def main(
     out: Path,
 ) -> None:
     torch.set_num_threads(threads)
-    network, _ = read_network(model)
-    loaded = data.load(dataset)
+    network, description = read_network(model)
+    made = training_data(description)
+    if made.get("dataset", dataset) != dataset:
+        raise click.UsageError(f"--dataset {dataset}: {model} was trained on {made['dataset']}")
+    # What it was not trained on is what was held out for it.
+    loaded = data.load(dataset, validation=made.get("validation", 0.1), seed=made.get("seed", 0))
     train, judged = loaded.train.take(images), loaded.validation.take(validation)
     plan = {name: int(m) for name, m in (item.split("=") for item in filters)}
     variation = LogNormalVariation(0.5)

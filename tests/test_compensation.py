@@ -124,6 +124,17 @@ def test_a_saved_network_computes_what_it_did(lenet, tmp_path, filters, options)
     assert torch.equal(compensation.load(models.lenet5(), tmp_path).eval()(x), compensated(x))
 
 
+def test_models_of_names_that_differ_behind_a_dot_are_saved_and_loaded_apart(lenet, tmp_path):
+    saved = {}
+    for k in (3, 5):
+        saved[k] = compensate(lenet, {"conv1.layer": k}, seed=k, init="random")
+        compensation.save(saved[k], tmp_path / f"sigma0.{k}.safetensors")
+    assert len(list(tmp_path.iterdir())) == 4
+    for k, model in saved.items():
+        back = compensation.load(lenet, tmp_path / f"sigma0.{k}.json").state_dict()
+        assert all(torch.equal(value, back[name]) for name, value in model.state_dict().items())
+
+
 def test_what_compensate_cannot_make_is_not_saved(lenet, tmp_path):
     mixed = compensate(compensate(lenet, {"conv1.layer": 2}), {"conv2.layer": 2}, activation="none")
     with pytest.raises(UserError, match="differ in place, activation or pooling"):

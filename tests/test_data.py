@@ -1,7 +1,10 @@
+import dataclasses
+import errno
 import gzip
 import hashlib
 import io
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -17,11 +20,16 @@ from correctnet.errors import UserError
 REAL = os.environ.get("CORRECTNET_DATA", "data")
 
 
-def real(name):
-    """The real data set, or a skip where its files are absent."""
+def need(name):
+    """Skip the test where the real files of a data set are absent."""
     source = data.SOURCES[name]
     if not all((Path(REAL) / source.folder / f.name).exists() for f in (*source.train, *source.test)):
         pytest.skip(f"no {name} under {REAL} (CORRECTNET_DATA says where)")
+
+
+def real(name):
+    """The real data set, or a skip where its files are absent."""
+    need(name)
     return data.load(name, REAL)
 
 
@@ -48,6 +56,38 @@ def write_mnist(folder, train, test):
         (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
 
 
+def content(images, labels):
+    """The digest of a part's records, in the order of their own digests: hashed here for itself."""
+    records = (image.tobytes() + bytes([label]) for image, label in zip(images, labels, strict=True))
+    digests = sorted(hashlib.blake2b(record, digest_size=16).digest() for record in records)
+    return hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
+
+
+def taken_for(patch, name, train, test):
+    """Have (images, labels) of the right shapes taken for the data set `name`."""
+    digests = {"train": content(*train), "test": content(*test)}
+    patch.setitem(data.SOURCES, name, dataclasses.replace(data.SOURCES[name], digests=digests))
+
+
+def stored_mnist(folder, prefix, n):
+    raw = folder / "MNIST" / "raw"
+    images = np.fromfile(raw / f"{prefix}-images-idx3-ubyte", np.uint8)[16:].reshape(n, 28, 28)
+    return images, np.fromfile(raw / f"{prefix}-labels-idx1-ubyte", np.uint8)[8:]
+
+
+@pytest.fixture(scope="module")
+def as_mnist(mnist_files):
+    """A function that has the random images taken for MNIST, until a patch is undone."""
+    parts = []
+    for prefix, n in (("train", 60000), ("t10k", 10000)):
+        images, labels = stored_mnist(mnist_files, prefix, n)
+        parts.append((np.pad(images, ((0, 0), (2, 2), (2, 2))), labels))
+    with pytest.MonkeyPatch.context() as patch:
+        taken_for(patch, "mnist", *parts)
+        source = data.SOURCES["mnist"]
+    return lambda patch: patch.setitem(data.SOURCES, "mnist", source)
+
+
 def rows(split):
     """The set of a split's records, as digests."""
     return {
@@ -61,8 +101,10 @@ def equal(a, b):
 
 
 @pytest.fixture(scope="module")
-def mnist(mnist_files):
-    return data.load("mnist", mnist_files, 0.1, seed=3)
+def mnist(mnist_files, as_mnist):
+    with pytest.MonkeyPatch.context() as patch:
+        as_mnist(patch)
+        return data.load("mnist", mnist_files, 0.1, seed=3)
 
 
 def test_shapes_types_and_sizes(mnist):
@@ -80,13 +122,12 @@ def test_splits_hold_every_record_once(mnist):
     assert not parts[0] & parts[1]
 
 
-def test_a_copy_in_another_order_gives_the_same_splits(mnist_files, mnist, tmp_path):
+def test_a_copy_in_another_order_gives_the_same_splits(mnist_files, mnist, as_mnist, tmp_path, monkeypatch):
+    as_mnist(monkeypatch)
     rng = np.random.default_rng(9)
-    raw = mnist_files / "MNIST" / "raw"
     parts = []
     for prefix, n in (("train", 60000), ("t10k", 10000)):
-        images = np.fromfile(raw / f"{prefix}-images-idx3-ubyte", np.uint8)[16:].reshape(n, 28, 28)
-        labels = np.fromfile(raw / f"{prefix}-labels-idx1-ubyte", np.uint8)[8:]
+        images, labels = stored_mnist(mnist_files, prefix, n)
         order = rng.permutation(n)
         parts.append((images[order], labels[order]))
     write_mnist(tmp_path, *parts)
@@ -95,7 +136,8 @@ def test_a_copy_in_another_order_gives_the_same_splits(mnist_files, mnist, tmp_p
         assert equal(getattr(mnist, name), getattr(copy, name)), name
 
 
-def test_the_seed_moves_the_validation_split_and_not_the_test_set(mnist_files, mnist):
+def test_the_seed_moves_the_validation_split_and_not_the_test_set(mnist_files, mnist, as_mnist, monkeypatch):
+    as_mnist(monkeypatch)
     other = data.load("mnist", mnist_files, 0.1, seed=4)
     assert equal(mnist.test, other.test)
     assert rows(mnist.validation) != rows(other.validation)
@@ -175,15 +217,18 @@ def test_damaged_files_are_refused_by_name(mnist_files, tmp_path, file, damage, 
     assert message in str(caught.value)
 
 
-def test_cifar_records_and_labels(tmp_path):
+def test_cifar_records_and_labels(tmp_path, monkeypatch):
     # Two files of the official sizes whose first record is known.
     folder = tmp_path / "cifar-100-binary"
     folder.mkdir()
     rng = np.random.default_rng(0)
+    parts = []
     for name, n in (("train.bin", 50000), ("test.bin", 10000)):
         records = rng.integers(0, 256, (n, 3074), dtype=np.uint8)
         records[:, 0], records[:, 1] = 19, np.arange(n) % 100
         records.tofile(folder / name)
+        parts.append((records[:, 2:], records[:, 1]))
+    taken_for(monkeypatch, "cifar100", *parts)
     cifar = data.load("cifar100", tmp_path)
     assert set(cifar.test.labels.bincount().tolist()) == {100}, "the fine label, not the coarse one"
     pixel = records[7, 2:].reshape(3, 32, 32)
@@ -194,6 +239,123 @@ def test_cifar_records_and_labels(tmp_path):
     records.tofile(folder / "test.bin")
     with pytest.raises(UserError, match=r"test\.bin: label 100 where labels are below 100"):
         data.load("cifar100", tmp_path)
+
+
+def copied(name, folder, **changed):
+    """The real files of a data set, linked into `folder`, some of them replaced by other bytes."""
+    need(name)
+    source = data.SOURCES[name]
+    (folder / source.folder).mkdir(parents=True)
+    for file in (*source.train, *source.test):
+        path = folder / source.folder / file.name
+        if file.name in changed:
+            changed[file.name].tofile(path)
+        else:
+            path.symlink_to((Path(REAL) / source.folder / file.name).resolve())
+    return folder / source.folder
+
+
+def stored(name, file):
+    need(name)
+    return np.fromfile(Path(REAL) / data.SOURCES[name].folder / file, np.uint8)
+
+
+def refused(name, folder):
+    with pytest.raises(UserError) as caught:
+        data.load(name, folder)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def cut(raw):
+    raw[len(raw) // 2 :] = 0  # the space was reserved, and the download ended
+    return raw
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("data_batch_3.bin", lambda: cut(stored("cifar10", "data_batch_3.bin")), "records that stand twice"),
+        ("test_batch.bin", lambda: cut(stored("cifar10", "test_batch.bin")), "records that stand twice"),
+        ("test_batch.bin", lambda: stored("cifar10", "data_batch_2.bin"), "10000 records of the other part"),
+        ("data_batch_4.bin", lambda: stored("cifar10", "test_batch.bin"), "10000 records of the other part"),
+    ],
+)
+def test_cifar10_that_was_damaged_without_losing_its_size(tmp_path, file, content, message):
+    folder = copied("cifar10", tmp_path, **{file: content()})
+    text = refused("cifar10", tmp_path)
+    assert text.startswith(f"{folder / file}: not what cifar10 has for its ")
+    assert message in text
+    assert text.count(".bin") == 1, "no other file is suspected"
+
+
+def test_a_batch_that_stands_there_twice(tmp_path):
+    folder = copied("cifar10", tmp_path, **{"data_batch_5.bin": stored("cifar10", "data_batch_1.bin")})
+    text = refused("cifar10", tmp_path)
+    assert text.startswith(f"{folder / 'data_batch_1.bin'}, {folder / 'data_batch_5.bin'}: not what cifar10 has")
+    assert "10000 records that stand twice" in text
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_one_pixel_is_enough(tmp_path, name):
+    file = data.SOURCES[name].test[0].name
+    raw = stored(name, file)
+    raw[-1] ^= 1
+    folder = copied(name, tmp_path, **{file: raw})
+    assert refused(name, tmp_path).startswith(f"{folder / file}: not what {name} has for its test images")
+
+
+def test_a_look_alike_of_mnist_is_not_mnist(mnist_files):
+    raw = mnist_files / "MNIST" / "raw"
+    files = ", ".join(str(raw / f"train-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
+    wanted = f"{files}: not what mnist has for its training images (damaged, or another data set of the same sizes)"
+    assert refused("mnist", mnist_files).startswith(wanted)
+
+
+def test_the_same_labels_in_another_order_are_other_records(tmp_path):
+    labels = stored("mnist", "t10k-labels-idx1-ubyte")
+    labels[8:] = labels[8:][::-1]
+    folder = copied("mnist", tmp_path, **{"t10k-labels-idx1-ubyte": labels})
+    assert str(folder / "t10k-labels-idx1-ubyte") in refused("mnist", tmp_path)
+
+
+def test_a_data_set_is_known_by_a_digest_of_its_own(mnist):
+    assert data.load("digits").digest == data.digest("digits")
+    assert len({data.digest(name) for name in data.NAMES}) == len(data.NAMES)
+    cifar = real("cifar100")
+    assert cifar.digest == data.digest("cifar100") == cifar.to("cpu").digest
+    assert mnist.digest != data.digest("mnist")
+
+
+def test_files_and_folders_that_are_closed_to_this_user(mnist_files, tmp_path, monkeypatch):
+    closed = tmp_path / "MNIST" / "raw"
+    shutil.copytree(mnist_files, tmp_path, dirs_exist_ok=True)
+
+    def forbid(owner, function):
+        allowed = getattr(owner, function)
+
+        def refusing(path, *arguments, **options):
+            if str(path).startswith(str(closed)):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return allowed(path, *arguments, **options)
+
+        return lambda patch: patch.setattr(owner, function, refusing)
+
+    for place, call in ((forbid(np, "fromfile"), data.load), (forbid(Path, "stat"), data.fetch)):
+        with monkeypatch.context() as patch:
+            place(patch)
+            with pytest.raises(UserError) as caught:
+                call("mnist", tmp_path)
+        assert str(caught.value) == f"{closed / 'train-images-idx3-ubyte'}: cannot be read: Permission denied"
+
+
+def test_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch):
+    def closed(*args, **kwargs):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / "downloads"))
+
+    monkeypatch.setattr(pooch, "retrieve", closed)
+    with pytest.raises(UserError, match=r"downloads: cannot be written: Permission denied$"):
+        data.fetch("cifar10", tmp_path)
 
 
 def test_no_network_is_one_line_that_says_what_to_do(tmp_path, monkeypatch):
@@ -263,7 +425,8 @@ def test_gzipped_downloads(tmp_path, monkeypatch):
     assert data._extract(path, data.SOURCES["mnist"], file) == b"payload"
 
 
-def test_files_directly_under_data_dir(mnist_files, tmp_path, mnist):
+def test_files_directly_under_data_dir(mnist_files, tmp_path, mnist, as_mnist, monkeypatch):
+    as_mnist(monkeypatch)
     for source in (mnist_files / "MNIST" / "raw").iterdir():
         (tmp_path / source.name).symlink_to(source)
     assert equal(data.load("mnist", tmp_path, 0.1, seed=3).test, mnist.test)

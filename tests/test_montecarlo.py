@@ -13,7 +13,7 @@ from correctnet.analog import analog_layers, chip_of, convert, program
 from correctnet.errors import UserError
 from correctnet.montecarlo import EngineWarning, clean_accuracy, count_correct, evaluate
 from correctnet.recalibration import recalibrate
-from correctnet.results import COLUMNS, Result, record
+from correctnet.results import COLUMNS, IDENTITY, Result, record
 from correctnet.variation import LogNormalVariation
 
 
@@ -108,13 +108,114 @@ def test_only_the_same_chips_are_compared(other):
         result([0.9, 0.8]).minus(result([0.9, 0.8], **other))
 
 
-def test_one_chip():
+def test_one_chip_has_no_interval():
     found = result([0.9])
-    assert (found.std, found.interval().low, found.interval().high) == (0.0, 0.9, 0.9)
+    assert (found.std, found.interval().estimate) == (0.0, 0.9)
+    assert np.isnan([found.interval().low, found.interval().high, found.minus(result([0.8])).low]).all()
+    assert str(found) == "accuracy 90.00% (1 chip, no interval) over 1 chip x 1000 images"
+    assert str(found.interval()) == "0.9000 (1 chip, no interval)"
+    assert "95 % CI" in str(result([0.9, 0.8]))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda r: r.yield_at(90),
+        lambda r: r.yield_at(-0.1),
+        lambda r: r.yield_at(float("nan")),
+        lambda r: r.yield_at(0.9, 95),
+        lambda r: r.interval(95),
+        lambda r: r.interval(1),
+        lambda r: r.interval(0.0),
+        lambda r: r.minus(r, 95),
+    ],
+)
+def test_percent_for_a_fraction_is_refused(call):
+    with pytest.raises(UserError, match="a fraction between 0 and 1 is expected"):
+        call(result([0.9, 0.8]))
+
+
+@pytest.mark.parametrize("q", [101, -1, float("nan")])
+def test_a_percentile_beyond_100_is_refused(q):
+    with pytest.raises(UserError, match="percentile: q is a number between 0 and 100"):
+        result([0.9, 0.8]).percentile(q)
+
+
+@pytest.mark.parametrize("name", ["data", "device", "dataset", "split", "variation", "sigma", "centre", "resample"])
+def test_results_on_other_images_or_another_device_are_not_compared(name):
+    one, other = (record(result([0.9, 0.8]), {name: value}) for value in ("0.5", "0.3"))
+    with pytest.raises(UserError, match=rf"same chips and images: {name} is 0\.5 here and 0\.3 there$"):
+        one.minus(other)
+    assert one.minus(result([0.9, 0.8])).estimate == 0, "the other does not say it"
+    assert record(result([0.9, 0.8]), {"model": "a"}).minus(record(result([0.9, 0.8]), {"model": "b"})).estimate == 0
+
+
+def test_seeds_beyond_a_float_s_precision_are_told_apart():
+    with pytest.raises(UserError, match="same chips"):
+        result([0.9, 0.8], seed=2**63).minus(result([0.9, 0.8], seed=2**63 + 1))
+
+
+@pytest.mark.parametrize("name", IDENTITY)
+def test_chunks_of_another_evaluation_are_not_put_together(name):
+    parts = [record(result([0.9], start=k), {name: value}) for k, value in enumerate(("aa", "bb"))]
+    with pytest.raises(UserError, match=rf"differ in {name} \(aa, bb\)"):
+        Result.concatenate(parts)
+    with pytest.raises(UserError, match=rf"differ in {name} \(aa, none\)"):
+        Result.concatenate([parts[0], result([0.9], start=1)])
+    with pytest.raises(UserError, match=f"a column '{name}' already"):
+        record(parts[0], {name: "x"})
+
+
+def test_what_an_evaluation_was_of_comes_back(tmp_path):
+    identity = {"std": "low", "layer": 0, "original": "no"}  # notes of one's own
+    identity |= {"data": "0123456789", "device": "lognormal(sigma=0.5, centre=median)", "model": "ab12"}
+    found = record(result([0.9, 0.8]), identity)
+    found.to_csv(tmp_path / "r.csv")
+    pd.testing.assert_frame_equal(Result.from_csv(tmp_path / "r.csv").table, found.table)
+
+
+GOOD = "row,sigma,sample,correct,images,accuracy,seed\nr,0.5,0,40,50,0.8,7\nr,0.5,1,45,50,0.9,7\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("0.9,7\n", "0.", "line 3: no line end: the file was cut short, or edited"),
+        ("0.9,7\n", "0.9,7", "line 3: no line end"),
+        ("0.9,7\n", "0.9\n", "line 3: 6 cells where the header has 7 columns"),
+        ("0.9,7\n", "0.9,\n", "line 3: seed: an integer that is at least 0 is expected; the cell is empty"),
+        ("0.9,7\n", "0.9,7.0\n", "line 3: seed: an integer that is at least 0 is expected; '7.0' was found"),
+        ("0.9,7\n", "0.9,-7\n", "line 3: seed: an integer that is at least 0 is expected; '-7' was found"),
+        (",0.9,", ",,", "line 3: accuracy: a fraction between 0 and 1 is expected; the cell is empty"),
+        (",0.9,", ",90.0,", "line 3: accuracy: a fraction between 0 and 1 is expected; '90.0' was found"),
+        (",0.9,", ",90 %,", "line 3: accuracy: a fraction between 0 and 1 is expected; '90 %' was found"),
+        (",0.9,", ",nan,", "line 3: accuracy: a fraction between 0 and 1 is expected; 'nan' was found"),
+        (",0.9,", ",0.91,", "line 3: accuracy: 0.91 where correct / images is 45 / 50"),
+        ("45,50,0.9", "51,50,1.0", "line 3: correct: 51 of 50 images"),
+        ("45,50,0.9", "4_5,50,0.9", "line 3: correct: an integer that is at least 0 is expected; '4_5' was found"),
+        ("45,50,0.9", "0,0,0.0", "line 3: images: an integer that is at least 1 is expected; '0' was found"),
+        ("45,50,0.9", "18,20,0.9", "line 3: images: 20 where the lines before have 50; one evaluation is expected"),
+        ("0.9,7", "0.9,8", "line 3: seed: 8 where the lines before have 7; one evaluation is expected"),
+        ("r,0.5,1", "r,0.4,1", "line 3: sigma: 0.4 where the lines before have 0.5; one evaluation is expected"),
+        ("r,0.5,1", "s,0.5,1", "line 3: row: s where the lines before have r; one evaluation is expected"),
+        ("r,0.5,1", "r,inf,1", "line 3: sigma: a number that is at least 0 is expected; 'inf' was found"),
+        ("r,0.5,1", "r,0.5,0", "line 3: sample: chip 0 comes twice"),
+        ("seed\n", "sample\n", "line 1: two columns are named 'sample'"),
+    ],
+)
+def test_a_file_that_was_cut_or_edited_is_refused_by_line_and_column(tmp_path, before, after, message):
+    path = tmp_path / "r.csv"
+    path.write_text(GOOD)
+    assert Result.from_csv(path).mean == pytest.approx(0.85)
+    assert before in GOOD
+    path.write_text(after.join(GOOD.rsplit(before, 1)))
+    with pytest.raises(UserError) as caught:
+        Result.from_csv(path)
+    assert str(caught.value) == f"{path}: {message}" or str(caught.value).startswith(f"{path}: {message}")
 
 
 def test_csv_round_trip(tmp_path):
-    found = result(np.random.default_rng(0).random(20))
+    found = result(np.random.default_rng(0).integers(0, 1000, 20) / 1000)
     found.to_csv(tmp_path / "r.csv")
     pd.testing.assert_frame_equal(Result.from_csv(tmp_path / "r.csv").table, found.table)
 
@@ -132,6 +233,8 @@ def test_chunks_that_overlap_or_differ():
         Result.concatenate([result([0.9, 0.8]), result([0.7], start=1)])
     with pytest.raises(UserError, match="different numbers of images"):
         Result.concatenate([result([0.9]), result([0.7], start=1, images=10)])
+    with pytest.raises(UserError, match=r"differ in seed \(0, 1\)"):
+        Result.concatenate([result([0.9]), result([0.7], start=1, seed=1)])
     parts = [record(result([0.9], start=k), {"row": "r", "sigma": sigma}) for k, sigma in enumerate((0.5, 0.4))]
     with pytest.raises(UserError, match="differ in sigma"):
         Result.concatenate(parts)

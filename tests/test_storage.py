@@ -1,4 +1,5 @@
 import errno
+import io
 import json
 import os
 import threading
@@ -43,6 +44,59 @@ def test_model_comes_back(tmp_path):
         tensors, description = storage.read_model(name)
         assert description["network"] == "n"
         assert torch.equal(tensors["a"], TENSORS["a"])
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("sigma0.3.safetensors", "sigma0.3"),
+        ("sigma0.5.json", "sigma0.5"),
+        ("a.json", "a"),
+        ("v1.0.safetensors.json", "v1.0.safetensors"),
+        ("run.v1", "run.v1/model"),
+        ("run.v1/0.5", "run.v1/0.5/model"),
+        ("run.v1/model.safetensors", "run.v1/model"),
+        (".json", ".json/model"),
+    ],
+)
+def test_dots_in_a_name_belong_to_it(tmp_path, name, stem):
+    files = storage.model_files(tmp_path / name)
+    assert files == (tmp_path / f"{stem}.safetensors", tmp_path / f"{stem}.json")
+    storage.write_model(tmp_path / name, TENSORS, {"network": "n"})
+    assert all(file.is_file() for file in files)
+    for again in (name, *(file.relative_to(tmp_path) for file in files)):
+        assert storage.read_model(tmp_path / again)[1]["network"] == "n"
+
+
+def test_names_that_differ_behind_a_dot_are_two_models(tmp_path):
+    for k in (3, 5):
+        storage.write_model(tmp_path / f"sigma0.{k}.safetensors", {"a": torch.full((2,), float(k))}, {"k": k})
+    assert len(os.listdir(tmp_path)) == 4
+    for k in (3, 5):
+        tensors, description = storage.read_model(tmp_path / f"sigma0.{k}.safetensors")
+        assert (tensors["a"].tolist(), description["k"]) == ([k, k], k)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.json"])
+def test_a_model_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, name):
+    storage.write_model(tmp_path, TENSORS, {})
+    forbid(monkeypatch, tmp_path / name)
+    with pytest.raises(UserError, match=rf"{name}: cannot be read.*Permission denied") as caught:
+        storage.read_model(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def forbid(monkeypatch, path):
+    """Nobody may read `path`; what root may do, too, it may not do here."""
+    real = io.open
+
+    def refusing(file, *arguments, **options):
+        if not isinstance(file, int) and os.fspath(file) == os.fspath(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+        return real(file, *arguments, **options)
+
+    monkeypatch.setattr("builtins.open", refusing)
+    monkeypatch.setattr(io, "open", refusing)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 200, -1])

@@ -2,12 +2,16 @@ import copy
 
 import pandas as pd
 import pytest
+import torch
+from torch import nn
 
+from correctnet import models
 from correctnet.analog import convert, crossbar_layers
+from correctnet.data import Split
 from correctnet.errors import UserError
 from correctnet.montecarlo import clean_accuracy, evaluate
 from correctnet.results import COLUMNS, Result
-from correctnet.sweep import Sweep, sensitivity, sweep
+from correctnet.sweep import Sweep, executed, sensitivity, sweep
 from correctnet.variation import LogNormalVariation
 
 
@@ -51,6 +55,64 @@ def test_variation_reaches_from_layer_i_to_the_last(tiny, blobs):
     assert found.summary()["candidates"] == list(found.candidates)
 
 
+class HeadFirst(nn.Module):
+    """A network that registers its layers in another order than it runs them in, one of them twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.late, self.early = nn.Linear(8, 3), nn.Linear(8, 8), nn.Linear(64, 8)
+
+    def forward(self, x):
+        x = torch.relu(self.early(x.flatten(1)))
+        return self.head(torch.relu(self.late(torch.relu(self.late(x)))))
+
+
+def test_layers_are_counted_as_they_are_run_and_keep_their_addresses(blobs):
+    torch.manual_seed(1)
+    network, variation = HeadFirst().train(), LogNormalVariation(0.8)
+    for p in network.parameters():
+        nn.init.normal_(p) if p.dim() > 1 else nn.init.zeros_(p)
+    blobs = Split(blobs.images, network(blobs.images).argmax(1))
+    addresses = {"head": 0, "late": 1, "early": 2}  # of registration
+    analog = convert(network, variation, seed=5)
+    found = sweep(analog, blobs, original=1.0, chips=4, start=9, progress=False)
+    assert found.names == ("early", "late", "head")
+    assert list(found.table().groupby("layer")["name"].first()) == ["early", "late", "head"]
+    for i in (1, 2, 3):
+        for row in found.results[i].table.to_dict("records"):
+            chip = copy.deepcopy(network).eval()
+            for name in ("early", "late", "head")[i - 1 :]:
+                layer = chip.get_submodule(name)
+                layer.weight.data = variation.sample(layer.weight.data, 5, addresses[name], row["sample"])
+            assert row["accuracy"] == clean_accuracy(chip, blobs)
+    assert len({r.mean for r in found.results.values()}) == 3
+    alone = sensitivity(network, variation, 5, blobs, chips=2, progress=False)
+    assert list(alone["name"]) == ["early", "early", "late", "late", "head", "head"]
+    assert [type(m).__name__ for m in (analog.head, network.head)] == ["AnalogLinear", "Linear"], "neither was changed"
+
+
+@pytest.mark.parametrize("name", ["lenet5", "vgg16"])
+def test_the_built_in_networks_run_their_layers_as_they_are_registered(name):
+    model = models.build(name, 10, 3).train()
+    images = torch.rand(4, 3, 32, 32)
+    for data in ((images, torch.zeros(4)), [(images, torch.zeros(4))], Split(images, torch.zeros(4))):
+        assert executed(model, data) == [n for n, _ in crossbar_layers(model)]
+    assert all(module.training for module in model.modules()), "as it was"
+
+
+def test_a_layer_that_is_never_called_is_refused(tiny, blobs):
+    class Spare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.spare, self.used = nn.Linear(2, 2), tiny
+
+        def forward(self, x):
+            return self.used(x)
+
+    with pytest.raises(UserError, match=r"^spare is never called"):
+        sweep(convert(Spare(), LogNormalVariation(0.5)), blobs, original=1.0, progress=False)
+
+
 def test_sensitivity_is_variation_in_one_layer_alone(tiny, blobs):
     variation = LogNormalVariation(1.0)
     found = sensitivity(tiny, variation, 3, blobs, chips=2, start=9, progress=False)
@@ -69,5 +131,7 @@ def test_sensitivity_is_variation_in_one_layer_alone(tiny, blobs):
 def test_bad_calls(tiny, blobs):
     with pytest.raises(UserError, match="original accuracy"):
         sweep(convert(tiny, LogNormalVariation(0.5)), blobs, original=0.0)
+    with pytest.raises(UserError, match="the threshold is a fraction"):
+        sweep(convert(tiny, LogNormalVariation(0.5)), blobs, original=1.0, threshold=95)
     with pytest.raises(UserError, match="without `exclude`"):
         sweep(convert(tiny, LogNormalVariation(0.5), exclude=["4"]), blobs, original=1.0)

@@ -1,3 +1,4 @@
+import io
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -85,6 +86,92 @@ def test_rows_may_have_fewer_chips_or_images_and_say_so(change, shown):
     assert tuple(table.loc["correctnet", ["chips", "images"]]) == shown
     assert tuple(table.loc["unprotected", ["chips", "images"]]) == (3, 100)
     assert f"| {shown[0]} × {shown[1]} |" in tables.markdown(table.reset_index(), 0.5)
+
+
+def in_thousandths(pair="vgg16-cifar100", **unprotected):
+    """`unprotected` on 1,000 images, `correctnet` on their first 400."""
+    clean = samples(pair, "unprotected", 0.0, [0.7], 1000, overhead=0.0, layers=0, **unprotected)
+    varied = [samples(pair, "unprotected", 0.5, [0.1, 0.2], 1000), samples(pair, "correctnet", 0.5, [0.6, 0.65], 400)]
+    return pd.concat([clean, *varied, samples(pair, "correctnet", 0.0, [0.68], 400)], ignore_index=True)
+
+
+def test_the_ratio_is_of_accuracies_on_the_same_images():
+    """The unprotected network has 0.7 on all images and 300 / 400 = 0.75 on those that the other row has."""
+    table = tables.table1(in_thousandths(prefixes="200:158 400:300 500:360"), 0.5).set_index("row")
+    assert table.loc["unprotected", "ratio"] == pytest.approx(0.15 / 0.7)
+    assert table.loc["correctnet", "ratio"] == pytest.approx(0.625 / 0.75)
+    for unknown in ({}, {"prefixes": "200:158"}, {"prefixes": ""}):
+        table = tables.table1(in_thousandths(**unknown), 0.5).set_index("row")
+        assert table.loc["unprotected", "ratio"] == pytest.approx(0.15 / 0.7)
+        assert np.isnan(table.loc["correctnet", "ratio"])
+        assert np.isnan(pd.read_csv(io.StringIO(table.to_csv())).set_index("row").loc["correctnet", "ratio"])
+        line = next(t for t in tables.markdown(table.reset_index(), 0.5).splitlines() if "correctnet" in t)
+        assert [cell.strip() for cell in line.split("|")][6] == "–"
+        assert ">–</td>" in pages.table1(table.reset_index(), 0.5).split("correctnet", 2)[-1]
+
+
+def test_a_row_with_more_images_than_the_reference_has_no_ratio():
+    mixed = in_thousandths()
+    mixed["row"] = mixed["row"].map({"unprotected": "correctnet", "correctnet": "unprotected"})
+    table = tables.table1(mixed, 0.5).set_index("row")
+    assert np.isnan(table.loc["correctnet", "ratio"])
+
+
+@pytest.mark.parametrize("prefixes", ["400", "400:x", "400:401", "1000:700", "0:0", "400:-1"])
+def test_prefixes_that_cannot_be_are_refused(prefixes):
+    with pytest.raises(UserError, match="prefixes"):
+        tables.table1(in_thousandths(prefixes=prefixes), 0.5)
+
+
+def test_the_committed_samples_of_two_numbers_of_images():
+    reference = Path(__file__).parents[1] / "results" / "reference" / "lenet5-cifar10" / "samples.csv"
+    table = tables.table1(tables.read_samples([reference]), 0.5).set_index("row")
+    assert set(table["images"]) == {2000, 10000}
+    assert (table["ratio"].isna() == (table["images"] == 2000)).all()
+
+
+@pytest.mark.parametrize("change", [{"split": "validation"}, {"dataset": "cifar10"}])
+def test_a_clean_accuracy_of_other_images_is_refused(change):
+    mixed = complete()
+    for column, value in change.items():
+        mixed.loc[(mixed["row"] == "correctnet") & (mixed["sigma"] == 0), column] = value
+    with pytest.raises(UserError, match="rows of vgg16-cifar100 are not comparable: they are on test images of"):
+        tables.table1(mixed, 0.5)
+
+
+def test_as_many_images_that_are_others_are_refused():
+    mixed = complete().assign(data="aa")
+    assert len(tables.table1(mixed, 0.5)) == 2
+    mixed.loc[(mixed["row"] == "correctnet") & (mixed["sigma"] == 0.5), "data"] = "bb"
+    with pytest.raises(UserError, match=r"other 100 images \(unprotected at sigma 0, correctnet at sigma"):
+        tables.table1(mixed, 0.5)
+
+
+def test_a_chip_that_is_missing_in_between_is_named():
+    mixed = complete()
+    gap = (mixed["row"] == "correctnet") & (mixed["sigma"] == 0.5) & (mixed["sample"] == 1)
+    with pytest.raises(UserError, match="row correctnet of vgg16-cifar100 lacks chip 1 and has chip 2"):
+        tables.table1(mixed[~gap], 0.5)
+
+
+def test_one_chip_has_no_interval_anywhere(tmp_path):
+    one = complete()[lambda t: (t["sigma"] == 0) | ((t["sigma"] == 0.5) & (t["sample"] == 0))]
+    table = tables.table1(one, 0.5)
+    assert table[["std", "ci_low", "ci_high"]].isna().all(axis=None)
+    assert "| 66.00% | 1 chip, no interval |" in tables.markdown(table, 0.5)
+    page = pages.table1(table, 0.5)
+    assert page.count("1 chip, no interval") == 2
+    assert "nan" not in page + tables.markdown(table, 0.5)
+    one.to_csv(tmp_path / "s.csv", index=False)
+    ax = figures.rows([tmp_path / "s.csv"]).axes[0]
+    assert [t.get_text().split("\n")[-1] for t in ax.get_yticklabels()] == ["(1 chip, no interval)"] * 2
+    assert not [c for c in ax.collections if len(getattr(c, "get_segments", list)())], "no bar"
+    for name in ("2", "yield"):
+        texts = [t.get_text() for t in figures.FIGURES[name]([tmp_path / "s.csv"]).axes[0].texts]
+        assert any("1 chip, no interval" in text for text in texts)
+    ax = figures.chip_histogram(Result(one[one["sigma"] == 0.5].iloc[:1]))
+    assert [t.get_text() for t in ax.texts] == ["1 chip, no interval"]
+    plt.close("all")
 
 
 def test_missing_results():

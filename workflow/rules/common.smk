@@ -209,6 +209,16 @@ def chunk_settings(wildcards):
     return settings.model_copy(update=changed).canonical("evaluate")
 
 
+def prefixes(wildcards):
+    """Options that have the clean accuracy that Table I divides by counted on as many images as each row has."""
+    rows = CONFIG.rows_of(wildcards.pair)
+    if float(wildcards.sigma) or wildcards.row != ("unprotected" if "unprotected" in rows else rows[0]):
+        return ""
+    own = settings_of(wildcards).evaluate.images
+    counts = {CONFIG.settings(wildcards.pair, row).evaluate.images for row in rows} - {None, own}
+    return " ".join(f"--prefix {count}" for count in sorted(counts) if own is None or count < own)
+
+
 def chunks(wildcards):
     """The chunks of a Monte Carlo evaluation, by absolute number of the chip."""
     at = {exact(s): n for s, n in sigmas(wildcards.pair, wildcards.row).items()}

@@ -24,9 +24,10 @@ rule evaluate:
     params:
         settings=chunk_settings,
         chips=lambda wildcards: int(wildcards.stop) - int(wildcards.start),
+        prefixes=prefixes,
     shell:
         "correctnet evaluate --settings {params.settings:q} --quiet --threads {threads}"
-        " --note pair={wildcards.pair:q} --note row={wildcards.row:q}"
+        " --note pair={wildcards.pair:q} --note row={wildcards.row:q} {params.prefixes}"
         " --model {input.model:q} --chips {params.chips} --start {wildcards.start:q} --out {output:q} > {log:q} 2>&1"
 
 
