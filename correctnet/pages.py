@@ -89,8 +89,8 @@ def table1(table: pd.DataFrame, sigma: float) -> str:
         for (network, data), value in values.items()
     ]
     note = (
-        f"<p>Accuracy under lognormal variation of σ = {exact(sigma)}, over chip samples; “mean / clean” is of the clean "
-        "accuracy of the original network, the row “unprotected” or the pair's first, on the same images (–: not "
+        f"<p>Accuracy under lognormal variation of σ = {exact(sigma)}, over chip samples; “mean / clean” is of the "
+        "clean accuracy of the original network, the row “unprotected” or the pair's first, on the same images (–: not "
         "known); the difference to the paper is "
         f"in points. The paper states values for some pairs only ({'; '.join(clean)}).</p>\n"
     )

@@ -178,8 +178,8 @@ def _clean_on(nominal: pd.Series, images: int) -> float | None:
 def markdown(table: pd.DataFrame, sigma: float) -> str:
     """The table for people, percentages with the confidence interval and the paper's number."""
     lines = [
-        f"Accuracies in %; sigma = {exact(sigma)}; mean ± standard deviation over chips, [95 % confidence interval of the "
-        "mean]; ratio: mean / clean accuracy of the unprotected network on the same images (–: not known).",
+        f"Accuracies in %; sigma = {exact(sigma)}; mean ± standard deviation over chips, [95 % confidence interval of "
+        "the mean]; ratio: mean / clean accuracy of the unprotected network on the same images (–: not known).",
         "",
         "| pair | row | clean | mean ± std | 95 % CI | ratio | overhead | layers | chips × images | epochs | seed "
         "| paper | difference |",
@@ -190,8 +190,8 @@ def markdown(table: pd.DataFrame, sigma: float) -> str:
         ratio = "–" if pd.isna(r["ratio"]) else f"{r['ratio']:.2%}"
         difference = "" if pd.isna(r["difference"]) else f"{100 * r['difference']:+.2f}"
         lines.append(
-            f"| {_escaped(r['pair'])} | {_escaped(r['label'])} | {r['clean']:.2%} | {_mean(r)} | {_interval(r)} | {ratio} "
-            f"| {r['overhead']:.2%} "
+            f"| {_escaped(r['pair'])} | {_escaped(r['label'])} | {r['clean']:.2%} "
+            f"| {_mean(r)} | {_interval(r)} | {ratio} | {r['overhead']:.2%} "
             f"| {r['layers']} | {r['chips']} × {r['images']} | {r['epochs']} | {r['seed']} | {paper} | {difference} |"
         )
     return "\n".join(lines) + "\n"
