@@ -265,18 +265,18 @@ class Search(Section):
     ratios: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """values that S, generator filters / layer filters, can take"""
     evaluations: int = Field(24, ge=1)
-    """states trained and evaluated, at most"""
-    episodes: int = Field(40, ge=1)
+    """states trained and evaluated, at most; the one without compensation, which trains nothing, is not counted"""
+    episodes: int = Field(100, ge=1)
     """updates of the policy, at most"""
     rollouts: int = Field(4, ge=1)
     """states drawn an episode"""
     population: int | None = Field(None, ge=1)
     """new states an episode: it goes on drawing until it has so many. The workflow then trains each in a job of its
     own, so that a cluster works on a population at a time. Empty: as many as the rollouts hold, all in one job"""
-    learning_rate: float = Field(0.02, gt=0)
+    learning_rate: float = Field(0.1, gt=0)
     """of the policy (Adam)"""
-    entropy: float = Field(0.01, ge=0)
-    """weight of the policy's entropy, against settling too early"""
+    entropy: float = Field(0.3, ge=0)
+    """weight of the policy's entropy, against settling too early; the rewards beside it are in standard deviations"""
     baseline: float = Field(0.8, ge=0, lt=1)
     """decay of the moving average of the rewards"""
     train_epochs: int = Field(1, ge=1)
@@ -311,7 +311,7 @@ SEARCHING = ("reinforce", "random")
 
 def search_rounds(search: Any) -> int:
     """How many populations a search trains, at most, behind the state without compensation; 0 without populations."""
-    return math.ceil((search.evaluations - 1) / search.population) if search.population else 0
+    return math.ceil(search.evaluations / search.population) if search.population else 0
 
 
 class MonteCarlo(Section):

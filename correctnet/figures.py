@@ -210,7 +210,7 @@ def figure9(files: Sequence[Path]) -> plt.Figure:
 
 
 def figure10(files: Sequence[Path]) -> plt.Figure:
-    """The states that the search explored: overhead and validation accuracy, the best of each limit marked."""
+    """The states that the search explored: overhead and validation accuracy, a ring around what each search chose."""
     by_pair: dict[str, list[Path]] = {}
     for path in files:
         by_pair.setdefault(path.absolute().parents[2].name, []).append(path)
@@ -223,7 +223,7 @@ def figure10(files: Sequence[Path]) -> plt.Figure:
                 continue
             x, name = 100 * table["overhead"], path.parent.name.replace("limit-", "limit ")
             ax.errorbar(x, table["mean"], table["std"], fmt=marker, color=colour, alpha=0.6, markersize=4, label=name)
-            best = table["mean"].idxmax()
+            best = table.index[tables.best_state(list(table["mean"]), list(table["overhead"]))]
             ring = {"s": 110, "facecolor": "none", "edgecolor": colour, "linewidth": 1.5, "zorder": 3}
             ax.scatter([x[best]], [table["mean"][best]], **ring)
         ax.set(xlabel="overhead, % of the network's parameters", ylabel="validation accuracy")

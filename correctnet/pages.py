@@ -121,7 +121,8 @@ def search_scatter(logs: Sequence[Path]) -> str:
         for colour, path in zip(itertools.cycle(SEARCH_COLOURS), paths, strict=False):
             table = read_table(path, ["evaluation", "episode", "filters", "overhead", "mean", "std", "candidates"])
             table = table.dropna(subset=["mean"]).fillna({"std": 0.0})
-            best = table["mean"] == table["mean"].max()
+            chosen = tables.best_state(list(table["mean"]), list(table["overhead"])) if len(table) else None
+            best = [i == chosen for i in range(len(table))]
             source = ColumnDataSource(
                 {
                     "x": 100 * table["overhead"],
@@ -145,8 +146,9 @@ def search_scatter(logs: Sequence[Path]) -> str:
         drawn.append(plot)
     note = (
         "<p>Every state within its limit that was trained: mean and standard deviation of its accuracy over chips, on "
-        "validation images. A star is the best of its limit. Hover over a state for its layers and filters, drag to "
-        "move, use the tools to zoom, click the legend to hide a limit.</p>\n"
+        "validation images. A star is what the search chose: the best mean of its limit, of equals the least overhead. "
+        "Hover over a state for its layers and filters, drag to move, use the tools to zoom, click the legend to hide "
+        "a limit.</p>\n"
     )
     # Bokeh's core alone: a page of more than 1.5 MB does not open inside the report, as browsers limit the length of
     # such addresses. Bokeh's widgets would be over that, and so would Plotly.

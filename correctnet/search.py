@@ -1,13 +1,18 @@
 """Where to compensate, and with how many filters: the reinforcement-learning search of the paper (Fig. 6, (12)).
 
 The state is S_1..S_n, S_i = generator filters / filters of the i-th candidate layer, 0 for no compensation. An LSTM
-policy emits the n actions one after the other, each a choice among `ratios`, and REINFORCE raises the probability of
-sequences whose reward is above a moving average of the rewards:
+policy emits the n actions one after the other, each a choice among the `ratios` that still fit the limit, and REINFORCE
+raises the probability of sequences whose reward is above a moving average of the rewards:
 
     R = acc_avg - acc_std - overhead   if overhead <= limit        (12)
         -overhead                      otherwise, and nothing is trained
 
-    grad J = E[ (R - baseline) grad log pi(A_1..A_n) ] + entropy_weight * grad H(pi)
+    grad J = E[ (R - baseline) / spread grad log pi(A_1..A_n) ] + entropy_weight * grad H(pi)
+
+with the standard deviation of the rewards of all states so far for the spread. Two things make it do at least as well
+as random search (docs/settings.md). Sequences over the limit are not drawn: (12) falls by more than half a unit there,
+and a policy that learns from that flees to states that cost nothing. And the policy starts as the uniform distribution
+over the sequences that fit, whatever layers come first (`Room`): what it draws before it has learnt is random search.
 
 The whole search is a function of its seed and of the accuracies: to resume it is to replay it, with the accuracies of
 the states that were explored before taken from the log. So its states can be trained elsewhere, too, a population at a
@@ -31,6 +36,8 @@ from tqdm import tqdm
 from correctnet import storage
 from correctnet.config import search_rounds
 from correctnet.errors import UserError, one_line
+from correctnet.streams import numpy_generator, seed_of, torch_generator
+from correctnet.tables import best_state
 
 Filters = tuple[int, ...]
 COLUMNS = ["evaluation", "episode", "filters", "ratios", "layers", "overhead", "mean", "std", "reward", "seconds"]
@@ -43,7 +50,7 @@ class Problem:
     Attributes:
         widths: filters n_i of each candidate layer.
         ratios: the values that S_i may take, 0 among them.
-        limit: the overhead allowed, a fraction.
+        limit: the overhead allowed, a fraction; that of the state without compensation is within it.
         overhead: of a state, given the generator filters of each candidate.
         score: trains and evaluates a state: (mean, standard deviation) of its accuracy. The expensive part; None where
             others do it.
@@ -60,17 +67,68 @@ class Problem:
         chosen = (self.ratios[a] for a in actions)
         return tuple(max(1, round(s * n)) if s > 0 else 0 for s, n in zip(chosen, self.widths, strict=True))
 
-    def offered(self) -> Tensor:
-        """(n, ratios) bool: the actions that would fit the limit if no other layer were compensated."""
-        n = len(self.widths)
-        fits = torch.zeros(n, len(self.ratios), dtype=torch.bool)
-        none = self.ratios.index(0.0)
-        for i in range(n):
-            for a in range(len(self.ratios)):
-                actions = [none] * n
-                actions[i] = a
-                fits[i, a] = self.overhead(self.filters(actions)) <= self.limit
-        return fits
+
+class Room:
+    """What still fits the limit behind the first actions of a sequence, and how many ways there are to go on.
+
+    Drawing every action with a probability proportional to the number of complete sequences that it leaves draws
+    uniformly from all sequences that fit. The numbers take the overhead for a sum over the layers and round each
+    layer's to 1 / `STEPS` of the limit; whether an action is offered at all goes by the exact overhead of the sequence
+    so far, without compensation in the layers behind it.
+    """
+
+    STEPS = 4096
+
+    def __init__(self, problem: Problem):
+        self.problem = problem
+        self._none = problem.ratios.index(0.0)
+        self._overheads: dict[Filters, float] = {}
+        self._logs: dict[tuple[int, ...], np.ndarray] = {}
+        empty = self.overhead([])
+        self._room = max(problem.limit - empty, 0.0)
+        # _ways[i][b]: log of how many sequences of the layers from i on take b steps of the limit, or fewer.
+        self._ways = [np.zeros(self.STEPS + 1)]
+        for i in reversed(range(len(problem.widths))):
+            behind, ways = self._ways[0], np.full(self.STEPS + 1, -np.inf)
+            for a in range(len(problem.ratios)):
+                taken = self._steps(self.overhead([*[self._none] * i, a]) - empty)
+                if taken <= self.STEPS:
+                    ways[taken:] = np.logaddexp(ways[taken:], behind[: self.STEPS + 1 - taken])
+            self._ways.insert(0, ways)
+
+    def _steps(self, overhead: float) -> int:
+        if overhead <= 0:
+            return 0
+        return self.STEPS + 1 if overhead >= 2 * self._room else round(overhead / self._room * self.STEPS)
+
+    def overhead(self, prefix: Sequence[int]) -> float:
+        """Of a sequence that begins with `prefix` and compensates no layer behind it."""
+        filters = self.problem.filters([*prefix, *[self._none] * (len(self.problem.widths) - len(prefix))])
+        if filters not in self._overheads:
+            self._overheads[filters] = self.problem.overhead(filters)
+        return self._overheads[filters]
+
+    def log_probabilities(self, prefix: Sequence[int]) -> np.ndarray:
+        """(ratios,) float64: of the next action behind `prefix`, for uniform sequences; -inf where it does not fit.
+
+        If none fits, not even no compensation, that one is certain.
+        """
+        key = tuple(prefix)
+        if key not in self._logs:
+            ways = np.full(len(self.problem.ratios), -np.inf)
+            for a in range(len(ways)):
+                left = self.problem.limit - self.overhead([*key, a])
+                if left >= 0:
+                    ways[a] = max(0.0, self._ways[len(key) + 1][min(self._steps(left), self.STEPS)])
+            if ways.max() == -np.inf:
+                ways[self._none] = 0.0
+            self._logs[key] = ways - np.logaddexp.reduce(ways)
+        return self._logs[key]
+
+    def offer(self, prefixes: Tensor) -> Tensor:
+        """(rows, ratios) float32: `log_probabilities` of each row of (rows, i) actions, -1e9 for -inf."""
+        found = np.array([self.log_probabilities(row) for row in prefixes.tolist()])
+        return torch.from_numpy(np.maximum(found, -1e9)).float()
 
 
 @dataclass(frozen=True)
@@ -126,8 +184,8 @@ class Log:
 
     @property
     def evaluations(self) -> int:
-        """States that were trained and evaluated."""
-        return sum(s.mean is not None for s in self.states.values())
+        """States that were trained and evaluated. The one without compensation trains nothing, and is not counted."""
+        return sum(s.mean is not None and any(s.filters) for s in self.states.values())
 
     def new(self, states: Iterable[Filters]) -> list[Filters]:
         """Those within the limit that were not explored, each once."""
@@ -159,7 +217,7 @@ class Log:
                 mean, std = self.problem.score(filters)
             seconds = round(time.monotonic() - began, 3)
         value = reward(mean, std, overhead, self.problem.limit)
-        number = self.evaluations + 1 if fits else self.evaluations
+        number = self.evaluations + (fits and any(filters))
         self.states[filters] = Explored(number, episode, filters, overhead, mean, std, value, seconds)
         if self.path is not None and (fits or filters not in self.known):
             self.write(self.path)
@@ -178,7 +236,7 @@ class Log:
     def best(self) -> Explored:
         """The state within the limit with the best mean accuracy; of equals the one of less overhead."""
         scored = [s for s in self.states.values() if s.mean is not None]
-        return max(scored, key=lambda s: (s.mean, -s.overhead))
+        return scored[best_state([s.mean for s in scored], [s.overhead for s in scored])]
 
 
 def read_log(path: Path) -> list[Explored]:
@@ -200,7 +258,7 @@ class Policy(nn.Module):
     """An LSTM that emits one action a candidate layer, given the action before and which layer it is.
 
     Its input at step i is the one-hot of A_{i-1} (none at i = 1) and the one-hot of i; its output, through a linear
-    layer, the logits over the ratios. Actions that are not offered get probability 0.
+    layer, what is added to the log-probabilities that `Room` offers, to be the logits.
     """
 
     def __init__(self, layers: int, actions: int, hidden: int = 32):
@@ -208,77 +266,84 @@ class Policy(nn.Module):
         self.layers, self.actions = layers, actions
         self.cell = nn.LSTMCell(actions + layers, hidden)
         self.head = nn.Linear(hidden, actions)
-        nn.init.zeros_(self.head.weight)  # all offered actions equally likely at the start
+        nn.init.zeros_(self.head.weight)  # what is offered decides alone at the start
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, offered: Tensor, generator: torch.Generator, rollouts: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw `rollouts` sequences: actions (rollouts, n) int64, log-probabilities and entropies (rollouts,)."""
+    def forward(
+        self, offered: Callable[[Tensor], Tensor], generator: torch.Generator, rollouts: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw `rollouts` sequences: actions (rollouts, n) int64, log-probabilities and entropies (rollouts,).
+
+        `offered` gives the log-probabilities (rollouts, ratios) to start from of the next actions, given those so far
+        (rollouts, i).
+        """
         state = None
         before = torch.zeros(rollouts, self.actions)
-        drawn, logs, entropy = [], torch.zeros(rollouts), torch.zeros(rollouts)
+        drawn = torch.zeros(rollouts, 0, dtype=torch.int64)
+        logs, entropy = torch.zeros(rollouts), torch.zeros(rollouts)
         for i in range(self.layers):
             where = torch.zeros(rollouts, self.layers)
             where[:, i] = 1
             state = self.cell(torch.cat([before, where], dim=1), state)
-            logits = self.head(state[0]).masked_fill(~offered[i], -1e9)
-            log_p = logits.log_softmax(1)
+            log_p = (self.head(state[0]) + offered(drawn)).log_softmax(1)
             action = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
             logs = logs + log_p.gather(1, action).squeeze(1)
             entropy = entropy - (log_p.exp() * log_p).sum(1)
             before = torch.zeros(rollouts, self.actions).scatter_(1, action, 1.0)
-            drawn.append(action)
-        return torch.cat(drawn, dim=1), logs, entropy
+            drawn = torch.cat([drawn, action], dim=1)
+        return drawn, logs, entropy
 
 
 def _draw(
-    problem: Problem, policy: Policy, offered: Tensor, generator: torch.Generator, settings: Any, log: Log
+    problem: Problem, policy: Policy, room: Room, generator: torch.Generator, settings: Any, log: Log
 ) -> tuple[list[Filters], Tensor, Tensor]:
     """The states of an episode, their sequences' log-probabilities and entropies.
 
-    `rollouts` sequences; with a population as many times that as hold so many new states, at most fifty times. New
-    states beyond the population are left out.
+    `rollouts` sequences; with a population sequence after sequence until they hold so many new states, at most fifty
+    times `rollouts`.
     """
-    drawn = [policy(offered, generator, settings.rollouts)]
-
-    def states() -> list[Filters]:
-        return [problem.filters(sequence) for actions, _, _ in drawn for sequence in actions.tolist()]
-
-    if settings.population:
-        while len(log.new(states())) < settings.population and len(drawn) < 50:
-            drawn.append(policy(offered, generator, settings.rollouts))
-    found = states()
-    surplus = set(log.new(found)[settings.population :]) if settings.population else set()
-    kept = [i for i, filters in enumerate(found) if filters not in surplus]
-    _, logs, entropy = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-    return [found[i] for i in kept], logs[kept], entropy[kept]
+    found: list[Filters] = []
+    parts: list[tuple[Tensor, Tensor]] = []
+    for _ in range(50 if settings.population else 1):
+        actions, *part = policy(room.offer, generator, settings.rollouts)
+        found += [problem.filters(sequence) for sequence in actions.tolist()]
+        parts.append(tuple(part))
+        new = log.new(found)
+        if settings.population and len(new) >= settings.population:
+            found = found[: found.index(new[settings.population - 1]) + 1]
+            break
+    logs, entropies = (torch.cat(part)[: len(found)] for part in zip(*parts, strict=True))
+    return found, logs, entropies
 
 
 def reinforce(problem: Problem, settings: Any, seed: int, log: Log) -> Iterator[int]:
     """REINFORCE until `settings.evaluations` states are trained or `settings.episodes` episodes are over.
 
+    With a population it also ends with an episode that finds no new state.
     An episode draws sequences from the policy, looks up or trains their states, and makes one step of Adam. Yields the
     number of evaluations after each episode.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed_of(seed, "policy", float(problem.limit)))
         policy = Policy(len(problem.widths), len(problem.ratios))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch_generator(seed, "actions", float(problem.limit))
     optimizer = torch.optim.Adam(policy.parameters(), lr=settings.learning_rate)
-    offered = problem.offered()
+    room = Room(problem)
     baseline: float | None = None
-    trained = 0  # populations
     for episode in range(1, settings.episodes + 1):
-        states, logs, entropy = _draw(problem, policy, offered, generator, settings, log)
+        states, logs, entropy = _draw(problem, policy, room, generator, settings, log)
         new, left = log.new(states), settings.evaluations - log.evaluations
-        trained += bool(new)
-        if settings.population and trained > search_rounds(settings):
+        if settings.population and (not new or episode > search_rounds(settings)):
             return
         log.explore_all(new[:left], episode)
         if len(new) > left:
             return
         r = torch.tensor([log.explore(filters, episode).reward for filters in states])
         baseline = r.mean().item() if baseline is None else baseline
-        loss = -((r - baseline) * logs).mean() - settings.entropy * entropy.mean()
+        # Of all states so far, not of this episode's: where those are all alike, what is left is the noise.
+        spread = np.std([state.reward for state in log.states.values()])
+        advantage = (r - baseline) / float(spread or 1.0)
+        loss = -(advantage * logs).mean() - settings.entropy * entropy.mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -288,15 +353,19 @@ def reinforce(problem: Problem, settings: Any, seed: int, log: Log) -> Iterator[
 
 def random_search(problem: Problem, settings: Any, seed: int, log: Log) -> Iterator[int]:
     """`settings.evaluations` different states within the limit, drawn uniformly; the rival of `reinforce`."""
-    rng = np.random.default_rng(seed)
-    offered = [np.flatnonzero(row) for row in problem.offered().numpy()]
+    rng = numpy_generator(seed, "random-search", float(problem.limit))
+    room, layers = Room(problem), len(problem.widths)
     misses = 0
-    # States that repeat or do not fit cost nothing; a thousand in a row and hardly any can be left.
+    # States that repeat cost nothing; a thousand in a row and hardly any can be left.
     while log.evaluations < settings.evaluations and misses < 1000:
         together = min(settings.population or 1, settings.evaluations - log.evaluations)
         states: list[Filters] = []
         while len(states) < together and misses < 1000:
-            filters = problem.filters([int(rng.choice(choices)) for choices in offered])
+            actions: list[int] = []
+            while len(actions) < layers:
+                probabilities = np.exp(room.log_probabilities(actions))
+                actions.append(int(rng.choice(len(probabilities), p=probabilities / probabilities.sum())))
+            filters = problem.filters(actions)
             fresh = filters not in states and log.new([filters])
             misses = 0 if fresh else misses + 1
             states += [filters] if fresh else []
@@ -326,7 +395,8 @@ def search(
 ) -> Log:
     """Explore states and give the log of all of them; `.best()` is the result.
 
-    The state without compensation is always explored first: it is the least that a compensator must beat.
+    The state without compensation is always explored first: it is the least that a compensator must beat. It trains
+    nothing, and is not one of `settings.evaluations`.
 
     Args:
         problem: what is searched.
@@ -338,9 +408,13 @@ def search(
 
     Raises:
         Pending: `problem.score` is None, and a state is needed that is not known.
+        ValueError: not even the state without compensation is within the limit.
     """
     log = Log(problem, log_path, known)
-    log.explore((0,) * len(problem.widths), 0)
+    none = (0,) * len(problem.widths)
+    if not problem.overhead(none) <= problem.limit:
+        raise ValueError(f"no state is within the limit of {problem.limit}, not even the one without compensation")
+    log.explore(none, 0)
     strategy = {"reinforce": reinforce, "random": random_search}[settings.strategy]
     with tqdm(total=settings.evaluations, desc="search", unit="state", disable=not progress) as bar:
         if problem.widths:

@@ -38,6 +38,7 @@ from correctnet.engine import MEMORY, describe
 from correctnet.errors import UserError, one_line
 from correctnet.montecarlo import clean_accuracy, evaluate
 from correctnet.results import COLUMNS, IDENTITY, Result, record
+from correctnet.tables import best_state
 from correctnet.training import Checkpoint, Hooks, fit
 
 # Simulated chips over which BatchNorm's statistics are estimated.
@@ -506,7 +507,8 @@ def compensate(settings: Settings, base: Path, found: Sequence[Path], out: Path,
     """
     s = settings.of("compensate")
     results = [_read_best(path) for path in found]
-    best = max(results, key=lambda r: (r["mean"] if r["mean"] is not None else 1.0, -r["overhead"]))
+    means = [1.0 if r["mean"] is None else r["mean"] for r in results]
+    best = results[best_state(means, [r["overhead"] for r in results])]
     model, described = read_network(base, runtime.device)
     device = variation.make(s.variation)
     analog, plan, hooks = compensation.prepare(model, best["filters"], s.compensate, device, s.seed, "compensate")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,14 @@ def paper_mean(samples: pd.DataFrame, row: str) -> float | None:
     """The paper's mean of a row at PAPER_SIGMA, for the network and data set of a pair's samples; None: not stated."""
     key = (samples["network"].iloc[0], samples["dataset"].iloc[0])
     return PAPER.get(key, {}).get(row, (None,))[0]
+
+
+def best_state(means: Sequence[float], overheads: Sequence[float]) -> int:
+    """The position of the state that a search chooses: the best mean accuracy, of equals the least overhead.
+
+    Of states that are equal in both, the first.
+    """
+    return max(range(len(means)), key=lambda i: (means[i], -overheads[i]))
 
 
 def read_samples(files: Iterable[Path]) -> pd.DataFrame:

@@ -44,7 +44,10 @@ def stage_seconds(stage: Stage, s: Settings, cost: Costs, chips: int | None = No
         case "sweep":
             return s.sweep.chips * cost.layers * (s.sweep.images or validation) * cost.test
         case "search":
-            return s.search.evaluations * state_seconds(s, cost) if s.search.strategy in SEARCHING else 0.0
+            if s.search.strategy not in SEARCHING:
+                return 0.0
+            # The state without compensation is evaluated, too, and not trained.
+            return s.search.evaluations * state_seconds(s, cost) + _scoring(s, cost)
         case "compensate":
             judged = 2 * JUDGED_CHIPS * validation * cost.test  # with the compensators and without
             return s.compensate.epochs * train_images * _compensating(s, cost) + judged
@@ -60,7 +63,13 @@ def state_seconds(s: Settings, cost: Costs) -> float:
     train_images, _ = SIZES[s.data.dataset]
     validation = round(s.data.validation * train_images)
     images = s.search.train_epochs * (s.search.train_images or train_images - validation)
-    return images * _compensating(s, cost) + s.search.chips * (s.search.images or validation) * cost.test
+    return images * _compensating(s, cost) + _scoring(s, cost)
+
+
+def _scoring(s: Settings, cost: Costs) -> float:
+    """Seconds to evaluate one state of a search."""
+    validation = round(s.data.validation * SIZES[s.data.dataset][0])
+    return s.search.chips * (s.search.images or validation) * cost.test
 
 
 def _compensating(s: Settings, cost: Costs) -> float:

@@ -6,12 +6,14 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from correctnet import pages, provenance, tables
+from correctnet import figures, pages, provenance, tables
+from correctnet.config import Search
 from correctnet.errors import UserError
-from correctnet.search import COLUMNS
+from correctnet.search import COLUMNS, Problem, search
 
 pytest.importorskip("bokeh", reason="the workflow extra is not installed")
 
@@ -94,6 +96,28 @@ def test_the_scatter_has_every_trained_state_with_its_layers(log):
     assert "conv2" not in shown[1]
     assert "75.00% ± 5.00" in shown[1]
     assert len(shown) == 2, "a state over its limit was never trained"
+
+
+def test_what_a_search_chose_is_starred_and_ringed(tmp_path):
+    # Of three states with the best mean the search takes the one with the least overhead, wherever it stands.
+    means = {(0, 0): 0.5, (4, 4): 0.75, (0, 4): 0.75, (4, 0): 0.75}
+    problem = Problem((4, 4), (0.0, 1.0), 1.0, lambda f: (2 * f[0] + f[1]) / 100, lambda f: (means[f], 0.01))
+    found = search(problem, Search(), 0, progress=False)
+    assert (found.best().filters, found.best().overhead) == ((0, 4), 0.04)
+    for order in ((0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1), (1, 3, 0, 2)):
+        path = tmp_path / str(order[0]) / "pair" / "search" / "limit-1" / "log.csv"
+        path.parent.mkdir(parents=True)
+        found.table().assign(candidates="conv1 conv2").iloc[list(order)].to_csv(path, index=False)
+
+        ring = figures.figure10([path]).axes[0].collections[-1]
+        assert ring.get_offsets().tolist() == [[4.0, 0.75]]
+        plt.close("all")
+        page = pages.search_scatter([path])
+        documents = json.loads(re.search(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)[1])
+        ((markers,), (states,)) = (find_all(documents, key) for key in ("marker", "state"))
+        (starred,) = [s for m, s in zip(markers, states, strict=True) if m == "star"]
+        assert "conv2: 4" in starred
+        assert "conv1" not in starred
 
 
 def test_a_log_without_layers_is_named(log):

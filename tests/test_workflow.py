@@ -245,7 +245,7 @@ def test_a_search_spread_over_jobs_is_the_search_of_one_job(folder, tmp_path):
     states = [json.loads(p.read_text()) for p in sorted((copied / place).glob("round-*/state-*.json"))]
     trained = [s for s in states if s]
     assert len(states) == 5
-    assert 2 <= len(trained) <= 4
+    assert 2 <= len(trained) <= 5, "four, and the state without compensation, which trains nothing"
 
     command = ["correctnet.cli", "search", "--config", "config.yaml", "--pair", "one", "--limit", "0.02"]
     command += ["--base", "results/one/suppress", "--candidates", "results/one/sweep/candidates.json"]
