@@ -1,6 +1,6 @@
 """How far float32 is from float64 on chips of networks with random weights: torch, the core, and chance.
 
-    python docs/precision.py results/reference/precision/chips.csv [--chips 64] [--networks resnet18 ...]
+    python docs/precision.py results/reference/precision/chips.csv [--chips 48] [--networks resnet18 ...]
 
 Needs torchvision, which correctnet does not depend on. Weights and BatchNorms are random, so that the networks amplify
 rounding, some chips by a thousand times more than others. For each chip, the largest error of the outputs of a batch
@@ -78,8 +78,8 @@ def perturbed(model: nn.Module, x: Tensor, seed: int) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
-    parser.add_argument("--chips", type=int, default=64)
-    parser.add_argument("--networks", nargs="+", default=["resnet18", "mobilenet_v3_small", "regnet_y_400mf"])
+    parser.add_argument("--chips", type=int, default=48)
+    parser.add_argument("--networks", nargs="+", default=["regnet_y_400mf", "mobilenet_v3_small"])
     args = parser.parse_args()
     torch.set_num_threads(1)
     engine.CHECK_TOLERANCE = float("inf")  # what is measured here
