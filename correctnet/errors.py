@@ -1,6 +1,9 @@
 """The one exception a user is meant to see, and how those of others are put into it."""
 
+from correctnet.reloading import survives_reload
 
+
+@survives_reload
 class UserError(Exception):
     """Input that cannot be used: a setting, a file, a model. The message is one line that names it and the way out.
 

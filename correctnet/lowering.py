@@ -19,12 +19,14 @@ from correctnet import cuda
 from correctnet.analog import AnalogLayer, nominal_weight
 from correctnet.arithmetic import Precision
 from correctnet.graph import Op, Traced, changed_by, op_of, shape_of
+from correctnet.reloading import survives_reload
 from correctnet.variation import LogNormalVariation
 
 Method = Literal["auto", "fused", "materialise", "library"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 
+@survives_reload
 @dataclass(frozen=True)
 class TorchStep:
     """One value that is computed, by torch."""
@@ -33,6 +35,7 @@ class TorchStep:
     sampled: bool
 
 
+@survives_reload
 @dataclass(frozen=True)
 class PlanStep(TorchStep):
     """One value that the core computes from one other."""

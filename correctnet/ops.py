@@ -23,6 +23,7 @@ import contextlib
 import functools
 import numbers
 import operator
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -40,9 +41,11 @@ _NOISE = "Tensor seed, Tensor samples, int layer, float sigma, float shift"
 _LAYER = f"Tensor x, Tensor weight, Tensor? bias, {_NOISE}=0."
 _GEOMETRY = "int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1"
 _TAGS = torch.Tag.pt2_compliant_tag
-torch.library.define("correctnet::noisy_weight", f"(Tensor weight, {_NOISE}) -> Tensor", tags=_TAGS)
-torch.library.define("correctnet::noisy_linear", f"({_LAYER}) -> Tensor", tags=_TAGS)
-torch.library.define("correctnet::noisy_conv2d", f"({_LAYER}, {_GEOMETRY}) -> Tensor", tags=_TAGS)
+_SCHEMAS = {
+    "noisy_weight": f"(Tensor weight, {_NOISE}) -> Tensor",
+    "noisy_linear": f"({_LAYER}) -> Tensor",
+    "noisy_conv2d": f"({_LAYER}, {_GEOMETRY}) -> Tensor",
+}
 
 
 class Noise(NamedTuple):
@@ -516,12 +519,51 @@ def _sum(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 # ---- registration ---------------------------------------------------------------------------------------------------
 
-torch.library.impl("correctnet::noisy_weight", "default", _weights)
-torch.library.impl("correctnet::noisy_linear", "default", lambda *a: _forward(*_linear_arguments(*a)))
-torch.library.impl("correctnet::noisy_conv2d", "default", lambda *a: _forward(*_conv2d_arguments(*a)))
-torch.library.register_fake("correctnet::noisy_weight", _fake_weights)
-torch.library.register_fake("correctnet::noisy_linear", lambda *a: _fake(*_linear_arguments(*a)))
-torch.library.register_fake("correctnet::noisy_conv2d", lambda *a: _fake(*_conv2d_arguments(*a)))
-torch.library.register_autograd("correctnet::noisy_weight", _weights_backward, setup_context=_weights_context)
-torch.library.register_autograd("correctnet::noisy_linear", _layer_backward, setup_context=_layer_context)
-torch.library.register_autograd("correctnet::noisy_conv2d", _layer_backward, setup_context=_layer_context)
+
+def _current(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of that name as the module has it when it is called: registered once, it may be reloaded."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(sys.modules[__name__], function.__name__)(*args, **kwargs)
+
+    return call
+
+
+def _linear(*args: Any) -> Tensor:
+    return _forward(*_linear_arguments(*args))
+
+
+def _conv2d(*args: Any) -> Tensor:
+    return _forward(*_conv2d_arguments(*args))
+
+
+def _fake_linear(*args: Any) -> Tensor:
+    return _fake(*_linear_arguments(*args))
+
+
+def _fake_conv2d(*args: Any) -> Tensor:
+    return _fake(*_conv2d_arguments(*args))
+
+
+_OPERATORS = {
+    "noisy_weight": (_weights, _fake_weights, _weights_backward, _weights_context),
+    "noisy_linear": (_linear, _fake_linear, _layer_backward, _layer_context),
+    "noisy_conv2d": (_conv2d, _fake_conv2d, _layer_backward, _layer_context),
+}
+
+
+def _register() -> None:
+    """Make the operators known to torch, once a process; after a reload they are the module's new functions."""
+    for name, functions in _OPERATORS.items():
+        if hasattr(torch.ops.correctnet, name):
+            continue
+        forward, fake, backward, context = map(_current, functions)
+        qualified = f"correctnet::{name}"
+        torch.library.define(qualified, _SCHEMAS[name], tags=_TAGS)
+        torch.library.impl(qualified, "default", forward)
+        torch.library.register_fake(qualified, fake)
+        torch.library.register_autograd(qualified, backward, setup_context=context)
+
+
+_register()

@@ -324,14 +324,27 @@ def test_only_what_kept_its_work_promises_to_go_on(chain, tmp_path, monkeypatch,
     assert result.output.splitlines()[-1] == f"stopped by SIGTERM{goes_on}"
 
 
-def test_threads_stay_within_the_process_s_cpus(monkeypatch):
-    asked = []
+@pytest.mark.parametrize(
+    ("quota", "wanted"),
+    [("max 100000", [3, 2, 1]), ("200000 100000", [2, 2, 1]), ("50000 100000", [1, 1, 1]), (None, [3, 2, 1])],
+)
+def test_threads_stay_within_the_process_s_cpus(monkeypatch, quota, wanted):
+    """Those of its affinity, here three, and of its control group, if there is one."""
+    asked, read_text = [], Path.read_text
+
+    def control_group(path, *args, **kwargs):
+        if str(path) != "/sys/fs/cgroup/cpu.max":
+            return read_text(path, *args, **kwargs)
+        if quota is None:
+            raise FileNotFoundError(path)
+        return quota
+
+    monkeypatch.setattr(Path, "read_text", control_group)
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
-    stages.set_threads(64)
-    stages.set_threads(2)
-    assert asked[0] <= 3
-    assert asked == [asked[0], min(2, asked[0])]
+    for threads in (64, 2, 0):
+        stages.set_threads(threads)
+    assert asked == wanted
 
 
 def test_cuda_that_is_not_there(tmp_path, monkeypatch):

@@ -292,12 +292,12 @@ def test_as_many_weights_are_drawn_as_there_are() -> None:
     plan = Engine(convert(models.lenet5(), VARIATION, SEED), x)._whole.plan
     labels = np.zeros(64, np.int64)
     for samples in ([3], list(range(7))):
-        _, drawn = plan.count_correct(x.numpy(), labels, seed=1, samples=samples, threads=1)
+        _, drawn, _ = plan.count_correct(x.numpy(), labels, seed=1, samples=samples, threads=1)
         assert drawn == len(samples) * 61470
-    _, drawn = plan.count_correct(x.numpy(), labels, seed=1, samples=list(range(8)), threads=2)
+    _, drawn, _ = plan.count_correct(x.numpy(), labels, seed=1, samples=list(range(8)), threads=2)
     assert drawn == 8 * 61470
     vgg = Engine(convert(models.vgg16(), VARIATION, SEED), inputs(2, 3, 32, 32))._whole.plan
-    _, drawn = vgg.count_correct(
+    _, drawn, _ = vgg.count_correct(
         inputs(40, 3, 32, 32).numpy(), labels[:40], seed=1, samples=[0, 1], keep_bytes=64 << 20
     )
     assert drawn == 2 * 14_977_728
@@ -501,6 +501,7 @@ def test_no_size_overflows(options: dict[str, tuple[int, int]]) -> None:
 def test_a_plan_refuses_what_it_cannot_run(
     shape, weight, stride, padding, dilation, groups, sigma, images, samples, threads
 ) -> None:
+    """Sizes of every kind, hardly ever of one that fits: an exception, and never the end of the process."""
     from correctnet import _native
 
     with contextlib.suppress(ValueError, TypeError):
@@ -508,6 +509,60 @@ def test_a_plan_refuses_what_it_cannot_run(
         noise = _native.LayerNoise(0, sigma, 0.0)
         array = np.ones(weight, np.float32)
         plan.finish(plan.conv(0, array, stride=stride, padding=padding, dilation=dilation, groups=groups, noise=noise))
-        out, drawn = plan.outputs(np.ones(images, np.float32), seed=0, samples=samples, threads=threads)
-        assert out.shape[:2] == (len(samples), images[0])
-        assert drawn >= len(samples) * array.size
+        plan.outputs(np.ones(images, np.float32), seed=0, samples=samples, threads=threads)
+
+
+pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    kernel=pairs,
+    stride=pairs,
+    padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    dilation=pairs,
+    groups=st.integers(1, 3),
+    channels=st.integers(1, 3),
+    outputs=st.integers(1, 5),
+    count=st.integers(1, 40),
+    samples=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=3),
+    threads=st.integers(1, 3),
+    change=st.sampled_from([None, None, None, "channels", "groups", "images", "threads", "samples", "stride"]),
+)
+def test_a_plan_runs_what_torch_runs_and_refuses_the_rest(
+    size, kernel, stride, padding, dilation, groups, channels, outputs, count, samples, threads, change
+) -> None:
+    """A convolution of sizes that fit but, maybe, for one, and for a kernel that is larger than the image."""
+    from correctnet import _native
+
+    weight = torch.randn(groups * outputs, channels, *kernel, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(count, groups * channels, *size, generator=torch.Generator().manual_seed(1))
+    geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    fits = change is None
+    given_to_core = dict(geometry)
+    if change == "groups":
+        given_to_core["groups"] = groups * channels * outputs + 1
+    if change == "stride":
+        given_to_core["stride"] = (0, 1)
+    fits &= all(n + 2 * p >= d * (k - 1) + 1 for n, p, d, k in zip(size, padding, dilation, kernel, strict=True))
+
+    def run() -> tuple[np.ndarray, int]:
+        plan = _native.Plan("float32", groups * channels + (change == "channels"), *size)
+        layer = np.ascontiguousarray(weight.permute(0, 2, 3, 1).numpy())
+        plan.finish(plan.conv(0, layer, noise=_native.LayerNoise(3, 0.5, 0.0), **given_to_core))
+        images = x.numpy()[:, :, :0] if change == "images" else x.numpy()
+        chips = [] if change == "samples" else samples
+        return plan.outputs(images, seed=9, samples=chips, threads=0 if change == "threads" else threads)[:2]
+
+    if not fits:
+        refusals = "instead of|do not divide|is expected|at least 1|larger than its padded input"
+        with pytest.raises(ValueError, match=refusals):
+            run()
+        return
+    out, drawn = run()
+    assert drawn >= len(samples) * weight.numel()
+    for found, chip in zip(out, samples, strict=True):
+        noisy = native.noisy_weight(weight, 9, 3, chip, 0.5)
+        wanted = F.conv2d(x.double(), noisy.double(), **geometry)
+        np.testing.assert_allclose(found, wanted.numpy(), rtol=0, atol=1e-5 * max(1.0, wanted.abs().max().item()))

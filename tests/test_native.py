@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from isolated import NOT_EDITABLE
 from scipy import stats
 from scipy.special import ndtri
+from torch import nn
 
-from correctnet import native, reference
+from correctnet import LogNormalVariation, convert, evaluate, native, reference
+from correctnet.cli import main
 from correctnet.errors import UserError
+from correctnet.ops import noisy_linear
+
+_native = native._core
 
 ISAS = ["portable", "avx2", "avx512", "avx512bf16", "amx"]
 PACKAGE = Path(native.__file__).parent
@@ -258,6 +266,101 @@ def test_isa_without_the_core_is_an_error(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("CORRECTNET_ISA", "avx2")
     with pytest.raises(UserError, match="CORRECTNET_ISA"):
         native.status()
+
+
+# ---- known answers --------------------------------------------------------------------------------------------------
+
+
+class Changed:
+    """The core, but for one function."""
+
+    def __init__(self, name: str, function: Callable[..., object]) -> None:
+        setattr(self, name, function)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(_native, name)
+
+
+def one_bit_off(noise: object, first: int, count: int, out: int, threads: int) -> None:
+    _native.lognormal(noise, first, count, out, threads)
+    bits = np.ctypeslib.as_array(ctypes.cast(out, ctypes.POINTER(ctypes.c_uint32)), (count,))
+    bits[count // 2] ^= 1
+
+
+def truncated(noise: object, weight: int, out: int, channels: int, **options: object) -> None:
+    words = np.ctypeslib.as_array(ctypes.cast(weight, ctypes.POINTER(ctypes.c_uint32)), (channels,))
+    np.ctypeslib.as_array(ctypes.cast(out, ctypes.POINTER(ctypes.c_uint16)), (channels,))[:] = words >> 16
+
+
+class WithoutNan:
+    def __init__(self, *arguments: object) -> None:
+        self.plan = _native.Plan(*arguments)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.plan, name)
+
+    def outputs(self, images: np.ndarray, **options: object) -> tuple[np.ndarray, int]:
+        outputs, drawn = self.plan.outputs(images, **options)
+        return np.nan_to_num(outputs), drawn
+
+
+WRONG = {
+    "factors": ("lognormal", one_bit_off),
+    "rounding to bfloat16": ("noisy_weight", truncated),
+    "NaN and infinity": ("Plan", WithoutNan),
+}
+
+
+@needs_core
+@pytest.mark.parametrize("what", WRONG)
+def test_a_core_that_computes_other_bits_is_an_error(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_core", Changed(*WRONG[what]))
+    said = rf"the C\+\+ core computes other bits than specified \({what}, {_native.isa()}\): .*install correctnet again"
+    weight = torch.ones(3, 4)
+    for use in (
+        lambda: native.lognormal(1, 2, 3, 4, 0.5),
+        lambda: native.noisy_weight(weight, 1, 2, 3, 0.5),
+        lambda: noisy_linear(weight, torch.ones(3, 4), seed=0, layer=0, sigma=0.5),
+        lambda: evaluate(convert(nn.Linear(4, 3), LogNormalVariation(0.5)), (weight, torch.zeros(3).long()), 1),
+        native.status,
+    ):
+        with pytest.raises(UserError, match=said):
+            use()
+    assert "other bits than specified" in native.status(check=False).problem
+    text = CliRunner().invoke(main, ["info"])
+    assert text.exit_code == 0
+    assert f"  it computes other bits than specified ({what}, " in text.output
+
+
+@needs_core
+def test_a_core_that_makes_subnormal_numbers_zeros_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_flushes", True)
+    native._wrong_answer.cache_clear()
+    try:
+        with pytest.raises(UserError, match="subnormal numbers are zeros since it was loaded"):
+            native.lognormal(1, 2, 3, 4, 0.5)
+    finally:
+        native._wrong_answer.cache_clear()
+
+
+@needs_core
+def test_the_core_gives_the_known_answers(isa: str) -> None:
+    if isa != "numpy":
+        assert native._wrong_answer.__wrapped__(native._core, isa) is None
+
+
+def test_known_answers_are_the_specification_s() -> None:
+    frozen = (Path(__file__).parent / "kat_lognormal.txt").read_text().splitlines()
+    lines = {tuple(line.split()[:7]): line.split()[7:] for line in frozen if not line.startswith("#")}
+    for (seed, layer, sample, purpose, sigma, shift, start), first, count, crc in native.KNOWN_FACTORS:
+        line = lines[tuple(str(n) for n in (seed, layer, sample, purpose, sigma, shift, start))]
+        assert [int(word, 16) for word in line[: len(first)]] == list(first)
+        factors = reference.lognormal(seed, layer, sample, count, sigma, shift, start, purpose)
+        assert zlib.crc32(factors.astype("<f4").tobytes()) == crc
+    numbers = torch.tensor(np.array(list(native._ROUNDED), np.uint32).view(np.float32))
+    smallest = torch.finfo(torch.float32).tiny
+    wanted = torch.where(numbers.abs() < smallest, 0 * numbers, numbers).bfloat16()
+    assert wanted.view(torch.int16).numpy().view(np.uint16).tolist() == list(native._ROUNDED.values())
 
 
 # ---- statistics: every bound holds for all but one in 10^6 seeds ----------------------------------------------------

@@ -360,6 +360,19 @@ def test_jobs_ask_for_more_than_was_measured():
             assert max(60 * minutes for minutes, _ in jobs) >= 1.5 * row["seconds"], row
 
 
+def test_jobs_ask_for_more_than_they_take(folder):
+    """The same of the jobs that have just run here: a stage that has become hungrier is found without a new table."""
+    planned = snakemake(folder, "-n", "--forceall", "quick")
+    memory = [int(m) for m in re.findall(r"wildcards: pair=one\b.*?mem_mb=(\d+)", planned, re.DOTALL)]
+    taken = {}
+    for file in (folder / "results" / ".benchmarks" / "one").rglob("*.tsv"):
+        row = pd.read_csv(file, sep="\t").iloc[0]
+        if row["max_rss"] == row["max_rss"]:  # short jobs end before they are looked at
+            taken[file.relative_to(folder / "results" / ".benchmarks" / "one").parts[0]] = float(row["max_rss"])
+    assert len(taken) > 3
+    assert 100 < max(taken.values()) <= min(memory) / 1.35, taken
+
+
 @pytest.mark.parametrize(
     ("pair", "threads"), [("vgg16-cifar10", 8), ("vgg16-cifar10-ablation", 1), ("lenet5-cifar10", 1)]
 )

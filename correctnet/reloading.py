@@ -1,0 +1,35 @@
+"""Classes that outlive a reload of their module."""
+
+from __future__ import annotations
+
+import sys
+from types import FunctionType
+from typing import TypeVar
+
+Class = TypeVar("Class", bound=type)
+
+
+def survives_reload(new: Class) -> Class:
+    """The class itself; where its module is executed again (`importlib.reload`), the one from before, with what is new.
+
+    Other modules hold on to the class that they imported, and tell objects and errors apart by it. So a reload changes
+    that class in place instead of making another one of the same name.
+
+    @survives_reload
+    class PlanStep: ...
+    """
+    old = vars(sys.modules[new.__module__]).get(new.__name__)
+    if not isinstance(old, type) or old.__module__ != new.__module__:
+        return new
+    for name, value in vars(new).items():
+        if name in ("__dict__", "__weakref__"):
+            continue
+        function = getattr(value, "fget", None) or getattr(value, "__func__", value)
+        if isinstance(function, FunctionType):
+            for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+                if variable == "__class__":  # of super()
+                    cell.cell_contents = old
+        setattr(old, name, value)
+    for name in set(vars(old)) - set(vars(new)):
+        delattr(old, name)
+    return old
