@@ -60,10 +60,10 @@ def test_reward_is_equation_12(mean, std, overhead, expected):
 
 
 @pytest.mark.parametrize("evaluations", [12, 24, 150])
-def test_reinforce_is_not_worse_than_random_search_and_better_with_many_evaluations(evaluations):
+def test_reinforce_is_not_worse_than_random_search_and_better_with_more_than_a_few_evaluations(evaluations):
     differences = search_budgets.differences("six layers", 0.002, evaluations, seeds=40)
     mean, low, high = search_budgets.interval(differences)
-    assert (low if evaluations == 150 else high) > 0, f"{mean:.4f} ({low:.4f} to {high:.4f})"
+    assert (high if evaluations == 12 else low) > 0, f"{mean:.4f} ({low:.4f} to {high:.4f})"
 
 
 def test_reinforce_finds_the_known_optimum():
