@@ -183,7 +183,7 @@ template <class T>
 CN_KERNEL(kSmallThreads, 4) count_correct(CN_ARGUMENTS(CountArguments) p) {
   const T* const x = static_cast<const T*>(p.x) + blockIdx.y * p.x_stride;
   const int lane = int(threadIdx.x) % 32, warps = kSmallThreads / 32;
-  unsigned long long correct = 0, nonfinite = 0;
+  unsigned correct = 0, nonfinite = 0;  // of one warp
   for (int64_t image = int64_t(blockIdx.x) * warps + threadIdx.x / 32; image < p.images; image += int64_t(gridDim.x) * warps) {
     float largest = -INFINITY;
     int best = 0x7fffffff;
