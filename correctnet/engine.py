@@ -99,6 +99,7 @@ class Engine:
         first_layer: layers of a smaller index stay nominal.
         precision: "float32", or "bfloat16" for weights and activations (sums are float32).
         memory: bytes that a run may take beside the images, about.
+        sample: the chip on which the core is compared with torch, where none is programmed.
         method: how a GPU gets at noisy weights, see above; "auto" is "fused", until another one was measured to be
             faster. Of no meaning on a CPU.
 
@@ -121,6 +122,7 @@ class Engine:
         precision: Precision = "float32",
         memory: int = MEMORY,
         method: Method = "auto",
+        sample: int = 0,
     ):
         check_method(method)
         if precision not in ("float32", "bfloat16"):
@@ -145,14 +147,13 @@ class Engine:
         self.whole = self._whole is not None
         self._torch_cost = [(s.sampled, *graph.cost(s.node)) for s in self._steps] if self.library else []
         self._live = _live_bytes(self._steps, self._dead, graph.input, precision) if self.library else 0
-        self._check(graph, example)
+        self._check(graph, example, sample if self._chip.sample is None else self._chip.sample)
 
-    def _check(self, graph: Lowering, example: Tensor) -> None:
-        """Compare with torch on a chip of its own: a network that was misread must never give an accuracy.
+    def _check(self, graph: Lowering, example: Tensor, sample: int) -> None:
+        """Compare with torch on one chip: a network that was misread must never give an accuracy.
 
         Raises Unsupported, with the reason, where they differ: torch's outputs are those that count.
         """
-        sample = 0 if self._chip.sample is None else self._chip.sample
         images = example[:LANES]
         steps, precision = self._steps, self._precision
         if precision == "bfloat16":

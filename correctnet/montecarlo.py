@@ -261,10 +261,10 @@ class _Simulation:
             self.prepare(model)
             model.eval()
 
-    def engine(self, model: nn.Module, example: Tensor) -> Engine:
-        """An engine for the model as it is now."""
+    def engine(self, model: nn.Module, example: Tensor, sample: int) -> Engine:
+        """An engine for the model as it is now, tried on a chip."""
         example = example.to(next(model.parameters()).device)
-        return Engine(model, example, self.first_layer, self.precision, self.memory, self.method)
+        return Engine(model, example, self.first_layer, self.precision, self.memory, self.method, sample)
 
 
 @contextmanager
@@ -312,7 +312,7 @@ def _counter(
             reason = "the images have several shapes or types"
     if engine == "auto" and reason is None:
         try:
-            return _engine_counter(model, data, simulation)
+            return _engine_counter(model, data, simulation, samples[0])
         except Unsupported as error:
             reason = str(error)
     if engine == "auto":
@@ -345,7 +345,7 @@ def _prepared_counter(model: nn.Module, data: Data, simulation: _Simulation) -> 
             with programmed(model, sample, simulation.first_layer):
                 simulation.ready(model)
                 try:
-                    engine = simulation.engine(model, data.head[0])
+                    engine = simulation.engine(model, data.head[0], sample)
                 except Unsupported as error:
                     warnings.warn(f"chip {sample} runs through torch: {error}", EngineWarning, stacklevel=2)
                     with keeping(model):
@@ -363,9 +363,9 @@ def _prepared_counter(model: nn.Module, data: Data, simulation: _Simulation) -> 
     return count
 
 
-def _engine_counter(model: nn.Module, data: Data, simulation: _Simulation) -> tuple[Counter, int]:
+def _engine_counter(model: nn.Module, data: Data, simulation: _Simulation, sample: int) -> tuple[Counter, int]:
     """Through the core, and the chips of a chunk. Raises Unsupported where the core cannot run the network."""
-    engine = simulation.engine(model, data.head[0])
+    engine = simulation.engine(model, data.head[0], sample)
     if simulation.method != "auto" and not engine.on_gpu:
         warnings.warn(
             f"gpu_method {simulation.method!r} has no effect: the model is on the CPU, whose core makes weights noisy "
