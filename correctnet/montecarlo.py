@@ -31,7 +31,7 @@ from correctnet.batches import Batch, Batches, Data, check_outputs, looks_across
 from correctnet.engine import BLOCK, GPU_BLOCK, MEMORY, Engine, Method, Unsupported, check_method, classified
 from correctnet.errors import UserError
 from correctnet.probe import check_reached, left_alone, run, same
-from correctnet.results import COLUMNS, IDENTITY, Result
+from correctnet.results import COLUMNS, IDENTITY, Result, read_chips
 
 # A chunk of chips is what an interruption loses: floating-point operations a thread, of which a core does some 5e10 a
 # second. A call into the core cannot be interrupted and prepares its images anew: the first may take so many
@@ -163,7 +163,7 @@ def evaluate(
             "model": _state_digest(model),
         }
         saved = {**identity, "settings": run_settings}
-        rows = storage.resume(save, lambda path: _read_rows(path, saved), [])
+        rows = storage.resume(save, _read_rows, [])
         _check_rows(save, rows, saved)
         have = {row["sample"] for row in rows}
         todo = [sample for sample in range(start, start + chips) if sample not in have]
@@ -221,10 +221,9 @@ def _state_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _read_rows(path: Path, saved: dict[str, Any]) -> list[dict[str, Any]]:
+def _read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of chips that `save` holds."""
-    text = [name for name, value in saved.items() if isinstance(value, str)]
-    return storage.read_csv(path, text=text)[[*COLUMNS, *IDENTITY, "settings"]].to_dict("records")
+    return read_chips(path)[[*COLUMNS, *IDENTITY, "settings"]].to_dict("records")
 
 
 def _check_rows(save: str | Path | None, rows: list[dict[str, Any]], saved: dict[str, Any]) -> None:
