@@ -29,12 +29,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from correctnet.errors import UserError, one_line
+from correctnet.reloading import survives_reload
 from correctnet.variation import Variation
 
 # Parameters of these are vectors or tables that no crossbar multiplies with; they stay digital without a warning.
 DIGITAL = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.PReLU)
 
 
+@survives_reload
 class CoverageWarning(UserWarning):
     """Some parameters of the network cannot carry variation, or carry it without an effect."""
 
@@ -46,6 +48,7 @@ class Watcher(Protocol):
         """The weights that `draw` gives."""
 
 
+@survives_reload
 @dataclass
 class Chip:
     """Which chip sample the layers of one converted network carry; shared by all of them.
@@ -74,6 +77,7 @@ class Chip:
         return Chip, (self.seed, self.sample, self.first_layer)
 
 
+@survives_reload
 class ChipWeight(Tensor):
     """The weights of a layer on a chip, for whoever asks the layer for its `weight`.
 
@@ -138,6 +142,7 @@ def _view(result: Any, tensor: Tensor) -> bool:
     return first.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
 
 
+@survives_reload
 class AnalogLayer(nn.Module):
     """What analog layers share: the layer's address and its weights on the present chip."""
 
@@ -228,6 +233,7 @@ def _traces(layer: nn.Module) -> tuple[weakref.ref[Any], ...]:
     return (weakref.ref(layer),) if weight is None else (weakref.ref(layer), weakref.ref(weight))
 
 
+@survives_reload
 class AnalogLinear(AnalogLayer, nn.Linear):
     """y = x W^T + b with W on the present chip and b digital. x (..., in), W (out, in), y (..., out)."""
 
@@ -236,6 +242,7 @@ class AnalogLinear(AnalogLayer, nn.Linear):
         return F.linear(x, self.chip_weight(), self.bias)
 
 
+@survives_reload
 class AnalogConv2d(AnalogLayer, nn.Conv2d):
     """y = x * W + b with W on the present chip and b digital. x (N, in, H, W), W (out, in / groups, kh, kw)."""
 

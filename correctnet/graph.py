@@ -19,9 +19,11 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from correctnet import cuda, native
 from correctnet.analog import AnalogConv2d, AnalogLayer, AnalogLinear, analog_layers, programmed
 from correctnet.errors import UserError, one_line
+from correctnet.reloading import survives_reload
 from correctnet.variation import LogNormalVariation
 
 
+@survives_reload
 class Unsupported(Exception):
     """The core cannot run this network at all; the message says why."""
 
@@ -50,6 +52,7 @@ def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+@survives_reload
 @dataclass(frozen=True)
 class Traced:
     """A network as a graph whose nodes know their shapes.
@@ -177,6 +180,7 @@ def call(root: nn.Module, node: fx.Node, values: dict[fx.Node, Any], weights: di
 # ---- what the core can do -------------------------------------------------------------------------------------------
 
 
+@survives_reload
 @dataclass(frozen=True)
 class Op:
     """One operation that a plan can express: its kind, the nodes it reads, and what it needs beside."""
