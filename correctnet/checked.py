@@ -173,15 +173,19 @@ def _float(cell: str) -> float:
 
 
 def _guessed(cells: Sequence[str]) -> pd.Series:
-    """The cells of a column of no known name."""
-    for convert in (int, lambda cell: _float(cell) if cell else math.nan):
+    """The cells of a column of no known name: numbers where all of them are written as numbers are, else texts.
+
+    A text that only looks like a number (007, 12e5, nan) is none: it would be written otherwise than it was read.
+    """
+    for kind, dtype in ((int, "Int64"), (float, "float64")):
         try:
-            if any("_" in cell for cell in cells):
-                break
-            values = [convert(cell) for cell in cells]
-            if any(cell and math.isnan(value) for cell, value in zip(cells, values, strict=True)):
-                break  # a text such as "nan"
-            return pd.Series(values)
-        except ValueError:
+            values = [kind(cell) if cell else None for cell in cells]
+            if all(value is None or repr(value) == cell for cell, value in zip(cells, values, strict=True)):
+                finite = [value for value in values if value is not None and math.isfinite(value)]
+                if len(finite) == len(values):
+                    return pd.Series(finite)
+                if len(finite) == len(values) - values.count(None):
+                    return pd.Series(values, dtype=dtype)
+        except (ValueError, OverflowError):
             continue
     return pd.Series(list(cells), dtype="str")

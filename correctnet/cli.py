@@ -22,6 +22,7 @@ import click
 from correctnet import storage
 from correctnet.config import READS, Config, Section, Settings, Stage, exact, merge, unprintable, validate
 from correctnet.errors import UserError, one_line
+from correctnet.yamlfile import json_values
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -246,6 +247,7 @@ def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:
         work = work or place.parent / storage.WORK / place.name
         _end_with(os.environ.get("CORRECTNET_HEAD"))
         _check_out(function.__name__, out, single=arguments.get("state") is not None)
+        _check_inputs(out, arguments)
         with storage.exclusive(work, out):
             return function(runtime=_runtime(data_dir, device, threads, memory, work, quiet), **arguments)
 
@@ -278,6 +280,24 @@ def _check_out(stage: str, out: Path, single: bool) -> None:
     if out.suffix in (".safetensors", ".json", ".csv"):
         raise UserError(f"--out {out}: the name of a folder is expected, in which `{stage}` writes several files")
     storage.check_writable(out, "folder")
+
+
+# The arguments of stages that name models, and those that name other files.
+MODELS, FILES = ("pretrained", "base", "model", "compensated"), ("candidates", "found", "known")
+
+
+def _check_inputs(out: Path, arguments: dict[str, Any]) -> None:
+    """Find out before the work whether a stage's result would take the place of what it is made from."""
+    models = [arguments[key] for key in MODELS if arguments.get(key)]
+    others = [arguments[key] for key in FILES if arguments.get(key)]
+    files = [path for other in others for path in (other if isinstance(other, tuple) else (other,))]
+    files += [file for model in models for file in storage.model_files(model)]
+    # A folder holds a stage's files by their names.
+    storage.check_distinct([out, *(out / name for name in WRITTEN)], files)
+
+
+# What the stages that write several files call them.
+WRITTEN = ("model.safetensors", "model.json", "log.csv", "accuracy.csv", "candidates.json", "best.json")
 
 
 def _runtime(data_dir: Path | None, device: str, threads: int | None, memory: int, work: Path, quiet: bool) -> Runtime:
@@ -583,8 +603,8 @@ def _labels(texts: tuple[str, ...], given: str | None) -> dict[str, str]:
     labels: Any = {}
     if given is not None:
         try:
-            labels = json.loads(given)
-        except ValueError as error:
+            labels = json_values(given)
+        except (ValueError, RecursionError) as error:
             raise UserError(f"--labels: not JSON ({one_line(error)})") from error
         if not isinstance(labels, dict) or not all(isinstance(label, str) for label in labels.values()):
             raise UserError("--labels: a JSON object from rows to labels is expected")
@@ -601,6 +621,7 @@ def merge_chunks(files: tuple[Path, ...], out: Path) -> None:
     from correctnet.results import Result
 
     storage.check_writable(out)
+    storage.check_distinct([out], files)
     Result.concatenate(Result.from_csv(path) for path in files).to_csv(out)
 
 
@@ -612,6 +633,7 @@ def collect(files: tuple[Path, ...], out: Path) -> None:
     from correctnet import tables
 
     storage.check_writable(out)
+    storage.check_distinct([out], files)
     storage.write_csv(out, tables.read_samples(files))
 
 
@@ -626,6 +648,7 @@ def table(samples: tuple[Path, ...], sigma: float, label: tuple[str, ...], label
     from correctnet import pages, tables
 
     csv, markdown, page = _beside(out, ".csv", ".md", ".html")
+    storage.check_distinct([csv, markdown, page], samples)
     rows = tables.table1(tables.read_samples(samples), sigma, _labels(label, labels))
     text = tables.markdown(rows, sigma)
     storage.write_csv(csv, rows)
@@ -688,6 +711,7 @@ def explore(logs: tuple[Path, ...], out: Path) -> None:
     from correctnet import pages
 
     storage.check_writable(out)
+    storage.check_distinct([out], logs)
     storage.write_text(out, pages.search_scatter(logs))
 
 

@@ -97,6 +97,8 @@ def table1(samples: pd.DataFrame, sigma: float, labels: Mapping[str, str] | None
         nominal = of_pair[of_pair["sigma"] == 0].groupby("row").first()
         clean = nominal["accuracy"]
         names = list(varied["row"].unique())
+        if left_out := [row for row in of_pair["row"].unique() if row not in names]:
+            raise UserError(f"table: row {left_out[0]} of {pair} has no results at sigma {exact(sigma)}")
         if missing := [row for row in names if row not in clean.index]:
             raise UserError(f"table: row {missing[0]} of {pair} has no results at sigma 0")
         reference = "unprotected" if "unprotected" in names else names[0]  # files may come in any order
@@ -187,7 +189,8 @@ def markdown(table: pd.DataFrame, sigma: float) -> str:
     """The table for people, percentages with the confidence interval and the paper's number."""
     lines = [
         f"Accuracies in %; sigma = {exact(sigma)}; mean ± standard deviation over chips, [95 % confidence interval of "
-        "the mean]; ratio: mean / clean accuracy of the unprotected network on the same images (–: not known).",
+        "the mean]; ratio: mean / clean accuracy, on the same images, of the row unprotected, or else of the pair's "
+        "first row (–: not known).",
         "",
         "| pair | row | clean | mean ± std | 95 % CI | ratio | overhead | layers | chips × images | epochs | seed "
         "| paper | difference |",
