@@ -14,6 +14,7 @@ from typing import NoReturn
 import pandas as pd
 
 from correctnet.errors import UserError, one_line
+from correctnet.storage import unreadable
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,10 @@ def read(path: str | Path, required: Sequence[str] = (), known: Mapping[str, Col
     """
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise UserError(f"{path}: cannot be read ({reason})") from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)})") from error
     if not text.strip():
         raise UserError(f"{path}: cannot be read (it is empty)")
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
