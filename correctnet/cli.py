@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -388,6 +389,8 @@ class Group(click.Group):
                 try:
                     return super().invoke(ctx)
                 except OSError as error:  # of a file that nobody has looked at with suspicion
+                    if error.errno == errno.ENOSPC and error.filename is None:
+                        raise UserError(f"the output cannot be written: {error.strerror}") from error
                     if error.filename is None:
                         raise
                     raise storage.unreadable(os.fsdecode(error.filename), error) from error
@@ -618,11 +621,15 @@ def _labels(texts: tuple[str, ...], given: str | None) -> dict[str, str]:
 @click.option("--out", type=PATH, required=True, help="CSV that is written.")
 def merge_chunks(files: tuple[Path, ...], out: Path) -> None:
     """Put the CSVs of several chunks of one evaluation together, in the order of the chips."""
-    from correctnet.results import Result
+    from correctnet.results import Result, missing_chip
 
     storage.check_writable(out)
     storage.check_distinct([out], files)
-    Result.concatenate(Result.from_csv(path) for path in files).to_csv(out)
+    merged = Result.concatenate(Result.from_csv(path) for path in files)
+    chips = merged.table["sample"]
+    if (missing := missing_chip(chips)) is not None:
+        raise UserError(f"merge: chip {missing} is missing; the chunks have chips {chips.min()} to {chips.max()}")
+    merged.to_csv(out)
 
 
 @main.command()

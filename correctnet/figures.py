@@ -252,7 +252,9 @@ def yield_curve(files: Sequence[Path], sigma: float | None = None) -> plt.Figure
     figure, axes = _panels(pairs)
     for ax, pair in zip(axes, pairs, strict=True):
         of_pair = samples[samples["pair"] == pair]
-        varied = of_pair[of_pair["sigma"] == table_sigma(of_pair, sigma)]
+        at = table_sigma(of_pair, sigma)
+        tables.check_comparable(pair, of_pair, at, "figure")
+        varied = of_pair[of_pair["sigma"] == at]
         colours = itertools.chain((GREEN, PINK, YELLOW, SKY), itertools.cycle(plt.cm.tab20.colors))
         for row in varied["row"].unique():
             accuracies = np.sort(varied["accuracy"][varied["row"] == row].to_numpy())
@@ -300,6 +302,7 @@ def rows(
     stars = False
     for ax, pair in zip(axes.flat, pairs, strict=True):
         of_pair = samples[samples["pair"] == pair]
+        tables.check_comparable(pair, of_pair, sigmas[pair], "figure")
         varied = of_pair[of_pair["sigma"] == sigmas[pair]]
         names = list(varied["row"].unique())
         lone = varied.groupby("row").size() == 1

@@ -579,3 +579,21 @@ def test_provenance_of_results_that_are_not_there(tmp_path):
     succeed(*given, tmp_path)
     page = (tmp_path / "p.html").read_text(encoding="utf-8")
     assert "0, 0.00 hours of wall time, at most – MiB" in page
+
+
+def test_a_chunk_that_is_missing_in_between(tmp_path):
+    own = complete().query("row == 'correctnet' and sigma == 0.5")
+    for start, stop in ((0, 1), (2, 3)):
+        own[own["sample"].between(start, stop - 1)].to_csv(tmp_path / f"{start}.csv", index=False)
+    line = error_of("merge", tmp_path / "2.csv", tmp_path / "0.csv", "--out", tmp_path / "m.csv")
+    assert line == "error: merge: chip 1 is missing; the chunks have chips 0 to 2"
+    assert not (tmp_path / "m.csv").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
+def test_an_output_that_is_full_is_one_line():
+    command = [sys.executable, "-m", "correctnet.cli", "check", ROOT / "config.yaml"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: the output cannot be written: No space left on device\n"

@@ -424,3 +424,31 @@ def test_rows_that_have_no_sigma_in_common(name, tmp_path):
     with pytest.raises(UserError, match="no sigma at which all of its rows have results; give --sigma"):
         figures.draw(name, [tmp_path / "s.csv"], tmp_path / "f.png")
     figures.draw(name, [tmp_path / "s.csv"], tmp_path / "f.png", sigma=0.5)
+
+
+@pytest.mark.parametrize("name", ["rows", "yield"])
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("split", "validation", "validation images of cifar100"),
+        ("seed", 1, "seed 1"),
+        ("sample", 5, "chips from 5 on"),
+    ],
+)
+def test_figures_refuse_what_the_table_does(name, column, value, message, tmp_path):
+    own = complete()
+    at = (own["row"] == "correctnet") & (own["sigma"] == 0.5)
+    own.loc[at, column] = own.loc[at, column] + value if column == "sample" else value
+    own.to_csv(tmp_path / "s.csv", index=False)
+    with pytest.raises(UserError, match=f"figure: rows of vgg16-cifar100 are not comparable .*{message}"):
+        figures.draw(name, [tmp_path / "s.csv"], tmp_path / "f.png")
+    with pytest.raises(UserError, match=f"table: rows of vgg16-cifar100 are not comparable .*{message}"):
+        tables.table1(own, 0.5)
+
+
+@pytest.mark.parametrize("name", ["rows", "yield"])
+def test_a_chip_that_is_missing_in_between(name, tmp_path):
+    own = complete().query("not (row == 'correctnet' and sigma == 0.5 and sample == 1)")
+    own.to_csv(tmp_path / "s.csv", index=False)
+    with pytest.raises(UserError, match="figure: row correctnet of vgg16-cifar100 lacks chip 1 and has chip 2"):
+        figures.draw(name, [tmp_path / "s.csv"], tmp_path / "f.png")
