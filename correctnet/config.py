@@ -604,7 +604,13 @@ class Config(Section):
                 )
                 if settings.evaluate.recalibrate != "none" and not _has_batchnorm(settings.network):
                     yield f"{source}: pairs.{pair}.rows: {row!r} recalibrates BatchNorm, which the network has not"
-                searches = "search" in lineage(settings, self.rows[row].evaluate)
+                stages = lineage(settings, self.rows[row].evaluate)
+                yield from (
+                    f"{source}: pairs.{pair}.rows: {row!r}: {text}"
+                    for text in map(functools.partial(lone_image, settings), stages)
+                    if text
+                )
+                searches = "search" in stages
                 if settings.evaluate.recalibrate == "chip" and searches and settings.search.strategy in SEARCHING:
                     yield (
                         f"{source}: pairs.{pair}.rows: {row!r} recalibrates BatchNorm on each chip, which the search "
@@ -772,6 +778,22 @@ def sizes_mistake(settings: Settings, stage: Literal["pretrain", "suppress"], ne
     if getattr(settings, stage).sizes and network == "lenet5":
         return f"{stage}.sizes: LeNet-5's linear layers fit images of 32 x 32 pixels only"
     return None
+
+
+def lone_image(settings: Settings, stage: Stage) -> str | None:
+    """What is wrong where a stage normalises with each batch and the last one of an epoch is a single image."""
+    training = getattr(settings, stage, None)
+    if not isinstance(training, Training) or not training.epochs or not _has_batchnorm(settings.network):
+        return None
+    if getattr(training, "batchnorm", "updated") != "updated":
+        return None
+    images, _ = SIZES[settings.data.dataset]
+    images -= round(settings.data.validation * images)
+    if training.batch > 1 and images % training.batch != 1:
+        return None
+    return (
+        f"{stage}.batch: of {images} images, batches of {training.batch} leave one alone, which BatchNorm cannot take"
+    )
 
 
 def _has_batchnorm(network: Network) -> bool:

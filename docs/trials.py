@@ -10,6 +10,7 @@ CSV is the model as it is.
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,14 @@ from correctnet.config import Compensate, validate
 from correctnet.stages import read_network
 from correctnet.storage import training_data, write_csv
 from correctnet.training import fit
+
+
+def _value(text: str) -> Any:
+    """A setting's value as it is given: a number, true, false or null, else a text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 @click.command()
@@ -72,7 +81,7 @@ def main(
 
     judge("not compensated", convert(network, variation, 0), 0.0, 0.0)
     for trial in trials:
-        fields = dict(item.split("=", 1) for item in trial.split())
+        fields = {key: _value(text) for key, text in (item.split("=", 1) for item in trial.split())}
         section = validate(Compensate, {"precision": precision, "epochs": 1, **fields}, trial)
         analog, _, hooks = compensation.prepare(network, plan, section, variation, 0)
         hooks.augment = augment

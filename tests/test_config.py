@@ -570,3 +570,30 @@ def test_the_numbers_of_training_images_are_those_of_the_files(name):
     record = {"mnist": 28 * 28, "cifar10": 1 + 3 * 32 * 32, "cifar100": 2 + 3 * 32 * 32}[name]
     files = [file for file in data.SOURCES[name].train if "labels" not in file.name]
     assert sum(file.size // record for file in files) == SIZES[name][0]
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "stage"),
+    [
+        ("unprotected", {"pretrain": {"epochs": 1, "batch": 431}}, "pretrain"),
+        ("unprotected", {"pretrain": {"epochs": 1, "batch": 1}}, "pretrain"),
+        ("suppressed", {"suppress": {"epochs": 1, "batch": 431}}, "suppress"),
+        ("injected", {"inject": {"epochs": 1, "batch": 431}}, "inject"),
+        ("finetuned", {"finetune": {"epochs": 1, "batch": 431, "batchnorm": "updated"}}, "finetune"),
+        ("unprotected", {"suppress": {"epochs": 1, "batch": 431}}, None),
+        ("unprotected", {"pretrain": {"epochs": 0, "batch": 431}}, None),
+        ("unprotected", {"pretrain": {"epochs": 1, "batch": 431}, "network": {"batchnorm": "none"}}, None),
+        ("injected", {"inject": {"epochs": 1, "batch": 431, "batchnorm": "frozen"}}, None),
+        ("unprotected", {"pretrain": {"epochs": 1, "batch": 430}}, None),
+    ],
+)
+def test_a_batch_of_one_image_for_batchnorm(row, settings, stage):
+    """1294 of the digits are left to train on, which is 3 x 431 + 1."""
+    pair = {"rows": list(dict.fromkeys(["unprotected", row])), "data": {"dataset": "digits"}, **settings}
+    pair["network"] = {"name": "vgg16", **settings.get("network", {})}
+    config = changed("pairs", {"p": pair}, changed("runs", {"paper": ["p"]}))
+    if stage is None:
+        Config.check(config)
+        return
+    with pytest.raises(UserError, match=rf"'{row}': {stage}.batch: of 1294 images, .* leave one alone"):
+        Config.check(config)
