@@ -248,7 +248,7 @@ def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:
         work = work or place.parent / storage.WORK / place.name
         _end_with(os.environ.get("CORRECTNET_HEAD"))
         _check_out(function.__name__, out, single=arguments.get("state") is not None)
-        _check_inputs(out, arguments)
+        _check_inputs(function.__name__, out, arguments)
         with storage.exclusive(work, out):
             return function(runtime=_runtime(data_dir, device, threads, memory, work, quiet), **arguments)
 
@@ -287,18 +287,18 @@ def _check_out(stage: str, out: Path, single: bool) -> None:
 MODELS, FILES = ("pretrained", "base", "model", "compensated"), ("candidates", "found", "known")
 
 
-def _check_inputs(out: Path, arguments: dict[str, Any]) -> None:
+def _check_inputs(stage: str, out: Path, arguments: dict[str, Any]) -> None:
     """Find out before the work whether a stage's result would take the place of what it is made from."""
     models = [arguments[key] for key in MODELS if arguments.get(key)]
     others = [arguments[key] for key in FILES if arguments.get(key)]
     files = [path for other in others for path in (other if isinstance(other, tuple) else (other,))]
     files += [file for model in models for file in storage.model_files(model)]
-    # A folder holds a stage's files by their names.
-    storage.check_distinct([out, *(out / name for name in WRITTEN)], files)
+    storage.check_distinct([out, *(out / name for name in WRITTEN.get(stage, MODEL))], files)
 
 
-# What the stages that write several files call them.
-WRITTEN = ("model.safetensors", "model.json", "log.csv", "accuracy.csv", "candidates.json", "best.json")
+# What the stages that write several files call them: most write a model.
+MODEL = ("model.safetensors", "model.json", "log.csv")
+WRITTEN = {"sweep": ("accuracy.csv", "candidates.json"), "search": ("best.json", "log.csv")}
 
 
 def _runtime(data_dir: Path | None, device: str, threads: int | None, memory: int, work: Path, quiet: bool) -> Runtime:

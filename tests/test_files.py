@@ -515,9 +515,8 @@ def test_a_result_never_takes_the_place_of_what_it_is_made_from(command, samples
         (["suppress", "--pretrained", "m"], ["m"]),
         (["inject", "--pretrained", "m/model.safetensors"], ["m"]),
         (["finetune", "--compensated", "m/"], ["m"]),
-        (["sweep", "--pretrained", "m", "--base", "n"], ["m", "n"]),
-        (["search", "--base", "m", "--candidates", "s/candidates.json"], ["m", "s"]),
-        (["compensate", "--base", "m", "--found", "f/best.json", "--found", "g/best.json"], ["m", "f", "g"]),
+        (["search", "--base", "m", "--candidates", "s/best.json"], ["s"]),
+        (["compensate", "--base", "m", "--found", "f/model.json", "--found", "g/log.csv"], ["m", "f", "g"]),
         (["search", "--state", "0", "--base", "m", "--candidates", "c", "--known", "k"], ["c", "k"]),
     ],
 )
@@ -597,3 +596,22 @@ def test_an_output_that_is_full_is_one_line():
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
     assert done.stderr == "error: the output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["sweep", "--pretrained", "one", "--base", "one"],
+        ["search", "--base", "one", "--candidates", "one/candidates.json"],
+        ["compensate", "--base", "other", "--found", "one/best.json"],
+    ],
+)
+def test_one_folder_may_hold_what_has_other_names(arguments, tmp_path, monkeypatch):
+    """A sweep, searches and a model share no file's name."""
+    from correctnet import stages
+
+    began = []
+    monkeypatch.setattr(stages, arguments[0], lambda *_, **__: began.append(arguments[0]))
+    monkeypatch.chdir(tmp_path)
+    succeed(*arguments, "--quiet", "--out", "one")
+    assert began == [arguments[0]]
