@@ -63,7 +63,7 @@ class Data:
         if isinstance(data, Split):
             data = (data.images, data.labels)
         if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
-            images, labels = _checked(data, what)
+            images, labels = check_batch(data, what)
             batches: Iterable[Batch] = zip(images.split(size), labels.split(size), strict=True)
         else:
             self._loader = _loader(data, what)
@@ -124,7 +124,7 @@ class Data:
     def _read(self) -> Iterator[Batch]:
         """One pass over the loader."""
         for batch in self._loader:
-            yield _checked(batch, self.what)
+            yield check_batch(batch, self.what)
 
 
 def _loader(data: Any, what: str) -> Any:
@@ -138,8 +138,8 @@ def _loader(data: Any, what: str) -> Any:
     return data
 
 
-def _checked(batch: Any, what: str) -> Batch:
-    """A batch as (images, labels in int64)."""
+def check_batch(batch: Any, what: str) -> Batch:
+    """A batch as (images, labels in int64). Raises UserError where it is none."""
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(t, Tensor) for t in batch):
         raise UserError(f"{what}: a batch must be (images, labels), two tensors, not {_kind(batch)}")
     images, labels = batch

@@ -24,12 +24,13 @@ from torch import Tensor, nn
 
 from correctnet import storage, streams
 from correctnet.analog import convert, crossbar_layers, program
+from correctnet.batches import check_batch, check_outputs
 from correctnet.config import JUDGED_CHIPS, Compensate, validate
 from correctnet.data import Split
 from correctnet.errors import UserError, one_line
 from correctnet.models import Block, parameter_count
 from correctnet.montecarlo import evaluate
-from correctnet.training import Hooks, check_outputs, classified, fit
+from correctnet.training import Hooks, fit
 from correctnet.variation import Variation
 
 # From so many images on `fit_compensators` holds out every tenth, if it is given none for validation.
@@ -441,7 +442,10 @@ def _labelled(data: Any, what: str, device: torch.device) -> Split:
         data = data.images, data.labels
     if not (isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)):
         raise UserError(f"{what}: a tensor of images and one of labels are expected")
-    return classified(Split(data[0].to(device), data[1].to(device)), what)
+    split = Split(*check_batch((data[0].to(device), data[1].to(device)), what))
+    if not len(split):
+        raise UserError(f"{what}: there are no images")
+    return split
 
 
 def _check_calls(model: nn.Module, images: Tensor, largest: int, what: str) -> None:
@@ -458,7 +462,7 @@ def _check_calls(model: nn.Module, images: Tensor, largest: int, what: str) -> N
             outputs = model(images.clone())
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
             raise UserError(f"{what}: the network cannot compute these images ({one_line(error)})") from error
-    check_outputs(outputs, len(images), largest, what)
+    check_outputs(outputs, images, largest, what)
     for name in compensated:
         if calls[name] == 0:
             raise UserError(

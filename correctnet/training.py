@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from correctnet import arithmetic, storage, streams
+from correctnet.batches import check_batch, check_outputs
 from correctnet.data import Split, augment, resize
 from correctnet.errors import UserError, one_line
 
@@ -182,7 +183,9 @@ def fit(
             cannot be written.
     """
     hooks = hooks or Hooks()
-    train = classified(train, "training")
+    train = Split(*check_batch((train.images, train.labels), "training"))
+    if not len(train):
+        raise UserError("training: there are no images")
     if hooks.augment != "none" and train.images.dim() != 4:
         raise UserError(f"training: only images (N, C, H, W) can be augmented, not {tuple(train.images.shape)}")
     chosen = [p for p in model.parameters() if p.requires_grad] if parameters is None else list(parameters)
@@ -231,35 +234,6 @@ def fit(
     if log:  # once more: of a run that was killed behind its last epoch there may be none
         write_log(log, rows)
     return rows
-
-
-def classified(data: Split, what: str) -> Split:
-    """Inputs with their classes as int64. Raises UserError where labels are not one whole number >= 0 for each."""
-    images, labels = data.images, data.labels
-    if labels.dim() != 1 or len(labels) != len(images):
-        raise UserError(
-            f"{what}: labels must be (N,), a class for each of N images, but they are {tuple(labels.shape)} "
-            f"for {len(images)} images"
-        )
-    if len(labels) == 0:
-        raise UserError(f"{what}: there are no images")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise UserError(f"{what}: labels must be the numbers of classes, of an integral dtype, not {labels.dtype}")
-    if labels.min() < 0:
-        raise UserError(f"{what}: labels count classes from 0 on, but one is {labels.min().item()}")
-    return Split(images, labels.long())
-
-
-def check_outputs(outputs: Any, images: int, largest: int, what: str) -> None:
-    """Raise UserError where a network's outputs are not (images, classes), or `largest` is no class of them."""
-    shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-    if not isinstance(outputs, Tensor) or outputs.dim() != 2 or len(outputs) != images or outputs.shape[1] < 2:
-        raise UserError(
-            f"{what}: the network's outputs must be (N, classes) with at least 2 classes, a score for each, but for "
-            f"{images} images they are {shape}"
-        )
-    if largest >= outputs.shape[1]:
-        raise UserError(f"{what}: a label is {largest}, but the network tells {outputs.shape[1]} classes apart")
 
 
 @contextlib.contextmanager
@@ -343,7 +317,7 @@ def _epoch(
             with arithmetic.products(settings.precision, train.images.device):
                 # A copy where they are read again: a network may write into its input.
                 logits = _outputs(model, images.clone() if hooks.draws_per_batch > 1 else images, len(train))
-            check_outputs(logits, len(batch), largest, "training")
+            check_outputs(logits, images, largest, "training")
             scores = logits if logits.dtype == torch.float64 else logits.float()
             loss = F.cross_entropy(scores / hooks.temperature, labels)
             (loss / hooks.draws_per_batch).backward()

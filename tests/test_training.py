@@ -394,18 +394,17 @@ class Tuple(nn.Linear):
 
 
 NO_CLASSES = [
-    (nn.Linear(4, 3), torch.zeros(7, dtype=torch.int64), r"labels must be \(N,\).*\(7,\) for 8 images"),
-    (nn.Linear(4, 3), torch.zeros(8, 1, dtype=torch.int64), r"labels must be \(N,\).*\(8, 1\) for 8 images"),
-    (nn.Linear(4, 3), torch.zeros(8, 3), r"labels must be \(N,\)"),
-    (nn.Linear(4, 3), torch.zeros(8), "integral dtype, not torch.float32"),
-    (nn.Linear(4, 3), torch.zeros(8, dtype=torch.bool), "integral dtype, not torch.bool"),
-    (nn.Linear(4, 3), torch.full((8,), 3), "a label is 3, but the network tells 3 classes apart"),
-    (nn.Linear(4, 3), torch.full((8,), -100), "count classes from 0 on, but one is -100"),
-    (nn.Linear(4, 1), torch.zeros(8, dtype=torch.int64), r"at least 2 classes.* for 8 images they are \(8, 1\)"),
-    (nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)), torch.zeros(8, dtype=torch.int64), r"they are \(8,\)"),
+    (nn.Linear(4, 3), torch.zeros(7, dtype=torch.int64), "8 images and 7 labels"),
+    (nn.Linear(4, 3), torch.zeros(8, 1, dtype=torch.int64), r"labels \(N,\).*not \(8, 1\)"),
+    (nn.Linear(4, 3), torch.zeros(8, 3), r"labels \(N,\).*not \(8, 3\)"),
+    (nn.Linear(4, 3), torch.full((8,), 0.5), "whole numbers; these are float32"),
+    (nn.Linear(4, 3), torch.full((8,), 3), "there is a label 3, and the network has 3 classes"),
+    (nn.Linear(4, 3), torch.full((8,), -100), "from 0 on; there is a -100"),
+    (nn.Linear(4, 1), torch.zeros(8, dtype=torch.int64), r"2 classes or more.* N = 8 images, not \(8, 1\)"),
+    (nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)), torch.zeros(8, dtype=torch.int64), r"not \(8,\)"),
     (nn.Unflatten(1, (2, 2)), torch.zeros(8, dtype=torch.int64), "nothing to train"),
     (nn.Sequential(nn.Linear(4, 4), nn.Unflatten(1, (2, 2))), torch.zeros(8, dtype=torch.int64), r"\(8, 2, 2\)"),
-    (Tuple(4, 3), torch.zeros(8, dtype=torch.int64), "they are tuple"),
+    (Tuple(4, 3), torch.zeros(8, dtype=torch.int64), "not a tuple of 2"),
 ]
 
 
