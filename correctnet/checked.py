@@ -14,6 +14,7 @@ from typing import NoReturn
 import pandas as pd
 
 from correctnet.errors import UserError, one_line
+from correctnet.storage import unreadable
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,10 @@ def read(path: str | Path, required: Sequence[str] = (), known: Mapping[str, Col
     """
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise UserError(f"{path}: cannot be read ({reason})") from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)})") from error
     if not text.strip():
         raise UserError(f"{path}: cannot be read (it is empty)")
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -173,15 +175,19 @@ def _float(cell: str) -> float:
 
 
 def _guessed(cells: Sequence[str]) -> pd.Series:
-    """The cells of a column of no known name."""
-    for convert in (int, lambda cell: _float(cell) if cell else math.nan):
+    """The cells of a column of no known name: numbers where all of them are written as numbers are, else texts.
+
+    A text that only looks like a number (007, 12e5, nan) is none: it would be written otherwise than it was read.
+    """
+    for kind, dtype in ((int, "Int64"), (float, "float64")):
         try:
-            if any("_" in cell for cell in cells):
-                break
-            values = [convert(cell) for cell in cells]
-            if any(cell and math.isnan(value) for cell, value in zip(cells, values, strict=True)):
-                break  # a text such as "nan"
-            return pd.Series(values)
-        except ValueError:
+            values = [kind(cell) if cell else None for cell in cells]
+            if all(value is None or repr(value) == cell for cell, value in zip(cells, values, strict=True)):
+                finite = [value for value in values if value is not None and math.isfinite(value)]
+                if len(finite) == len(values):
+                    return pd.Series(finite)
+                if len(finite) == len(values) - values.count(None):
+                    return pd.Series(values, dtype=dtype)
+        except (ValueError, OverflowError):
             continue
     return pd.Series(list(cells), dtype="str")

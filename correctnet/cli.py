@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -22,6 +23,7 @@ import click
 from correctnet import storage
 from correctnet.config import READS, Config, Section, Settings, Stage, exact, merge, unprintable, validate
 from correctnet.errors import UserError, one_line
+from correctnet.yamlfile import json_values
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -246,6 +248,7 @@ def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:
         work = work or place.parent / storage.WORK / place.name
         _end_with(os.environ.get("CORRECTNET_HEAD"))
         _check_out(function.__name__, out, single=arguments.get("state") is not None)
+        _check_inputs(function.__name__, out, arguments)
         with storage.exclusive(work, out):
             return function(runtime=_runtime(data_dir, device, threads, memory, work, quiet), **arguments)
 
@@ -278,6 +281,24 @@ def _check_out(stage: str, out: Path, single: bool) -> None:
     if out.suffix in (".safetensors", ".json", ".csv"):
         raise UserError(f"--out {out}: the name of a folder is expected, in which `{stage}` writes several files")
     storage.check_writable(out, "folder")
+
+
+# The arguments of stages that name models, and those that name other files.
+MODELS, FILES = ("pretrained", "base", "model", "compensated"), ("candidates", "found", "known")
+
+
+def _check_inputs(stage: str, out: Path, arguments: dict[str, Any]) -> None:
+    """Find out before the work whether a stage's result would take the place of what it is made from."""
+    models = [arguments[key] for key in MODELS if arguments.get(key)]
+    others = [arguments[key] for key in FILES if arguments.get(key)]
+    files = [path for other in others for path in (other if isinstance(other, tuple) else (other,))]
+    files += [file for model in models for file in storage.model_files(model)]
+    storage.check_distinct([out, *(out / name for name in WRITTEN.get(stage, MODEL))], files)
+
+
+# What the stages that write several files call them: most write a model.
+MODEL = ("model.safetensors", "model.json", "log.csv")
+WRITTEN = {"sweep": ("accuracy.csv", "candidates.json"), "search": ("best.json", "log.csv")}
 
 
 def _runtime(data_dir: Path | None, device: str, threads: int | None, memory: int, work: Path, quiet: bool) -> Runtime:
@@ -368,6 +389,8 @@ class Group(click.Group):
                 try:
                     return super().invoke(ctx)
                 except OSError as error:  # of a file that nobody has looked at with suspicion
+                    if error.errno == errno.ENOSPC and error.filename is None:
+                        raise UserError(f"the output cannot be written: {error.strerror}") from error
                     if error.filename is None:
                         raise
                     raise storage.unreadable(os.fsdecode(error.filename), error) from error
@@ -583,8 +606,8 @@ def _labels(texts: tuple[str, ...], given: str | None) -> dict[str, str]:
     labels: Any = {}
     if given is not None:
         try:
-            labels = json.loads(given)
-        except ValueError as error:
+            labels = json_values(given)
+        except (ValueError, RecursionError) as error:
             raise UserError(f"--labels: not JSON ({one_line(error)})") from error
         if not isinstance(labels, dict) or not all(isinstance(label, str) for label in labels.values()):
             raise UserError("--labels: a JSON object from rows to labels is expected")
@@ -598,10 +621,15 @@ def _labels(texts: tuple[str, ...], given: str | None) -> dict[str, str]:
 @click.option("--out", type=PATH, required=True, help="CSV that is written.")
 def merge_chunks(files: tuple[Path, ...], out: Path) -> None:
     """Put the CSVs of several chunks of one evaluation together, in the order of the chips."""
-    from correctnet.results import Result
+    from correctnet.results import Result, missing_chip
 
     storage.check_writable(out)
-    Result.concatenate(Result.from_csv(path) for path in files).to_csv(out)
+    storage.check_distinct([out], files)
+    merged = Result.concatenate(Result.from_csv(path) for path in files)
+    chips = merged.table["sample"]
+    if (missing := missing_chip(chips)) is not None:
+        raise UserError(f"merge: chip {missing} is missing; the chunks have chips {chips.min()} to {chips.max()}")
+    merged.to_csv(out)
 
 
 @main.command()
@@ -612,6 +640,7 @@ def collect(files: tuple[Path, ...], out: Path) -> None:
     from correctnet import tables
 
     storage.check_writable(out)
+    storage.check_distinct([out], files)
     storage.write_csv(out, tables.read_samples(files))
 
 
@@ -626,6 +655,7 @@ def table(samples: tuple[Path, ...], sigma: float, label: tuple[str, ...], label
     from correctnet import pages, tables
 
     csv, markdown, page = _beside(out, ".csv", ".md", ".html")
+    storage.check_distinct([csv, markdown, page], samples)
     rows = tables.table1(tables.read_samples(samples), sigma, _labels(label, labels))
     text = tables.markdown(rows, sigma)
     storage.write_csv(csv, rows)
@@ -688,6 +718,7 @@ def explore(logs: tuple[Path, ...], out: Path) -> None:
     from correctnet import pages
 
     storage.check_writable(out)
+    storage.check_distinct([out], logs)
     storage.write_text(out, pages.search_scatter(logs))
 
 

@@ -32,8 +32,8 @@ from pydantic import (
     model_validator,
 )
 
-from correctnet.errors import UserError
-from correctnet.yamlfile import read_values
+from correctnet.errors import UserError, one_line
+from correctnet.yamlfile import json_values, read_values
 
 Stage = Literal[
     "pretrain", "suppress", "inject", "sweep", "search", "compensate", "finetune", "evaluate", "sensitivity"
@@ -212,7 +212,7 @@ class Sweep(Section):
 
     threshold: float = Field(0.95, gt=0, le=1)
     """fraction of the original accuracy below which the first i layers become candidates; the paper's is 0.95"""
-    chips: int = Field(50, ge=1, lt=2**30)
+    chips: int = Field(50, ge=1, le=2**28)
     """chip samples a layer"""
     images: int | None = Field(None, ge=1)
     """validation images; empty: all"""
@@ -283,7 +283,7 @@ class Search(Section):
     """epochs of compensator training a state"""
     train_images: int | None = Field(None, ge=1)
     """training images a state; empty: all"""
-    chips: int = Field(20, ge=2, lt=2**30)
+    chips: int = Field(20, ge=2, le=2**28)
     """chip samples a state's accuracy is taken over"""
     images: int | None = Field(None, ge=1)
     """validation images; empty: all"""
@@ -302,6 +302,10 @@ class Search(Section):
     def _ratios(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if 0.0 not in value or max(value) <= 0:
             raise ValueError("ratios need 0 (no compensation) and a positive value")
+        if min(value) < 0 or max(value) > 10:
+            raise ValueError("ratios are numbers from 0 to 10 (0.5, not 50)")
+        if len(set(value)) != len(value):
+            raise ValueError("each ratio once")
         return value
 
 
@@ -327,7 +331,7 @@ class MonteCarlo(Section):
 class Evaluate(Section):
     """Monte Carlo evaluation."""
 
-    chips: int = Field(250, ge=1, lt=2**30)
+    chips: int = Field(250, ge=1, le=2**28)
     """chip samples of a Table I row"""
     split: Literal["test", "validation"] = "test"
     """images that are classified; "validation" for everything that is still to be chosen"""
@@ -335,7 +339,7 @@ class Evaluate(Section):
     """how many of them; empty: all"""
     sigmas: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4)
     """further sigmas for the curves of Figures 2 and 7"""
-    curve_chips: int = Field(50, ge=1, lt=2**30)
+    curve_chips: int = Field(50, ge=1, le=2**28)
     """chip samples at each of those"""
     curve_images: int | None = Field(None, ge=1)
     """images at each of those; empty: as many as at the row's own sigma"""
@@ -357,7 +361,7 @@ class Evaluate(Section):
 class Sensitivity(Section):
     """Variation in one layer alone, for every layer: what each costs by itself."""
 
-    chips: int = Field(20, ge=1, lt=2**30)
+    chips: int = Field(20, ge=1, le=2**28)
     """chip samples a layer"""
     images: int | None = Field(500, ge=1)
     """validation images; empty: all"""
@@ -406,9 +410,9 @@ class Settings(Section):
     def from_canonical(cls, text: str, stage: Stage) -> Settings:
         """The inverse of `canonical`; keys that the stage does not read keep their defaults."""
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"--settings: not JSON ({error})") from error
+            values = json_values(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"--settings: not JSON ({one_line(error)})") from error
         if not isinstance(values, dict):
             raise UserError("--settings: a JSON object is expected")
         version = values.pop("version", VERSIONS[stage])
@@ -600,7 +604,13 @@ class Config(Section):
                 )
                 if settings.evaluate.recalibrate != "none" and not _has_batchnorm(settings.network):
                     yield f"{source}: pairs.{pair}.rows: {row!r} recalibrates BatchNorm, which the network has not"
-                searches = "search" in lineage(settings, self.rows[row].evaluate)
+                stages = lineage(settings, self.rows[row].evaluate)
+                yield from (
+                    f"{source}: pairs.{pair}.rows: {row!r}: {text}"
+                    for text in map(functools.partial(lone_image, settings), stages)
+                    if text
+                )
+                searches = "search" in stages
                 if settings.evaluate.recalibrate == "chip" and searches and settings.search.strategy in SEARCHING:
                     yield (
                         f"{source}: pairs.{pair}.rows: {row!r} recalibrates BatchNorm on each chip, which the search "
@@ -747,9 +757,16 @@ def _plain(value: Any) -> str:
 WIDTHS = {"lenet5": ("four", 4, "conv1, conv2, linear1, linear2"), "vgg16": ("fourteen", 14, "conv1, ..., linear1")}
 
 
+# Images of the training and test sets; what a setting leaves open means all of them.
+SIZES = {"digits": (1438, 359), "mnist": (60000, 10000), "cifar10": (50000, 10000), "cifar100": (50000, 10000)}
+
+
 def network_mistake(settings: Settings) -> str | None:
-    """What does not fit the network: it is known only when all settings are merged."""
-    network = settings.network
+    """What does not fit the network or the data set: it is known only when all settings are merged."""
+    network, data = settings.network, settings.data
+    images, _ = SIZES[data.dataset]
+    if not 0 < round(data.validation * images) < images:
+        return f"data.validation: {exact(data.validation)} of the {images} training images leaves one part empty"
     how_many, count, layers = WIDTHS[network.name]
     if network.widths and len(network.widths) != count:
         return f"network.widths: {how_many} are expected for {network.name}: {layers}"
@@ -761,6 +778,22 @@ def sizes_mistake(settings: Settings, stage: Literal["pretrain", "suppress"], ne
     if getattr(settings, stage).sizes and network == "lenet5":
         return f"{stage}.sizes: LeNet-5's linear layers fit images of 32 x 32 pixels only"
     return None
+
+
+def lone_image(settings: Settings, stage: Stage) -> str | None:
+    """What is wrong where a stage normalises with each batch and the last one of an epoch is a single image."""
+    training = getattr(settings, stage, None)
+    if not isinstance(training, Training) or not training.epochs or not _has_batchnorm(settings.network):
+        return None
+    if getattr(training, "batchnorm", "updated") != "updated":
+        return None
+    images, _ = SIZES[settings.data.dataset]
+    images -= round(settings.data.validation * images)
+    if training.batch > 1 and images % training.batch != 1:
+        return None
+    return (
+        f"{stage}.batch: of {images} images, batches of {training.batch} leave one alone, which BatchNorm cannot take"
+    )
 
 
 def _has_batchnorm(network: Network) -> bool:

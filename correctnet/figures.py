@@ -71,6 +71,7 @@ def draw(
     paths = {kind: storage.beside(out, kind, (".png", ".svg")) for kind in (".png", ".svg")}
     for path in paths.values():
         storage.check_writable(path)
+    storage.check_distinct(paths.values(), files)
     with plt.rc_context(STYLE):
         at = {"sigma": sigma} if name in AT_SIGMA else {}
         figure = rows(files, labels, only, **at) if name == "rows" else FIGURES[name](files, **at)
@@ -90,6 +91,12 @@ def _panels(titles: Sequence[str]) -> tuple[plt.Figure, list[Axes]]:
         ax.set_title(_wrapped(title, 48))
         ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     return figure, list(axes.flat[: len(titles)])
+
+
+def folder_name(path: Path, above: int) -> str:
+    """The name of the folder `above` levels over that of a file, its pair in the workflow; "" where there is none."""
+    folders = path.absolute().parents
+    return folders[above].name if above < len(folders) else ""
 
 
 def _wrapped(text: str, width: int) -> str:
@@ -150,12 +157,16 @@ def _trained_for(row: str) -> float:
 
 def table_sigma(of_pair: pd.DataFrame, given: float | None = None) -> float:
     """The sigma of Table I, of a pair's samples: the one that is given, else the largest that every row has."""
+    pair = of_pair["pair"].iloc[0]
     if given is not None:
         if given not in set(of_pair["sigma"]):
-            raise UserError(f"figure: pair {of_pair['pair'].iloc[0]} has no results at sigma {exact(given)}")
+            raise UserError(f"figure: pair {pair} has no results at sigma {exact(given)}")
         return given
     rows = of_pair.groupby("sigma")["row"].nunique()
-    return rows.index[rows == of_pair["row"].nunique()].max()
+    common = rows.index[rows == of_pair["row"].nunique()]
+    if common.empty:
+        raise UserError(f"figure: pair {pair} has no sigma at which all of its rows have results; give --sigma")
+    return common.max()
 
 
 def _over_sigma(samples: pd.DataFrame, rows: Sequence[str], optional: Sequence[str] = ()) -> plt.Figure:
@@ -189,7 +200,7 @@ def _paper_point(ax: Axes, of_row: pd.DataFrame, row: str, colour: str) -> None:
 
 def figure9(files: Sequence[Path]) -> plt.Figure:
     """Accuracy of the suppressed network with variation from layer i to the last, on validation images."""
-    figure, axes = _panels([path.parent.parent.name for path in files])
+    figure, axes = _panels([folder_name(path, 1) for path in files])
     for ax, path in zip(axes, files, strict=True):
         table = read_table(path, ["layer", "accuracy", "original", "threshold", "images"])
         by_layer = table.groupby("layer")["accuracy"]
@@ -213,7 +224,7 @@ def figure10(files: Sequence[Path]) -> plt.Figure:
     """The states that the search explored: overhead and validation accuracy, a ring around what each search chose."""
     by_pair: dict[str, list[Path]] = {}
     for path in files:
-        by_pair.setdefault(path.absolute().parents[2].name, []).append(path)
+        by_pair.setdefault(folder_name(path, 2), []).append(path)
     figure, axes = _panels(list(by_pair))
     for ax, logs in zip(axes, by_pair.values(), strict=True):
         for k, path in enumerate(logs):
@@ -241,7 +252,9 @@ def yield_curve(files: Sequence[Path], sigma: float | None = None) -> plt.Figure
     figure, axes = _panels(pairs)
     for ax, pair in zip(axes, pairs, strict=True):
         of_pair = samples[samples["pair"] == pair]
-        varied = of_pair[of_pair["sigma"] == table_sigma(of_pair, sigma)]
+        at = table_sigma(of_pair, sigma)
+        tables.check_comparable(pair, of_pair, at, "figure")
+        varied = of_pair[of_pair["sigma"] == at]
         colours = itertools.chain((GREEN, PINK, YELLOW, SKY), itertools.cycle(plt.cm.tab20.colors))
         for row in varied["row"].unique():
             accuracies = np.sort(varied["accuracy"][varied["row"] == row].to_numpy())
@@ -289,6 +302,7 @@ def rows(
     stars = False
     for ax, pair in zip(axes.flat, pairs, strict=True):
         of_pair = samples[samples["pair"] == pair]
+        tables.check_comparable(pair, of_pair, sigmas[pair], "figure")
         varied = of_pair[of_pair["sigma"] == sigmas[pair]]
         names = list(varied["row"].unique())
         lone = varied.groupby("row").size() == 1
@@ -327,7 +341,7 @@ def sensitivity(files: Sequence[Path]) -> plt.Figure:
     """Points of accuracy that variation in one layer alone costs, by layer and network, on validation images."""
     by_pair: dict[str, list[Path]] = {}
     for path in files:
-        by_pair.setdefault(path.absolute().parents[1].name, []).append(path)
+        by_pair.setdefault(folder_name(path, 1), []).append(path)
     figure, axes = _panels(list(by_pair))
     for ax, paths in zip(axes, by_pair.values(), strict=True):
         for k, path in enumerate(paths):

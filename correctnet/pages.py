@@ -16,7 +16,7 @@ import pandas as pd
 
 from correctnet import tables
 from correctnet.config import exact
-from correctnet.figures import SEARCH_COLOURS, read_table
+from correctnet.figures import SEARCH_COLOURS, folder_name, read_table
 
 STYLE = """
 :root { color-scheme: light; }
@@ -107,7 +107,7 @@ def search_scatter(logs: Sequence[Path]) -> str:
 
     by_pair: dict[str, list[Path]] = {}
     for path in logs:
-        by_pair.setdefault(path.absolute().parents[2].name, []).append(path)
+        by_pair.setdefault(folder_name(path, 2), []).append(path)
     drawn = []
     for pair, paths in by_pair.items():
         axes = {"x_axis_label": "overhead, % of the network's parameters", "y_axis_label": "validation accuracy, %"}
@@ -182,7 +182,7 @@ def provenance(run: str, here: dict[str, Any], jobs: pd.DataFrame, seeds: Sequen
         "seeds": html.escape(", ".join(map(str, seeds))),
         "summarised": html.escape(here["started"]),
         "jobs": f"{len(jobs)}, {jobs['seconds'].sum() / 3600:.2f} hours of wall time, "
-        f"at most {jobs['memory_mib'].max():,.0f} MiB",
+        f"at most {_number(jobs['memory_mib'].max(), 0)} MiB",
     }
     body = _table(["", ""], [[f"<b>{key}</b>", value] for key, value in facts.items()], (0, 1))
     body += (

@@ -20,6 +20,7 @@ from typing import Any
 import pandas as pd
 
 from correctnet.errors import UserError, one_line
+from correctnet.yamlfile import json_values
 
 PREFIX = "provenance: "
 COLUMNS = ["job", "seconds", "memory_mib", "cpu_seconds", "started", "version", "revision", "torch", "cpu", "command"]
@@ -95,8 +96,8 @@ def unfold(text: str) -> list[str]:
             raise UserError("--jobs: objects of folders and lists of jobs are expected")
 
     try:
-        tree = json.loads(text)
-    except ValueError as error:
+        tree = json_values(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--jobs: not JSON ({one_line(error)})") from error
     return list(names(tree, ()))
 
@@ -110,6 +111,8 @@ def jobs(results: Path, pairs: list[str], only: Collection[str] | None = None) -
     Columns: job (its path), seconds (wall time) and memory_mib (peak, resident) of its last process, cpu_seconds,
     started, and from its log version, revision, torch, cpu and command.
     """
+    if not results.is_dir():
+        raise UserError(f"{results}: no such folder")
     rows = []
     wanted = None if only is None else set(only)
     for pair in pairs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -164,6 +165,12 @@ class Result:
             f"accuracy {self.mean:.2%} +- {self.std:.2%} (mean +- standard deviation; 95 % CI {ci.low:.2%} to "
             f"{ci.high:.2%}) over {self.chips} chips x {self.images} images"
         )
+
+
+def missing_chip(samples: pd.Series) -> int | None:
+    """The first chip between the least and the greatest that is not there; None: all are."""
+    ordered = sorted(set(samples.tolist()))
+    return next((a + 1 for a, b in itertools.pairwise(ordered) if b != a + 1), None)
 
 
 def read_chips(path: str | Path, by: Sequence[str] = ()) -> pd.DataFrame:

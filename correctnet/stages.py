@@ -114,6 +114,17 @@ def read_network(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict
     return model.eval().to(device), description
 
 
+def _compensated(description: dict[str, Any]) -> bool:
+    """Whether a network has compensators."""
+    return bool((description.get("compensation") or {"filters": {}})["filters"])
+
+
+def _check_base(stage: Stage, path: Path, description: dict[str, Any]) -> None:
+    """Raise a UserError where a stage that comes before compensation is given a compensated network."""
+    if _compensated(description):
+        raise UserError(f"{stage}: {path} is compensated; give the network that it was made from")
+
+
 def _whole(value: Any, low: int) -> bool:
     """Whether a value of a JSON file is a whole number, at least `low`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= low
@@ -236,6 +247,7 @@ def suppress(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) 
     """
     s = settings.of("suppress")
     model, base = read_network(pretrained, runtime.device)
+    _check_base("suppress", pretrained, base)
     if mistake := sizes_mistake(s, "suppress", base["network"]["name"]):
         raise UserError(mistake)
     if s.suppress.start == "scratch":
@@ -276,6 +288,11 @@ def _train_with_variation(
     """Train all that the model at `path` has, a fresh chip a batch; what `inject` and `finetune` share."""
     s = settings.of(stage)
     model, base = read_network(path, runtime.device)
+    _split_seed(s, base, path)  # refused before any work
+    if stage == "inject":
+        _check_base(stage, path, base)
+    elif "compensation" not in base:
+        raise UserError(f"finetune: {path} is no model of `compensate`; `inject` trains one that is not compensated")
     analog = convert(model, variation.make(s.variation), s.seed)
     hooks = Hooks(
         before_batch=lambda draw: program(analog, streams.chip(f"train-{stage}", draw)),
@@ -290,6 +307,8 @@ def sweep(settings: Settings, pretrained: Path, base: Path, out: Path, runtime: 
     s = settings.of("sweep")
     original, of_original = read_network(pretrained, runtime.device)
     model, description = read_network(base, runtime.device)
+    for path, of in ((pretrained, of_original), (base, description)):
+        _check_base("sweep", path, of)
     if _split_seed(s, description, base) != _split_seed(s, of_original, pretrained):
         raise UserError(f"sweep: {base} and {pretrained} were trained on other splits of the images")
     images = runtime.load(s, description, base).validation.take(s.sweep.images)
@@ -419,6 +438,7 @@ def _search_problem(
         raise UserError(f"search: --limit is a fraction above 0 and at most 1, not {limit}")
     model, description = read_network(base, runtime.device)
     _split_seed(s, description, base)  # refused before any work
+    _check_base("search", base, description)
     layers = dict(crossbar_layers(model))
     names = _candidate_names(candidates, layers)
     section = SimpleNamespace(**{**vars(s.compensate), "epochs": s.search.train_epochs})
@@ -487,8 +507,10 @@ def _read_states(paths: Sequence[Path]) -> list[searching.Explored]:
 def _candidate_names(path: Path, layers: dict[str, nn.Module]) -> list[str]:
     found = storage.read_json(path)
     names = found.get("candidates") if isinstance(found, dict) else None
-    if not isinstance(names, list) or not all(isinstance(name, str) and name in layers for name in names):
-        raise UserError(f"{path}: names no candidate layers of this network")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: names no candidate layers (candidates.json of `sweep` is expected)")
+    if unknown := [name for name in names if name not in layers]:
+        raise UserError(f"{path}: candidates: the network has no layer {unknown[0]!r} (layers: {', '.join(layers)})")
     if len(set(names)) != len(names):
         raise UserError(f"{path}: candidates: a layer is named twice")
     return names
@@ -510,6 +532,7 @@ def compensate(settings: Settings, base: Path, found: Sequence[Path], out: Path,
     means = [1.0 if r["mean"] is None else r["mean"] for r in results]
     best = results[best_state(means, [r["overhead"] for r in results])]
     model, described = read_network(base, runtime.device)
+    _check_base("compensate", base, described)
     device = variation.make(s.variation)
     analog, plan, hooks = compensation.prepare(model, best["filters"], s.compensate, device, s.seed, "compensate")
     described |= {"compensation": plan, "overhead": compensation.overhead(model, plan["filters"]), "search": best}

@@ -16,13 +16,14 @@ import os
 import socket
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeVar
 
 import safetensors
 
 from correctnet.errors import UserError, one_line
+from correctnet.yamlfile import json_values
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -145,6 +146,14 @@ def check_writable(path: str | Path, kind: Literal["file", "folder"] = "file") -
         raise UserError(f"{path}: cannot be written: {_reason(error)}") from error
 
 
+def check_distinct(outs: Iterable[str | Path], inputs: Iterable[str | Path]) -> None:
+    """Raise a UserError where a result would be put in the place of a file or folder that it is made from."""
+    given = {os.path.realpath(path): path for path in inputs}
+    for out in outs:
+        if os.path.realpath(out) in given:
+            raise UserError(f"{out}: is what the result is made from; give it a place of its own")
+
+
 def beside(path: str | Path, suffix: str, known: Sequence[str]) -> Path:
     """The file of another kind beside `path`: with `suffix` in place of one of the `known`, else behind the name.
 
@@ -215,7 +224,7 @@ def read_csv(path: str | Path, text: Sequence[str] = ()) -> pd.DataFrame:
 def read_json(path: str | Path) -> Any:
     """Read JSON. Raises UserError where the file is absent or broken."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json_values(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise unreadable(path, error) from error
     except (ValueError, RecursionError) as error:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from correctnet.config import exact
 from correctnet.errors import UserError
-from correctnet.results import COLUMNS, Result, read_chips
+from correctnet.results import COLUMNS, Result, missing_chip, read_chips
 
 # What the paper states (Section IV), as fractions, by (network, data set): clean accuracy, and by row at sigma 0.5
 # (mean, standard deviation). Table I itself is not legible in the copies at hand; these are the values of its text.
@@ -89,21 +89,18 @@ def table1(samples: pd.DataFrame, sigma: float, labels: Mapping[str, str] | None
         varied = of_pair[of_pair["sigma"] == sigma]
         if varied.empty:
             raise UserError(f"table: pair {pair} has no results at sigma {exact(sigma)}")
-        shape = varied.groupby("row", sort=False).apply(_shape, include_groups=False)
-        if shape.nunique() != 1:
-            listed = "; ".join(f"{row}: {text}" for row, text in shape.items())
-            raise UserError(f"table: rows of {pair} are not comparable ({listed})")
-        _check_images(pair, of_pair[of_pair["sigma"].isin([0, sigma])])
+        check_comparable(pair, of_pair, sigma)
         nominal = of_pair[of_pair["sigma"] == 0].groupby("row").first()
         clean = nominal["accuracy"]
         names = list(varied["row"].unique())
+        if left_out := [row for row in of_pair["row"].unique() if row not in names]:
+            raise UserError(f"table: row {left_out[0]} of {pair} has no results at sigma {exact(sigma)}")
         if missing := [row for row in names if row not in clean.index]:
             raise UserError(f"table: row {missing[0]} of {pair} has no results at sigma 0")
         reference = "unprotected" if "unprotected" in names else names[0]  # files may come in any order
         for row, of_row in varied.groupby("row", sort=False):
             result, first = Result(of_row), of_row.iloc[0]
             interval = result.interval()
-            _check_chips(pair, row, of_row)
             reference_clean = _clean_on(nominal.loc[reference], result.images)
             paper = paper_mean(of_row, row) if sigma == PAPER_SIGMA else None
             rows.append(
@@ -131,6 +128,21 @@ def table1(samples: pd.DataFrame, sigma: float, labels: Mapping[str, str] | None
     return pd.DataFrame(rows)
 
 
+def check_comparable(pair: str, of_pair: pd.DataFrame, sigma: float, what: str = "table") -> None:
+    """Raise a UserError where rows of a pair must not stand side by side at `sigma`.
+
+    They are on other images, of another seed, begin with another chip, or lack one between their first and last.
+    """
+    varied = of_pair[of_pair["sigma"] == sigma]
+    shape = varied.groupby("row", sort=False).apply(_shape, include_groups=False)
+    if shape.nunique() != 1:
+        listed = "; ".join(f"{row}: {text}" for row, text in shape.items())
+        raise UserError(f"{what}: rows of {pair} are not comparable ({listed})")
+    _check_images(pair, of_pair[of_pair["sigma"].isin([0, sigma])], what)
+    for row, of_row in varied.groupby("row", sort=False):
+        _check_chips(pair, row, of_row, what)
+
+
 def _escaped(text: str) -> str:
     """A text in a cell of a Markdown table, shown as it is written: no line, column or markup more."""
     text = re.sub(r"[\\`*\[\]<>|~$&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", text)
@@ -143,11 +155,11 @@ def _shape(rows: pd.DataFrame) -> str:
     return f"chips from {rows['sample'].min()} on, {images}, seed {seeds}"
 
 
-def _check_images(pair: str, of_pair: pd.DataFrame) -> None:
+def _check_images(pair: str, of_pair: pd.DataFrame, what: str) -> None:
     """Raise a UserError where results of a pair are on other images, as far as they say it, than the others."""
     sources = (of_pair["split"] + " images of " + of_pair["dataset"]).unique()
     if len(sources) > 1:
-        raise UserError(f"table: rows of {pair} are not comparable: they are on {', and on '.join(sources)}")
+        raise UserError(f"{what}: rows of {pair} are not comparable: they are on {', and on '.join(sources)}")
     if "data" not in of_pair:
         return
     known = of_pair[of_pair["data"].notna() & (of_pair["data"] != "")]
@@ -155,15 +167,14 @@ def _check_images(pair: str, of_pair: pd.DataFrame) -> None:
         if digests.nunique() > 1:
             first = known.loc[digests.index].drop_duplicates("data")
             listed = ", ".join(f"{row} at sigma {exact(sigma)}" for row, sigma in first[["row", "sigma"]].to_numpy())
-            raise UserError(f"table: rows of {pair} are not comparable: other {images} images ({listed})")
+            raise UserError(f"{what}: rows of {pair} are not comparable: other {images} images ({listed})")
 
 
-def _check_chips(pair: str, row: str, of_row: pd.DataFrame) -> None:
+def _check_chips(pair: str, row: str, of_row: pd.DataFrame, what: str) -> None:
     """Raise a UserError where a chip between the first and the last is missing."""
     for _, samples in of_row.groupby("seed")["sample"]:
-        missing = sorted(set(range(samples.min(), samples.max() + 1)) - set(samples))
-        if missing:
-            raise UserError(f"table: row {row} of {pair} lacks chip {missing[0]} and has chip {samples.max()}")
+        if (missing := missing_chip(samples)) is not None:
+            raise UserError(f"{what}: row {row} of {pair} lacks chip {missing} and has chip {samples.max()}")
 
 
 def _clean_on(nominal: pd.Series, images: int) -> float | None:
@@ -187,7 +198,8 @@ def markdown(table: pd.DataFrame, sigma: float) -> str:
     """The table for people, percentages with the confidence interval and the paper's number."""
     lines = [
         f"Accuracies in %; sigma = {exact(sigma)}; mean ± standard deviation over chips, [95 % confidence interval of "
-        "the mean]; ratio: mean / clean accuracy of the unprotected network on the same images (–: not known).",
+        "the mean]; ratio: mean / clean accuracy, on the same images, of the row unprotected, or else of the pair's "
+        "first row (–: not known).",
         "",
         "| pair | row | clean | mean ± std | 95 % CI | ratio | overhead | layers | chips × images | epochs | seed "
         "| paper | difference |",

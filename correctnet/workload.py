@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from correctnet.config import JUDGED_CHIPS, SEARCHING, Settings, Stage
+from correctnet.config import JUDGED_CHIPS, SEARCHING, SIZES, Settings, Stage
 
-# Images of the training and test sets; what a setting leaves open means all of them.
-SIZES = {"digits": (1438, 359), "mnist": (60000, 10000), "cifar10": (50000, 10000), "cifar100": (50000, 10000)}
 SIDE = 32  # pixels; all data sets are brought to it
 
 

@@ -139,6 +139,14 @@ def _found(node: yaml.Node) -> str:
     return f"the tag {node.tag} is not supported"
 
 
+def json_values(text: str) -> Any:
+    """The values of a JSON text. Raises ValueError where it is none, or where a key stands twice in one object."""
+    values = json.loads(text, object_pairs_hook=_Pairs)
+    if mistakes := list(_json_mistakes(values)):
+        raise ValueError(mistakes[0])
+    return values
+
+
 class _Pairs(dict):
     """An object of a JSON file, and the keys that stand in it twice."""
 

@@ -84,7 +84,7 @@ def main() -> None:
     torch.set_num_threads(1)
     engine.CHECK_TOLERANCE = float("inf")  # what is measured here
     x = torch.randn(IMAGES, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(3))
-    with args.out.open("w", newline="") as file, torch.no_grad():
+    with args.out.open("w", newline="", encoding="utf-8") as file, torch.no_grad():
         rows = csv.writer(file)
         rows.writerow(COLUMNS)
         for name in args.networks:

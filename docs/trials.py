@@ -27,7 +27,7 @@ from correctnet.training import fit
 
 
 def _value(text: str) -> Any:
-    """A number or a truth value as JSON writes it; anything else is a text."""
+    """A setting's value as it is given: a number, true, false or null, else a text."""
     try:
         return json.loads(text)
     except ValueError:

@@ -193,14 +193,15 @@ def test_a_limit_of_zero(chain, tmp_path, limit):
 def test_candidates_of_another_network(chain, tmp_path):
     (tmp_path / "c.json").write_text('{"candidates": ["conv7"]}')
     given = ["--base", chain / "suppress", "--candidates", tmp_path / "c.json", "--out", tmp_path, "--quiet"]
-    assert "names no candidate layers of this network" in fail("search", *given)
+    line = fail("search", *given)
+    assert "c.json: candidates: the network has no layer 'conv7' (layers: conv1.layer, conv2.layer, " in line
 
 
 def test_files_of_another_stage(chain, tmp_path):
     (tmp_path / "list.json").write_text('["conv1.layer"]')
     given = ["--base", chain / "suppress", "--out", tmp_path / "out", "--quiet"]
     line = fail("search", *given, "--candidates", tmp_path / "list.json")
-    assert "list.json: names no candidate layers of this network" in line
+    assert "list.json: names no candidate layers (candidates.json of `sweep` is expected)" in line
     for path in (tmp_path / "list.json", chain / "sweep" / "candidates.json"):
         assert f"{path.name}: not what a search found (its best.json)" in fail("compensate", *given, "--found", path)
     given += ["--candidates", chain / "sweep" / "candidates.json", "--strategy", "all", "--state", 0]
@@ -542,7 +543,7 @@ def test_compensators_that_lose_accuracy_are_not_kept(chain, tmp_path):
 def test_suppression_from_scratch_goes_on_whatever_weights_were_pretrained(chain, tmp_path, monkeypatch):
     """Its checkpoint is for the architecture; one that starts from the weights is for those."""
     names = []
-    other = [*FAST, "--dataset", "digits", "--epochs", 0]
+    other = [*FAST, "--dataset", "digits", "--epochs", 0]  # other weights, trained on the same split
     succeed("pretrain", *other, "--out", tmp_path / "other")
     succeed("pretrain", *other, "--widths", "5,16,120,84", "--out", tmp_path / "narrow")
     monkeypatch.setattr(stages, "Checkpoint", lambda path, identity: names.append(identity) or sys.exit(0))
@@ -552,3 +553,21 @@ def test_suppression_from_scratch_goes_on_whatever_weights_were_pretrained(chain
             run("suppress", *options, "--out", tmp_path / "out")
     assert names[0] == names[1]
     assert len(set(names)) == 5
+
+
+@pytest.mark.parametrize("stage", ["suppress", "inject", "sweep", "search", "compensate"])
+def test_stages_before_compensation_refuse_a_compensated_network(chain, tmp_path, stage):
+    model = chain / "compensate"
+    begin = {
+        "sweep": ["--pretrained", chain / "pretrain", "--base", model],
+        "search": ["--base", model, "--candidates", chain / "candidates.json"],
+        "compensate": ["--base", model, "--found", chain / "all" / "best.json"],
+    }.get(stage, ["--pretrained", model])
+    line = fail(stage, "--quiet", *begin, "--out", tmp_path / "out")
+    assert f"{stage}: {model} is compensated; give the network that it was made from" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_fine_tuning_begins_with_a_compensated_network(chain, tmp_path):
+    line = fail("finetune", *FAST, "--compensated", chain / "suppress", "--out", tmp_path / "out")
+    assert f"finetune: {chain / 'suppress'} is no model of `compensate`" in line

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from correctnet.config import READS, RULES, VERSIONS, Config, Settings, exact, lineage
+from correctnet import data
+from correctnet.config import READS, RULES, SIZES, VERSIONS, Config, Settings, exact, lineage
 from correctnet.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -58,6 +59,28 @@ def test_a_row_that_the_search_would_judge_otherwise_than_its_evaluation():
         ("defaults/search/limits", [0.01, 0], "defaults.search.limits: limits are fractions above 0"),
         ("defaults/search/limits", [], "defaults.search.limits: limits are fractions above 0"),
         ("defaults/search/ratios", [0.5, 1.0], "defaults.search.ratios: ratios need 0"),
+        ("defaults/search/ratios", [0, -1, 1], "defaults.search.ratios: ratios are numbers from 0 to 10"),
+        (
+            "defaults/search/ratios",
+            [0, 25, 50],
+            "search.ratios: ratios are numbers from 0 to 10 (0.5, not 50)",
+        ),
+        ("defaults/search/ratios", [0, 1, 1], "defaults.search.ratios: each ratio once"),
+        (
+            "defaults/evaluate/chips",
+            2**28 + 1,
+            "defaults.evaluate.chips: Input should be less than or equal to 268435456",
+        ),
+        (
+            "pairs/lenet5-digits/data/validation",
+            0.0001,
+            "pairs.lenet5-digits: data.validation: 0.0001 of the 1438 training images leaves one part empty",
+        ),
+        (
+            "pairs/lenet5-digits/data/validation",
+            0.9999,
+            "pairs.lenet5-digits: data.validation: 0.9999 of the 1438 training images leaves one part empty",
+        ),
         ("pairs/lenet5-mnist/network/name", "lenet", "pairs.lenet5-mnist.network.name: Input should be 'lenet5'"),
         ("pairs/lenet5-mnist/network/widths", [1, 2], "pairs.lenet5-mnist: network.widths: four are expected"),
         ("pairs/vgg16-cifar10/network/widths", [8] * 4, "network.widths: fourteen are expected for vgg16"),
@@ -240,7 +263,9 @@ def test_what_yaml_means_as_it_shows(tmp_path, text, path, value):
         ("rows/correctnet/set", {"seed": 3}, "'correctnet' has seed 3 and 'unprotected' 0, which are no rows of one"),
         ("rows/correctnet/set", {"evaluate": {"split": "validation"}}, "'correctnet' has evaluate.split validation"),
         ("rows/combined-t90/set", {"data": {"dataset": "mnist"}}, "'combined-t90' has data.dataset mnist"),
-        ("defaults/evaluate/chips", 2**30, "defaults.evaluate.chips: Input should be less than 1073741824"),
+        ("defaults/evaluate/chips", 2**28 + 1, "evaluate.chips: Input should be less than or equal to 268435456"),
+        ("defaults/sweep/chips", 2**28 + 1, "sweep.chips: Input should be less than or equal to 268435456"),
+        ("defaults/search/chips", 2**28 + 1, "search.chips: Input should be less than or equal to 268435456"),
     ],
 )
 def test_names_and_rows_that_the_workflow_cannot_take(path, value, line):
@@ -522,7 +547,53 @@ def test_swapped_numbers_are_noticed():
     assert a != b
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"version": 99}', '{"sweep": {"chip": 3}}'])
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100000, '{"version": 99}', '{"sweep": {"chip": 3}}'])
 def test_bad_settings_strings(text):
     with pytest.raises(UserError, match="--settings"):
         Settings.from_canonical(text, "sweep")
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [('{"seed": 1, "seed": 2}', "seed"), ('{"sweep": {"chips": 5, "images": 3, "chips": 9}}', "sweep.chips")],
+)
+def test_a_settings_string_says_each_key_once(text, where):
+    with pytest.raises(UserError, match=rf"--settings: not JSON \({where}: stands there twice\)"):
+        Settings.from_canonical(text, "sweep")
+
+
+@pytest.mark.parametrize("name", ["digits", *data.SOURCES])
+def test_the_numbers_of_training_images_are_those_of_the_files(name):
+    if name == "digits":
+        assert len(data.load(name, validation=0.5).train) * 2 == SIZES[name][0]
+        return
+    record = {"mnist": 28 * 28, "cifar10": 1 + 3 * 32 * 32, "cifar100": 2 + 3 * 32 * 32}[name]
+    files = [file for file in data.SOURCES[name].train if "labels" not in file.name]
+    assert sum(file.size // record for file in files) == SIZES[name][0]
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "stage"),
+    [
+        ("unprotected", {"pretrain": {"epochs": 1, "batch": 431}}, "pretrain"),
+        ("unprotected", {"pretrain": {"epochs": 1, "batch": 1}}, "pretrain"),
+        ("suppressed", {"suppress": {"epochs": 1, "batch": 431}}, "suppress"),
+        ("injected", {"inject": {"epochs": 1, "batch": 431}}, "inject"),
+        ("finetuned", {"finetune": {"epochs": 1, "batch": 431, "batchnorm": "updated"}}, "finetune"),
+        ("unprotected", {"suppress": {"epochs": 1, "batch": 431}}, None),
+        ("unprotected", {"pretrain": {"epochs": 0, "batch": 431}}, None),
+        ("unprotected", {"pretrain": {"epochs": 1, "batch": 431}, "network": {"batchnorm": "none"}}, None),
+        ("injected", {"inject": {"epochs": 1, "batch": 431, "batchnorm": "frozen"}}, None),
+        ("unprotected", {"pretrain": {"epochs": 1, "batch": 430}}, None),
+    ],
+)
+def test_a_batch_of_one_image_for_batchnorm(row, settings, stage):
+    """1294 of the digits are left to train on, which is 3 x 431 + 1."""
+    pair = {"rows": list(dict.fromkeys(["unprotected", row])), "data": {"dataset": "digits"}, **settings}
+    pair["network"] = {"name": "vgg16", **settings.get("network", {})}
+    config = changed("pairs", {"p": pair}, changed("runs", {"paper": ["p"]}))
+    if stage is None:
+        Config.check(config)
+        return
+    with pytest.raises(UserError, match=rf"'{row}': {stage}.batch: of 1294 images, .* leave one alone"):
+        Config.check(config)

@@ -21,6 +21,7 @@ from test_tables_figures import complete, log_of_a_search
 
 from correctnet import data, figures, native, pages, provenance, storage, tables
 from correctnet.config import exact
+from correctnet.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 # Markup of mathtext, LaTeX, Markdown and HTML, a quote of each kind, letters beyond Latin-1, and a second line.
@@ -380,7 +381,7 @@ def test_names_of_pairs_and_folders_are_drawn_as_they_are_written(name, tmp_path
     assert "$x^{_a$ &amp; &lt;b&gt;" in (tmp_path / "f.svg").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("row", ["nan", "null", "none", "inf", "true", "1", "010", "1e-3", "na", ""])
+@pytest.mark.parametrize("row", ["nan", "null", "none", "inf", "true", "1", "010", "1e-3", "na"])
 def test_rows_whose_names_look_like_something_else_keep_them(row, tmp_path):
     own = complete().replace({"row": {"correctnet": row}}).assign(pair="007", epochs="1")
     own.to_csv(tmp_path / "s.csv", index=False)
@@ -490,3 +491,127 @@ def test_sources_in_the_place_of_the_installed_package_are_said(tmp_path, monkey
     assert f"the sources in {ROOT / 'correctnet'} were imported" in reason
     assert str(installed) in reason
     assert "\n" not in reason
+
+
+@pytest.mark.parametrize("command", ["merge", "collect", "table", "figure", "explore"])
+def test_a_result_never_takes_the_place_of_what_it_is_made_from(command, samples, log, tmp_path, no_work):
+    suffix = ".png" if command == "figure" else ".csv"
+    source = (samples if command != "explore" else log).rename(tmp_path / f"s{suffix}")
+    before = source.read_bytes()
+    arguments = [a.format(samples=source, log=source) for a in WRITING[command]]
+    (tmp_path / "d").mkdir()
+    (tmp_path / f"link{suffix}").symlink_to(source)
+    for out in (source, tmp_path / "d" / ".." / source.name, tmp_path / f"link{suffix}"):
+        assert f"{out}: is what the result is made from" in error_of(*arguments, out)
+    assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "inputs"),
+    [
+        (["evaluate", "--model", "m"], ["m/model.json", "m/model.safetensors"]),
+        (["evaluate", "--model", "m/v1.json"], ["m/v1.json", "m/v1.safetensors"]),
+        (["sensitivity", "--model", "m"], ["m/model.json"]),
+        (["suppress", "--pretrained", "m"], ["m"]),
+        (["inject", "--pretrained", "m/model.safetensors"], ["m"]),
+        (["finetune", "--compensated", "m/"], ["m"]),
+        (["search", "--base", "m", "--candidates", "s/best.json"], ["s"]),
+        (["compensate", "--base", "m", "--found", "f/model.json", "--found", "g/log.csv"], ["m", "f", "g"]),
+        (["search", "--state", "0", "--base", "m", "--candidates", "c", "--known", "k"], ["c", "k"]),
+    ],
+)
+def test_no_stage_writes_over_what_it_begins_with(arguments, inputs, tmp_path, no_work, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for out in inputs:
+        assert "is what the result is made from" in error_of(*arguments, "--quiet", "--out", out)
+
+
+@pytest.mark.parametrize("value", ["007", "12e5", "1_000", "+5", "1E3", "0x10", "Infinity", "nan", " 5", "٣", "5.50"])
+def test_a_note_comes_back_as_it_was_written(value, tmp_path):
+    own = complete()
+    own = own[(own["sigma"] == 0.5) & (own["row"] == "correctnet")].assign(note=value, number=5, part=0.25)
+    own.to_csv(tmp_path / "s.csv", index=False)
+    for command in ("merge", "collect"):
+        succeed(command, tmp_path / "s.csv", "--out", tmp_path / "t.csv")
+        assert (tmp_path / "t.csv").read_text() == (tmp_path / "s.csv").read_text()
+    table = tables.read_samples([tmp_path / "t.csv"])
+    assert (table["number"].sum(), table["part"].sum()) == (15, 0.75)
+
+
+def test_files_that_have_no_folders_of_a_pair(log, tmp_path, monkeypatch):
+    assert figures.folder_name(Path("/log.csv"), 1) == ""
+    assert figures.folder_name(Path("/one/search/limit-0.02/log.csv"), 2) == "one"
+    pages.search_scatter([log])
+    monkeypatch.setattr(Path, "absolute", lambda _: Path("/log.csv"))  # as if the file stood there
+    assert figures.figure10([log]).axes[0].get_title() == ""
+    plt.close("all")
+
+
+def test_titles_of_figure_9_are_those_of_the_folder_whatever_the_path(tmp_path, monkeypatch):
+    folder = tmp_path / "my-pair" / "sweep"
+    folder.mkdir(parents=True)
+    text = "sample,correct,images,accuracy,seed,layer,name,original,threshold\n0,9,10,0.9,0,1,a,0.95,0.95\n"
+    (folder / "accuracy.csv").write_text(text)
+    monkeypatch.chdir(folder)
+    assert figures.figure9([Path("accuracy.csv")]).axes[0].get_title() == "my-pair"
+    plt.close("all")
+
+
+@pytest.mark.parametrize("command", ["table", "provenance"])
+def test_json_options_say_each_key_once(command, samples, tmp_path):
+    option = {"table": "--labels", "provenance": "--jobs"}[command]
+    given = {"table": ["table", samples], "provenance": ["provenance", "run", "--results", tmp_path, "--pair", "p"]}
+    text = '{"correctnet": "a", "correctnet": "b"}' if command == "table" else '{"a": ["b"], "a": ["c"]}'
+    line = error_of(*given[command], option, text, "--out", tmp_path / "t.csv")
+    assert f"{option}: not JSON ({'correctnet' if command == 'table' else 'a'}: stands there twice)" in line
+
+
+def test_a_json_file_says_each_key_once(tmp_path):
+    (tmp_path / "c.json").write_text('{"candidates": ["a"], "candidates": []}')
+    with pytest.raises(UserError, match=r"c.json: cannot be read \(candidates: stands there twice\)"):
+        storage.read_json(tmp_path / "c.json")
+
+
+def test_provenance_of_results_that_are_not_there(tmp_path):
+    given = ["provenance", "run", "--pair", "one", "--out", tmp_path / "p.csv", "--results"]
+    assert f"{tmp_path / 'no'}: no such folder" in error_of(*given, tmp_path / "no")
+    succeed(*given, tmp_path)
+    page = (tmp_path / "p.html").read_text(encoding="utf-8")
+    assert "0, 0.00 hours of wall time, at most – MiB" in page
+
+
+def test_a_chunk_that_is_missing_in_between(tmp_path):
+    own = complete().query("row == 'correctnet' and sigma == 0.5")
+    for start, stop in ((0, 1), (2, 3)):
+        own[own["sample"].between(start, stop - 1)].to_csv(tmp_path / f"{start}.csv", index=False)
+    line = error_of("merge", tmp_path / "2.csv", tmp_path / "0.csv", "--out", tmp_path / "m.csv")
+    assert line == "error: merge: chip 1 is missing; the chunks have chips 0 to 2"
+    assert not (tmp_path / "m.csv").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
+def test_an_output_that_is_full_is_one_line():
+    command = [sys.executable, "-m", "correctnet.cli", "check", ROOT / "config.yaml"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: the output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["sweep", "--pretrained", "one", "--base", "one"],
+        ["search", "--base", "one", "--candidates", "one/candidates.json"],
+        ["compensate", "--base", "other", "--found", "one/best.json"],
+    ],
+)
+def test_one_folder_may_hold_what_has_other_names(arguments, tmp_path, monkeypatch):
+    """A sweep, searches and a model share no file's name."""
+    from correctnet import stages
+
+    began = []
+    monkeypatch.setattr(stages, arguments[0], lambda *_, **__: began.append(arguments[0]))
+    monkeypatch.chdir(tmp_path)
+    succeed(*arguments, "--quiet", "--out", "one")
+    assert began == [arguments[0]]

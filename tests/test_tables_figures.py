@@ -398,3 +398,58 @@ def test_only_the_figure_of_all_rows_names_them(files, tmp_path):
     with pytest.raises(UserError, match="--only: figure yield names no rows"):
         figures.draw("yield", files["yield"], tmp_path / "f.png", only=["correctnet"])
     assert not (tmp_path / "f.png").exists()
+
+
+def test_a_row_without_results_at_the_sigma_is_said_and_not_left_out():
+    """Without `unprotected` at the sigma, the ratio would be to another network than the text says."""
+    own = complete()
+    without = own[~((own["row"] == "unprotected") & (own["sigma"] == 0.5))]
+    with pytest.raises(UserError, match=r"row unprotected of vgg16-cifar100 has no results at sigma 0\.5"):
+        tables.table1(without, 0.5)
+    assert set(tables.table1(without, 0.3)["row"]) == {"unprotected", "correctnet"}
+
+
+def test_the_text_of_the_table_says_what_the_ratio_is_to():
+    own = complete()
+    alone = tables.table1(own[own["row"] == "correctnet"], 0.5)
+    assert alone["ratio"].tolist() == pytest.approx([0.67 / 0.69])
+    assert "of the row unprotected, or else of the pair's first row" in tables.markdown(alone, 0.5)
+
+
+@pytest.mark.parametrize("name", ["rows", "yield", "7"])
+def test_rows_that_have_no_sigma_in_common(name, tmp_path):
+    own = complete()
+    at = {"unprotected": 0.3, "correctnet": 0.5}
+    apart = own[own["sigma"] == own["row"].map(at)]
+    apart.to_csv(tmp_path / "s.csv", index=False)
+    with pytest.raises(UserError, match="no sigma at which all of its rows have results; give --sigma"):
+        figures.draw(name, [tmp_path / "s.csv"], tmp_path / "f.png")
+    figures.draw(name, [tmp_path / "s.csv"], tmp_path / "f.png", sigma=0.5)
+
+
+@pytest.mark.parametrize("name", ["rows", "yield"])
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("split", "validation", "validation images of cifar100"),
+        ("seed", 1, "seed 1"),
+        ("sample", 5, "chips from 5 on"),
+    ],
+)
+def test_figures_refuse_what_the_table_does(name, column, value, message, tmp_path):
+    own = complete()
+    at = (own["row"] == "correctnet") & (own["sigma"] == 0.5)
+    own.loc[at, column] = own.loc[at, column] + value if column == "sample" else value
+    own.to_csv(tmp_path / "s.csv", index=False)
+    with pytest.raises(UserError, match=f"figure: rows of vgg16-cifar100 are not comparable .*{message}"):
+        figures.draw(name, [tmp_path / "s.csv"], tmp_path / "f.png")
+    with pytest.raises(UserError, match=f"table: rows of vgg16-cifar100 are not comparable .*{message}"):
+        tables.table1(own, 0.5)
+
+
+@pytest.mark.parametrize("name", ["rows", "yield"])
+def test_a_chip_that_is_missing_in_between(name, tmp_path):
+    own = complete().query("not (row == 'correctnet' and sigma == 0.5 and sample == 1)")
+    own.to_csv(tmp_path / "s.csv", index=False)
+    with pytest.raises(UserError, match="figure: row correctnet of vgg16-cifar100 lacks chip 1 and has chip 2"):
+        figures.draw(name, [tmp_path / "s.csv"], tmp_path / "f.png")
