@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from correctnet.analog import AnalogLayer, CoverageWarning, analog_layers, chip_of, programmed
+from correctnet.analog import AnalogLayer, Chip, CoverageWarning, analog_layers, chip_of, programmed
 from correctnet.errors import UserError, one_line
+from correctnet.variation import LogNormalVariation
 
 # Where a chip changes no weight by more than this fraction, its outputs may well round to the nominal ones.
 VISIBLE = 1e-3
@@ -28,16 +29,29 @@ VISIBLE = 1e-3
 
 @contextmanager
 def left_alone(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the length of a block; then the modes and random generators of before it."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
+    """Evaluation mode for the length of a block; then the modes and random generators of before it.
+
+    Converted models are this thread's for that long: their modes are put back before another one notes them.
+    """
     chips = {id(m.chip): m.chip for model in models for m in model.modules() if isinstance(m, AnalogLayer)}
-    running = [(chip, chip.running) for chip in chips.values()]
+    with ExitStack() as held:
+        for _, chip in sorted(chips.items()):
+            held.enter_context(chip.lock)
+        with _left_alone(models, list(chips.values())):
+            yield
+
+
+@contextmanager
+def _left_alone(models: Iterable[nn.Module], chips: list[Chip]) -> Iterator[None]:
+    """`left_alone`, once the chips are this thread's."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    running = [(chip, chip.running) for chip in chips]
     states = random.getstate(), np.random.get_state()  # noqa: NPY002 (the caller's, whoever uses it)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         for model in models:
             model.eval()
-        for chip in chips.values():
+        for chip in chips:
             chip.running = True
         try:
             yield
@@ -79,6 +93,7 @@ class Probe(TorchDispatchMode):
             for weight in (layer.nominal, *weights):
                 if weight is not None and (where := address(weight)) is not None:
                     self._nominal[where] = layer.layer_index
+                    self._kept.append(weight)  # derived weights are made anew in each forward pass
         # A weight that a digital module shares is read by that one rightly.
         varied = set(map(id, layers))
         for module in model.modules():
@@ -160,7 +175,8 @@ def check_reached(model: nn.Module, images: Tensor, nominal: Any, samples: Itera
             depend on its weights.
 
     Raises:
-        UserError: nominal weights of a layer are used past the layer, no layer is used, or the chips do not show in
+        UserError: a device model that gives no weights, or others at each call, or changes the nominal ones; nominal
+            weights of a layer are used past the layer, no layer is used, or the chips do not show in
             the outputs.
     """
     names = names_of(model)
@@ -168,6 +184,7 @@ def check_reached(model: nn.Module, images: Tensor, nominal: Any, samples: Itera
     if not layers:  # first_layer is behind the last one
         return
     samples = list(samples)
+    _check_device(layers, samples[0])
     with programmed(model, samples[0], first_layer), watching(model, layers) as probe:
         output = run(model, images)
     if probe.leaked:
@@ -190,6 +207,35 @@ def check_reached(model: nn.Module, images: Tensor, nominal: Any, samples: Itera
         )
     if same(nominal, output):
         _check_effect(model, layers, images, nominal, samples, first_layer)
+
+
+def _check_device(layers: Iterable[AnalogLayer], sample: int) -> None:
+    """Check that a user's own device model gives weights, the same ones at each call, and leaves the nominal ones."""
+    for layer in layers:
+        if type(layer.variation) is LogNormalVariation:
+            continue
+        kept, found = layer.nominal.detach().clone(), []
+        for _ in range(2):
+            drawn = layer.variation.sample(layer.nominal, layer.chip.seed, layer.layer_index, sample)
+            if not isinstance(drawn, Tensor) or (drawn.shape, drawn.dtype) != (kept.shape, kept.dtype):
+                got = f"{tuple(drawn.shape)} {drawn.dtype}" if isinstance(drawn, Tensor) else type(drawn).__name__
+                wanted = f"{tuple(kept.shape)} {kept.dtype}"
+                raise UserError(
+                    f"evaluate: {_device(layer)} must give weights {wanted}, not {got}".replace("torch.", "")
+                )
+            found.append(drawn.detach().clone())
+            if not same(layer.nominal.detach(), kept):
+                layer.nominal.detach().copy_(kept)
+                raise UserError(f"evaluate: {_device(layer)} changes the nominal weights in place; give new ones")
+        if not same(*found):
+            raise UserError(
+                f"evaluate: {_device(layer)} gives other weights each time for one chip; they must be a function of "
+                "(weight, seed, layer, sample)"
+            )
+
+
+def _device(layer: AnalogLayer) -> str:
+    return f"the device model {type(layer.variation).__name__}"
 
 
 def _check_effect(
