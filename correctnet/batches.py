@@ -143,16 +143,21 @@ def _checked(batch: Any, what: str) -> Batch:
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(t, Tensor) for t in batch):
         raise UserError(f"{what}: a batch must be (images, labels), two tensors, not {_kind(batch)}")
     images, labels = batch
+    for tensor in (images, labels):
+        if tensor.is_nested or tensor.layout != torch.strided:
+            raise UserError(f"{what}: dense tensors are expected, not nested or sparse ones; convert them")
     if images.dim() < 2:
         raise UserError(f"{what}: images (N, ...) are expected, not a tensor of shape {tuple(images.shape)}")
     if labels.dim() != 1:
-        hint = ""
+        hint = "" if labels.dim() else "; give batches, as a DataLoader does that has a batch_size"
         if labels.dim() == 2:
             hint = "; squeeze the column" if labels.shape[1] == 1 else "; of one-hot rows take labels.argmax(1)"
         raise UserError(f"{what}: labels (N,), one an image, are expected, not {tuple(labels.shape)}{hint}")
     if len(images) != len(labels):
         raise UserError(f"{what}: {len(images)} images and {len(labels)} labels")
-    if labels.is_complex() or (labels.is_floating_point() and not torch.equal(labels, labels.round())):
+    if labels.is_complex() or (
+        labels.is_floating_point() and not (labels.isfinite() & (labels == labels.round())).all()
+    ):
         raise UserError(f"{what}: labels are classes, whole numbers; these are {labels.dtype}".replace("torch.", ""))
     whole = labels.detach().to(torch.int64)
     if len(whole) and int(whole.min()) < 0:

@@ -11,6 +11,8 @@ goes through torch, and a warning names it.
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +31,7 @@ from correctnet.analog import AnalogLayer, analog_layers, chip_of, keeping, prog
 from correctnet.arithmetic import Precision
 from correctnet.batches import Batch, Batches, Data, check_outputs, looks_across
 from correctnet.engine import BLOCK, GPU_BLOCK, MEMORY, Engine, Method, Unsupported, check_method, classified
-from correctnet.errors import UserError
+from correctnet.errors import UserError, whole
 from correctnet.probe import check_reached, left_alone, run, same
 from correctnet.results import COLUMNS, IDENTITY, Result, read_chips
 
@@ -112,7 +114,7 @@ def evaluate(
             Where it looks across a batch, a loader's batches are kept, and those of tensors are of `batch` images.
         chips: how many chip samples, >= 1.
         start: number of the first; chip 137 is the same chip whatever `start` and `chips` are.
-        first_layer: layers of a smaller index stay nominal.
+        first_layer: layers of a smaller index stay nominal; all do where it is one more than the last index.
         engine: "auto": the C++ core, and torch for what it cannot run, with an `EngineWarning`; "torch": torch alone.
         precision: of weights and activations in the core, "float32" or "bfloat16" (sums are float32).
         gpu_method: how a GPU gets at noisy weights, see `correctnet.engine`; on a CPU, where there is one way, any but
@@ -122,7 +124,8 @@ def evaluate(
         chunk: chips that are taken over all images before the next ones are begun; None: as many as take some twenty
             seconds in the core, and one in torch.
         save: a file for the rows of the chips that are done, written after every chunk. Chips that it holds already
-            are not evaluated again. Rows of another model, device, seed or data, or of other settings, are refused.
+            are not evaluated again. Rows of another model, device, seed or data, or of other settings, are refused; a
+            `prepare` is known by its name alone.
         prepare: called with the model after each chip is programmed (e.g. to recalibrate its BatchNorm). As the model
             is not the same on all chips then, each has an engine of its own; each begins with the parameters and
             buffers that the model has now, and these are put back at the end.
@@ -142,12 +145,32 @@ def evaluate(
         UserError: a model without variation, variation that does not reach the layers that should carry it (then there
             is no accuracy), no chips, or data that are not as above.
     """
+    chips, start, first_layer, batch, memory = (
+        whole(value, f"evaluate: {name}")
+        for name, value in (
+            ("chips", chips),
+            ("start", start),
+            ("first_layer", first_layer),
+            ("batch", batch),
+            ("memory", memory),
+        )
+    )
+    chunk = None if chunk is None else whole(chunk, "evaluate: chunk")
     if chips < 1 or (chunk is not None and chunk < 1):
         raise UserError(f"evaluate: chips and chunk must be at least 1, not {chips} and {chunk}")
+    if batch < 1 or memory < 1:
+        raise UserError(f"evaluate: batch and memory must be at least 1, not {batch} and {memory}")
     if engine not in ("auto", "torch"):
         raise UserError(f"evaluate: engine must be 'auto' or 'torch', not {engine!r}")
     check_method(gpu_method)
     chip = chip_of(model)
+    last = analog_layers(model)[-1].layer_index
+    if not 0 <= first_layer <= last + 1:
+        raise UserError(f"evaluate: first_layer must lie in 0 to {last + 1} (no layer varies), not {first_layer}")
+    if prepare is not None and not callable(prepare):
+        raise UserError(f"evaluate: prepare is called with the model, but a {type(prepare).__name__} cannot be called")
+    if save is not None and not isinstance(save, str | os.PathLike):
+        raise UserError(f"evaluate: save is the path of a file, not a {type(save).__name__}")
     if start < 0 or start + chips > 2**32:
         raise UserError(f"evaluate: chips lie in [0, 2^32), not {start} to {start + chips - 1}")
     with left_alone(model), programmed(model, None), _put_back(model, prepare) as put_back:
@@ -209,12 +232,14 @@ def _device_text(model: nn.Module) -> str:
 
 
 def _state_digest(model: nn.Module) -> str:
-    """A digest of the network: its modules' kinds, its parameters and buffers, and which layers vary."""
+    """A digest of the network: its modules' kinds and settings, its parameters and buffers, and which layers vary."""
     digest = hashlib.blake2b(digest_size=8)
     for name, module in model.named_modules():
         index = module.layer_index if isinstance(module, AnalogLayer) else ""
-        digest.update(f"{name}:{type(module).__qualname__}:{index};".encode())
-    for name, tensor in model.state_dict().items():
+        settings = re.sub(r"0x[0-9a-fA-F]+", "", module.extra_repr())  # without addresses of objects
+        digest.update(f"{name}:{type(module).__qualname__}:{index}:{settings};".encode())
+    state = {**model.state_dict(), **dict(model.named_buffers())}  # those that are not saved, too
+    for name, tensor in state.items():
         if isinstance(tensor, Tensor):
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -272,12 +297,12 @@ def _put_back(model: nn.Module, prepare: object) -> Iterator[Callable[[], None]]
     if prepare is None:
         yield lambda: None
         return
-    before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    before = [tensor.detach().clone() for tensor in (*model.parameters(), *model.buffers())]
 
     @torch.no_grad()
     def restore() -> None:
-        for name, tensor in model.state_dict().items():
-            tensor.copy_(before[name])
+        for tensor, value in zip((*model.parameters(), *model.buffers()), before, strict=True):
+            tensor.copy_(value)
 
     try:
         yield restore
