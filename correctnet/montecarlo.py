@@ -107,8 +107,8 @@ def evaluate(
     """Accuracy of chips `start`, ..., `start + chips - 1` over all of `data`.
 
     Args:
-        model: from `correctnet.analog.convert`. It is evaluated in evaluation mode; its modes, the chip that it
-            carries, and the random generators of torch, numpy and Python are what they were before.
+        model: from `correctnet.analog.convert`. It is evaluated in evaluation mode; its modes and buffers, the chip
+            that it carries, and the random generators of torch, numpy and Python are what they were before.
         data: a `Split`, an (images, labels) pair of tensors, or a loader of such batches that can be iterated often
             and gives the same images each time. images (N, ...), labels (N,) classes; the network gives (N, classes).
             Where it looks across a batch, a loader's batches are kept, and those of tensors are of `batch` images.
@@ -171,6 +171,7 @@ def evaluate(
         raise UserError(f"evaluate: prepare is called with the model, but a {type(prepare).__name__} cannot be called")
     if save is not None and not isinstance(save, str | os.PathLike):
         raise UserError(f"evaluate: save is the path of a file, not a {type(save).__name__}")
+    _check_save(save)
     if start < 0 or start + chips > 2**32:
         raise UserError(f"evaluate: chips lie in [0, 2^32), not {start} to {start + chips - 1}")
     with left_alone(model), programmed(model, None), _put_back(model, prepare) as put_back:
@@ -242,6 +243,7 @@ def _state_digest(model: nn.Module) -> str:
     for name, tensor in state.items():
         if isinstance(tensor, Tensor):
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+            tensor = tensor if tensor.layout == torch.strided else tensor.to_dense()
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
@@ -249,6 +251,20 @@ def _state_digest(model: nn.Module) -> str:
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of chips that `save` holds."""
     return read_chips(path)[[*COLUMNS, *IDENTITY, "settings"]].to_dict("records")
+
+
+def _check_save(save: str | Path | None) -> None:
+    """Find out before the work whether rows can be put there: in a file that can be written, and holds nothing else."""
+    if not save:
+        return
+    storage.check_writable(save)
+    path = Path(save)
+    if path.is_file():
+        with path.open("rb") as file:
+            first = file.readline(1 << 16).strip()
+        columns = [name.encode() for name in (*COLUMNS, *IDENTITY, "settings")]
+        if not b",".join(columns).startswith(first) and not set(columns[: len(COLUMNS)]) <= set(first.split(b",")):
+            raise UserError(f"evaluate: {save} holds something else than chips; give another file, or delete it")
 
 
 def _check_rows(save: str | Path | None, rows: list[dict[str, Any]], saved: dict[str, Any]) -> None:
@@ -280,8 +296,8 @@ class _Simulation:
 
     def ready(self, model: nn.Module) -> None:
         """Prepare the chip that is programmed now, from the state that the model came with."""
+        self.put_back()
         if self.prepare is not None:
-            self.put_back()
             self.prepare(model)
             model.eval()
 
@@ -291,18 +307,28 @@ class _Simulation:
         return Engine(model, example, self.first_layer, self.precision, self.memory, self.method, sample)
 
 
+def _dense(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.layout == torch.strided and not tensor.is_meta
+
+
 @contextmanager
 def _put_back(model: nn.Module, prepare: object) -> Iterator[Callable[[], None]]:
-    """A function that puts parameters and buffers back to what they are now; called at the end, too."""
-    if prepare is None:
-        yield lambda: None
-        return
-    before = [tensor.detach().clone() for tensor in (*model.parameters(), *model.buffers())]
+    """A function that puts parameters and buffers back to what they are now; called at the end, too.
+
+    Without `prepare`, which is what changes parameters, it puts buffers back: a network may count its calls.
+    """
+    owners = [(m._buffers, name) for m in model.modules() for name, value in m._buffers.items() if _dense(value)]
+    buffers = [(own, name, own[name], own[name].detach().clone()) for own, name in owners]
+    parameters = [] if prepare is None else [(p, p.detach().clone()) for p in model.parameters()]
 
     @torch.no_grad()
     def restore() -> None:
-        for tensor, value in zip((*model.parameters(), *model.buffers()), before, strict=True):
-            tensor.copy_(value)
+        for own, name, buffer, value in buffers:
+            own[name] = buffer
+            if not same(buffer, value):
+                buffer.copy_(value)
+        for parameter, value in parameters:
+            parameter.copy_(value)
 
     try:
         yield restore

@@ -74,6 +74,7 @@ class Probe(TorchDispatchMode):
 
     Attributes:
         used: indices of the layers whose weights on the chip were read by an operation.
+        changed: indices of the layers whose weights on the chip the forward pass changed in place.
         leaked: by layer index, the operation that read its nominal weights, or those of a layer that it was copied
             from, past the layer.
     """
@@ -84,6 +85,7 @@ class Probe(TorchDispatchMode):
         self.leaked: dict[int, str] = {}
         self._drawing = 0
         self._chip: dict[int, int] = {}  # by address of the weights' storage, the layer's index
+        self._drawn: list[tuple[int, Tensor, Tensor]] = []  # layer index, weights, and what they were
         self._kept: list[Tensor] = []  # so that no other tensor comes to lie at such an address
         self._nominal: dict[int, int] = {}
         for layer in layers:
@@ -111,7 +113,13 @@ class Probe(TorchDispatchMode):
             self._drawing -= 1
         self._chip[address(weight)] = layer.layer_index
         self._kept.append(weight)
+        self._drawn.append((layer.layer_index, weight, weight.detach().clone()))
         return weight
+
+    @property
+    def changed(self) -> set[int]:
+        """See the class."""
+        return {index for index, weight, before in self._drawn if not same(weight.detach(), before)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self._drawing:
@@ -176,8 +184,8 @@ def check_reached(model: nn.Module, images: Tensor, nominal: Any, samples: Itera
 
     Raises:
         UserError: a device model that gives no weights, or others at each call, or changes the nominal ones; nominal
-            weights of a layer are used past the layer, no layer is used, or the chips do not show in
-            the outputs.
+            weights of a layer are used past the layer; a layer's weights are changed by the forward pass; no layer is
+            used, or the chips do not show in the outputs.
     """
     names = names_of(model)
     layers = [layer for layer in analog_layers(model) if layer.layer_index >= first_layer]
@@ -193,6 +201,11 @@ def check_reached(model: nn.Module, images: Tensor, nominal: Any, samples: Itera
             f"evaluate: variation does not reach {listed}: the network uses the nominal weights past the layer (in "
             f"{next(iter(probe.leaked.values()))}), as a function does that holds the network or the weights that "
             "were converted; make it a method that reads them from self"
+        )
+    if changed := [names[id(layer)] for layer in layers if layer.layer_index in probe.changed]:
+        raise UserError(
+            f"evaluate: the network changes the weights of {', '.join(changed)} in its forward pass, which a chip "
+            "cannot do; change the trained weights before convert()"
         )
     unused = [names[id(layer)] for layer in layers if layer.layer_index not in probe.used]
     if len(unused) == len(layers):

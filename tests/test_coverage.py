@@ -358,6 +358,30 @@ class Auxiliary(Two):
         return (self.b(h), self.extra(h)) if self.training else self.b(h)
 
 
+class Renormalised(Two):
+    def forward(self, x):
+        self.a.weight.data = torch.renorm(self.a.weight.data, 2, 0, 0.3)
+        return super().forward(x)
+
+
+class Clamped(Two):
+    def forward(self, x):
+        with torch.no_grad():
+            self.a.weight.clamp_(-0.05, 0.05)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("make", [Renormalised, Clamped])
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+def test_weights_that_the_forward_pass_changes(make, engine):
+    model, (x, y) = make(), data(20)
+    with pytest.raises(UserError, match="changes the weights of a in its forward pass"):
+        evaluate(convert(model, HALF), (x, y), 3, engine=engine, progress=False)
+    with torch.no_grad():  # what it does is no change any more
+        model.a.weight.mul_(0.001)
+    evaluate(convert(model, HALF), (x, y), 3, engine="torch", progress=False)
+
+
 def test_a_head_that_only_training_uses():
     model, (x, y) = Auxiliary().eval(), data(20)
     analog = convert(model, HALF)
@@ -798,6 +822,33 @@ def test_buffers_that_are_not_saved_are_put_back():
     together = evaluate(analog, (x, y), 4, prepare=prepare, progress=False).accuracies.tolist()
     assert torch.equal(analog.scale, torch.ones(20))
     assert together == [evaluate(analog, (x, y), 1, start=s, prepare=prepare, progress=False).mean for s in range(4)]
+
+
+class Counting(Two):
+    """Its output grows with each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        adjacency = (torch.arange(20)[:, None] - torch.arange(20)).abs() < 2
+        self.register_buffer("adjacency", adjacency.float().to_sparse())
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return super().forward((self.adjacency @ x.t()).t()) * torch.arange(10) * self.calls
+
+
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+def test_a_network_that_counts_its_calls(engine):
+    analog, (x, y) = convert(Counting(), HALF), data(20)
+    buffer = analog.calls
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = evaluate(analog, (x, y), 4, engine=engine, progress=False).accuracies.tolist()
+        again = evaluate(analog, (x, y), 2, start=2, engine=engine, progress=False).accuracies.tolist()
+    assert analog.calls is buffer
+    assert buffer == 0
+    assert again == found[2:]
 
 
 # ---- the core beside torch ------------------------------------------------------------------------------------------

@@ -270,6 +270,7 @@ def test_bad_calls(tiny, blobs):
         ({"chunk": 1.5}, "chunk must be a whole number"),
         ({"prepare": 3}, "int cannot be called"),
         ({"save": 3}, "the path of a file"),
+        ({"save": "."}, "is a folder; the name of a file is expected"),
     ],
 )
 @pytest.mark.parametrize("engine", ["auto", "torch"])
