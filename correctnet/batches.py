@@ -127,6 +127,19 @@ class Data:
             yield _checked(batch, self.what)
 
 
+def first_images(data: Batches, what: str) -> Tensor:
+    """The first images of `data`. Raises UserError as `Data` does."""
+    if isinstance(data, Split):
+        data = (data.images, data.labels)
+    if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
+        data = [data]
+    for batch in _loader(data, what):
+        images, _ = _checked(batch, what)
+        if len(images):
+            return images
+    raise UserError(f"{what}: the data holds no images")
+
+
 def _loader(data: Any, what: str) -> Any:
     if isinstance(data, Tensor | Mapping | str | bytes) or not isinstance(data, Iterable):
         extra = "; wrap a Dataset in a DataLoader" if hasattr(data, "__getitem__") and hasattr(data, "__len__") else ""
