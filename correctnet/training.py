@@ -182,6 +182,8 @@ def fit(
             cannot be written.
     """
     hooks = hooks or Hooks()
+    if torch.is_inference_mode_enabled():
+        raise UserError("training: there are no gradients in torch.inference_mode(); train outside of it")
     train = classified(train, "training")
     if hooks.augment != "none" and train.images.dim() != 4:
         raise UserError(f"training: only images (N, C, H, W) can be augmented, not {tuple(train.images.shape)}")
