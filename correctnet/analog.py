@@ -109,6 +109,9 @@ class ChipWeight(Tensor):
             if "out" in kwargs and isinstance(kwargs["out"], ChipWeight):
                 return func(*args, **{**kwargs, "out": kwargs["out"]._nominal})
             if target is None:
+                if change and isinstance(args[0], list | tuple):  # torch._foreach_mul_ and its like
+                    changed = [v._nominal if isinstance(v, ChipWeight) else v for v in args[0]]
+                    return func(changed, *args[1:], **kwargs)
                 return func(*args, **kwargs)
             if change or _of_parameter(func):
                 return func(target._nominal, *args[1:], **kwargs)
@@ -298,7 +301,8 @@ def convert(model: nn.Module, variation: Variation, seed: int = 0, exclude: Iter
 
     Raises:
         UserError: no module or device model, nothing to convert, an excluded name that does not exist, a model that
-            is converted already, or one whose copy would still run code of the original.
+            is converted already, one whose layers have attributes of an analog layer's names, or one whose copy would
+            still run code of the original.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"convert: a torch.nn.Module is expected, not a {type(model).__name__}")
@@ -331,12 +335,22 @@ def convert(model: nn.Module, variation: Variation, seed: int = 0, exclude: Iter
     if not kept:
         raise UserError(f"convert: the model has no nn.Conv2d or nn.Linear layer left to convert{_instead(model)}")
 
+    for name in kept:
+        layer = layers[name]
+        if clash := sorted(_OWN & {*vars(layer), *layer._parameters, *layer._buffers, *layer._modules}):
+            raise UserError(
+                f"convert: {name or 'the layer'} has an attribute {clash[0]!r}, as analog layers do; rename it"
+            )
     analog, chip = _copy(model), Chip(seed)
     _check_forwards(model, analog)
     for name, index in kept.items():
         AnalogLayer._become(analog.get_submodule(name), variation, index, chip, layers[name])
     _warn_uncovered(analog, exclude)
     return analog
+
+
+# Attributes of analog layers, which would hide those of the user's layer.
+_OWN = {"variation", "layer_index", "chip", "varies", "nominal", "chip_weight"}
 
 
 def _within(name: str, parents: Iterable[str]) -> bool:

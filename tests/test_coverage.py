@@ -513,6 +513,31 @@ def test_parts_that_were_converted_on_their_own_are_refused():
             use()
 
 
+@pytest.mark.parametrize("name", ["variation", "layer_index", "chip", "varies", "nominal", "chip_weight"])
+def test_attributes_that_an_analog_layer_would_hide(name):
+    for value in (3, torch.ones(10, 32), nn.Parameter(torch.ones(3)), nn.ReLU()):
+        model = Two()
+        setattr(model.b, name, value)
+        with pytest.raises(UserError, match=f"b has an attribute '{name}', as analog layers do; rename it"):
+            convert(model, HALF)
+        convert(model, HALF, exclude=["b"])
+
+
+def test_weights_that_are_changed_as_a_list():
+    analog = convert(Two(), HALF)
+    wanted = 3 * analog.a.nominal.detach(), 3 * analog.b.nominal.detach()
+    program(analog, 3)
+    with torch.no_grad():
+        torch._foreach_mul_([analog.a.weight, analog.b.weight], 3.0)
+    assert all(torch.equal(layer.nominal, value) for layer, value in zip((analog.a, analog.b), wanted, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_outputs():
+    model = nn.Sequential(nn.Linear(20, 16), nn.Linear(16, 0), nn.Linear(0, 10))
+    assert "0" in check_coverage(model, convert(model, HALF), data(20)[0][:8])
+
+
 def test_the_weights_of_a_chip_are_loaded_as_a_tensor(tmp_path):
     analog = convert(Two(), HALF)
     program(analog, 3)
