@@ -203,6 +203,8 @@ class AnalogLayer(nn.Module):
         return self._draw()
 
     def _draw(self) -> Tensor:
+        if torch.jit.is_tracing():  # which does not see the core fill the weights, and would record arbitrary memory
+            raise UserError("torch.jit.trace cannot record a chip's weights; program(model, None) before it")
         nominal = self.nominal
         if nominal.requires_grad and torch.is_grad_enabled():
             return self.variation.sample(nominal, self.chip.seed, self.layer_index, self.chip.sample)

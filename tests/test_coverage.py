@@ -538,6 +538,16 @@ def test_a_layer_without_outputs():
     assert "0" in check_coverage(model, convert(model, HALF), data(20)[0][:8])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_chip_is_not_recorded_by_torchscript():
+    analog, (x, _) = convert(Two(), HALF).eval(), data(20)
+    torch.testing.assert_close(torch.jit.trace(analog, x)(x), analog(x))
+    program(analog, 3)
+    with pytest.raises(UserError, match="cannot record a chip's weights"):
+        torch.jit.trace(analog, x, check_trace=False)
+
+
 def test_the_weights_of_a_chip_are_loaded_as_a_tensor(tmp_path):
     analog = convert(Two(), HALF)
     program(analog, 3)
