@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from correctnet.errors import UserError, one_line
+from correctnet.errors import UserError, one_line, whole
 from correctnet.reloading import survives_reload
 from correctnet.variation import Variation
 
@@ -94,6 +94,10 @@ class ChipWeight(Tensor):
         weight._nominal = nominal
         return weight
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # In a pickle it is a plain tensor, as `torch.load` takes by itself.
+        return self.as_subclass(Tensor).detach().__reduce_ex__(protocol)
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -105,6 +109,9 @@ class ChipWeight(Tensor):
             if "out" in kwargs and isinstance(kwargs["out"], ChipWeight):
                 return func(*args, **{**kwargs, "out": kwargs["out"]._nominal})
             if target is None:
+                if change and isinstance(args[0], list | tuple):  # torch._foreach_mul_ and its like
+                    changed = [v._nominal if isinstance(v, ChipWeight) else v for v in args[0]]
+                    return func(changed, *args[1:], **kwargs)
                 return func(*args, **kwargs)
             if change or _of_parameter(func):
                 return func(target._nominal, *args[1:], **kwargs)
@@ -196,6 +203,8 @@ class AnalogLayer(nn.Module):
         return self._draw()
 
     def _draw(self) -> Tensor:
+        if torch.jit.is_tracing():  # which does not see the core fill the weights, and would record arbitrary memory
+            raise UserError("torch.jit.trace cannot record a chip's weights; program(model, None) before it")
         nominal = self.nominal
         if nominal.requires_grad and torch.is_grad_enabled():
             return self.variation.sample(nominal, self.chip.seed, self.layer_index, self.chip.sample)
@@ -278,7 +287,7 @@ def crossbar_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def convert(model: nn.Module, variation: Variation, seed: int = 0, exclude: Iterable[str] = ()) -> nn.Module:
+def convert(model: nn.Module, variation: Variation, seed: int = 0, exclude: Iterable[str] | str = ()) -> nn.Module:
     """Copy `model` with conv and linear layers that carry variation; until a chip is programmed its output is equal.
 
     Args:
@@ -287,28 +296,37 @@ def convert(model: nn.Module, variation: Variation, seed: int = 0, exclude: Iter
         variation: the device model.
         seed: of the simulation; with the sample number it addresses a chip.
         exclude: names of layers, or of modules that hold layers, that stay digital; also names of parameters of which
-            no `CoverageWarning` is wanted.
+            no `CoverageWarning` is wanted; a string is one name.
 
     Warns:
         CoverageWarning: names the matrices that will not carry variation, e.g. attention's in_proj or an LSTM's.
 
     Raises:
-        UserError: nothing to convert, an excluded name that does not exist, a model that is converted already, or one
-            whose copy would still run code of the original.
+        UserError: no module or device model, nothing to convert, an excluded name that does not exist, a model that
+            is converted already, one whose layers have attributes of an analog layer's names, or one whose copy would
+            still run code of the original.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"convert: a torch.nn.Module is expected, not a {type(model).__name__}")
+    if isinstance(variation, type) or not callable(getattr(variation, "sample", None)):
+        raise UserError(f"convert: a device model such as LogNormalVariation(0.5) is expected, not {variation!r}")
     if any(isinstance(module, AnalogLayer) for module in model.modules()):
         raise UserError("convert: the model carries variation already; convert the original one")
     _check_convertible(model)
     layers = dict(crossbar_layers(model))
-    exclude = tuple(exclude)
+    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     # A layer in several places has several names; each of them excludes it.
     aliases: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         aliases.setdefault(id(module), []).append(name)
-    known = {*(name for names in aliases.values() for name in names), *(name for name, _ in model.named_parameters())}
+    known = {
+        *(name for names in aliases.values() for name in names),
+        *(name for name, _ in model.named_parameters(remove_duplicate=False)),
+    }
     for name in exclude:
         if name not in known:
             raise UserError(f"convert: exclude: the model has no module {name!r}, nor such a parameter")
+    seed = whole(seed, "convert: the seed")
     if not 0 <= seed < 2**64:
         raise UserError(f"convert: seed must lie in [0, 2^64), not {seed}")
     kept = {
@@ -319,12 +337,22 @@ def convert(model: nn.Module, variation: Variation, seed: int = 0, exclude: Iter
     if not kept:
         raise UserError(f"convert: the model has no nn.Conv2d or nn.Linear layer left to convert{_instead(model)}")
 
+    for name in kept:
+        layer = layers[name]
+        if clash := sorted(_OWN & {*vars(layer), *layer._parameters, *layer._buffers, *layer._modules}):
+            raise UserError(
+                f"convert: {name or 'the layer'} has an attribute {clash[0]!r}, as analog layers do; rename it"
+            )
     analog, chip = _copy(model), Chip(seed)
     _check_forwards(model, analog)
     for name, index in kept.items():
         AnalogLayer._become(analog.get_submodule(name), variation, index, chip, layers[name])
     _warn_uncovered(analog, exclude)
     return analog
+
+
+# Attributes of analog layers, which would hide those of the user's layer.
+_OWN = {"variation", "layer_index", "chip", "varies", "nominal", "chip_weight"}
 
 
 def _within(name: str, parents: Iterable[str]) -> bool:
@@ -339,6 +367,8 @@ def _check_convertible(model: nn.Module) -> None:
             raise UserError(f"convert: {where} is compiled by TorchScript, which fixes its layers")
         if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in module._parameters.values()):
             raise UserError(f"convert: {where} is lazy and has no weights yet; run a batch through the model first")
+        if any(p is not None and p.is_meta for p in module._parameters.values()):
+            raise UserError(f"convert: {where} is on the device meta and has no weights yet; load them first")
 
 
 def _instead(model: nn.Module) -> str:
@@ -422,6 +452,22 @@ def _warn_uncovered(analog: nn.Module, exclude: tuple[str, ...]) -> None:
             CoverageWarning,
             stacklevel=3,
         )
+    # An embedding that shares a weight is a table; what else holds it may well multiply with it.
+    layers = {id(layer._parameters.get("weight")): layer for layer in analog_layers(analog)}
+    again = [
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in analog.named_modules()
+        if not isinstance(module, (AnalogLayer, *DIGITAL)) and not _within(prefix, exclude)
+        for name, p in module._parameters.items()
+        if p is not None and id(p) in layers and not _within(f"{prefix}.{name}".lstrip("."), exclude)
+    ]
+    if again:
+        warnings.warn(
+            f"no variation on {', '.join(again)}, the weight of an analog layer under another name: read it from the "
+            "layer itself; name it, or its module, in `exclude` if it is digital",
+            CoverageWarning,
+            stacklevel=3,
+        )
 
 
 def analog_layers(model: nn.Module) -> list[AnalogLayer]:
@@ -436,12 +482,14 @@ def nominal_weight(layer: nn.Module) -> Tensor:
 
 
 def chip_of(model: nn.Module) -> Chip:
-    """The chip that `model` stands for. Raises UserError where it was not converted."""
+    """The chip that `model` stands for. Raises UserError where it was not converted, or in parts."""
     layers = analog_layers(model)
     if not layers:
         if any(type(module).__module__ == __name__ for module in model.modules()):
             raise UserError("correctnet.analog was reloaded after the model was converted; restart Python, and convert")
         raise UserError("the model carries no variation: pass it through convert() first")
+    if any(layer.chip is not layers[0].chip for layer in layers):
+        raise UserError("parts of the model were converted on their own, each with a chip; convert the whole model")
     return layers[0].chip
 
 
@@ -455,10 +503,12 @@ def program(model: nn.Module, sample: int | None, first_layer: int = 0, seed: in
         seed: another seed than the one given to `convert`, from now on.
 
     Raises:
-        UserError: a sample outside its range, or a model that another thread is evaluating.
+        UserError: an argument outside its range, or a model that another thread is evaluating.
     """
     chip = chip_of(model)
-    _check_sample(sample)
+    _check_address(sample, first_layer)
+    if seed is not None and not 0 <= whole(seed, "program: the seed") < 2**64:
+        raise UserError(f"program: the seed lies in [0, 2^64), not {seed}")
     if not chip.lock.acquire(blocking=False):
         raise UserError("program: another thread is evaluating this model; give each thread a copy of its own")
     try:
@@ -469,9 +519,11 @@ def program(model: nn.Module, sample: int | None, first_layer: int = 0, seed: in
         chip.lock.release()
 
 
-def _check_sample(sample: int | None) -> None:
-    if sample is not None and not 0 <= sample < 2**32:
+def _check_address(sample: int | None, first_layer: int) -> None:
+    if sample is not None and not 0 <= whole(sample, "program: a sample") < 2**32:
         raise UserError(f"program: a sample lies in [0, 2^32), not {sample}")
+    if whole(first_layer, "program: first_layer") < 0:
+        raise UserError(f"program: first_layer must be at least 0, not {first_layer}")
 
 
 @contextmanager
@@ -481,7 +533,7 @@ def programmed(model: nn.Module, sample: int | None, first_layer: int = 0) -> It
     The model is this thread's for that long: another thread that asks for it waits.
     """
     chip = chip_of(model)
-    _check_sample(sample)
+    _check_address(sample, first_layer)
     with chip.lock:
         before = chip.sample, chip.first_layer
         chip.sample, chip.first_layer = sample, first_layer

@@ -127,6 +127,19 @@ class Data:
             yield check_batch(batch, self.what)
 
 
+def first_images(data: Batches, what: str) -> Tensor:
+    """The first images of `data`. Raises UserError as `Data` does."""
+    if isinstance(data, Split):
+        data = (data.images, data.labels)
+    if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
+        data = [data]
+    for batch in _loader(data, what):
+        images, _ = _checked(batch, what)
+        if len(images):
+            return images
+    raise UserError(f"{what}: the data holds no images")
+
+
 def _loader(data: Any, what: str) -> Any:
     if isinstance(data, Tensor | Mapping | str | bytes) or not isinstance(data, Iterable):
         extra = "; wrap a Dataset in a DataLoader" if hasattr(data, "__getitem__") and hasattr(data, "__len__") else ""
@@ -143,16 +156,21 @@ def check_batch(batch: Any, what: str) -> Batch:
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(t, Tensor) for t in batch):
         raise UserError(f"{what}: a batch must be (images, labels), two tensors, not {_kind(batch)}")
     images, labels = batch
+    for tensor in (images, labels):
+        if tensor.is_nested or tensor.layout != torch.strided:
+            raise UserError(f"{what}: dense tensors are expected, not nested or sparse ones; convert them")
     if images.dim() < 2:
         raise UserError(f"{what}: images (N, ...) are expected, not a tensor of shape {tuple(images.shape)}")
     if labels.dim() != 1:
-        hint = ""
+        hint = "" if labels.dim() else "; give batches, as a DataLoader does that has a batch_size"
         if labels.dim() == 2:
             hint = "; squeeze the column" if labels.shape[1] == 1 else "; of one-hot rows take labels.argmax(1)"
         raise UserError(f"{what}: labels (N,), one an image, are expected, not {tuple(labels.shape)}{hint}")
     if len(images) != len(labels):
         raise UserError(f"{what}: {len(images)} images and {len(labels)} labels")
-    if labels.is_complex() or (labels.is_floating_point() and not torch.equal(labels, labels.round())):
+    if labels.is_complex() or (
+        labels.is_floating_point() and not (labels.isfinite() & (labels == labels.round())).all()
+    ):
         raise UserError(f"{what}: labels are classes, whole numbers; these are {labels.dtype}".replace("torch.", ""))
     whole = labels.detach().to(torch.int64)
     if len(whole) and int(whole.min()) < 0:

@@ -11,10 +11,10 @@ z takes the place of y. Both are digital, hence free of variation.
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from operator import index
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from correctnet.analog import convert, crossbar_layers, program
 from correctnet.batches import check_batch, check_outputs
 from correctnet.config import JUDGED_CHIPS, Compensate, validate
 from correctnet.data import Split
-from correctnet.errors import UserError, one_line
+from correctnet.errors import UserError, one_line, whole
 from correctnet.models import Block, parameter_count
 from correctnet.montecarlo import evaluate
 from correctnet.training import Hooks, fit
@@ -74,9 +74,7 @@ class Compensated(nn.Module):
             ("pool", pool, ("adaptive", "kernel")),
         ):
             _check_option(option, value, known)
-        if isinstance(filters, bool) or not hasattr(filters, "__index__"):
-            raise UserError(f"the filters of a generator are a whole number, not {filters!r}")
-        filters = index(filters)
+        filters = whole(filters, "the number of filters of a generator")
         if filters < 1:
             raise UserError(f"a generator needs at least 1 filter, not {filters}")
         layer = layer_of(original)
@@ -188,6 +186,9 @@ def filters_of(model: nn.Module, ratios: Sequence[float]) -> dict[str, int]:
     layers = list(crossbar_layers(model))
     if len(ratios) > len(layers):
         raise UserError(f"{len(ratios)} ratios for a network of {len(layers)} layers")
+    for ratio in ratios:
+        if not math.isfinite(ratio):
+            raise UserError(f"a ratio of filters must be a finite number, not {ratio!r}")
     counts = {
         name: max(1, round(s * _features(layer)[1])) for (name, layer), s in zip(layers, ratios, strict=False) if s > 0
     }
@@ -199,9 +200,15 @@ def overhead(model: nn.Module, filters: Mapping[str, int]) -> float:
 
     `model` is the original network, `filters` the generator filters by layer name.
     """
+    _check_filters(filters, "overhead")
     layers = dict(crossbar_layers(model))
     _check_names(layers, filters)
     return sum(cost(layers[name], m) for name, m in filters.items()) / parameter_count(model)
+
+
+def _check_filters(filters: Any, what: str) -> None:
+    if not isinstance(filters, Mapping):
+        raise UserError(f"{what}: filters map names of layers to numbers of filters, not {filters!r}")
 
 
 def _check_names(layers: Iterable[str], filters: Mapping[str, int]) -> None:
@@ -233,6 +240,10 @@ def compensate(
             place="block" where the layer is in no Block, or in other places beside it.
     """
     _check_option("place", place, ("layer", "block"))
+    _check_filters(filters, "compensate")
+    seed = whole(seed, "compensate: the seed")
+    for option in options:
+        _check_option("an option", option, ("activation", "init", "pool"))
     _check_names([name for name, _ in crossbar_layers(model)], filters)
     compensated = copy.deepcopy(model)
     replaced: dict[int, Compensated] = {}
@@ -411,8 +422,8 @@ def fit_compensators(
     """
     caller = "fit_compensators"
     section = validate(Compensate, settings, caller)
-    if not isinstance(filters, Mapping):
-        raise UserError(f"{caller}: filters map names of layers to numbers of filters, not {filters!r}")
+    _check_filters(filters, caller)
+    seed = whole(seed, f"{caller}: the seed")
     device = next(model.parameters(), torch.empty(0)).device
     train = _labelled((images, labels), f"{caller}: images and labels", device)
     if validation is not None:

@@ -175,7 +175,7 @@ class Engine:
         error = (found - wanted)[finite].abs().max().item()
         if error <= CHECK_TOLERANCE * scale:
             return
-        if not torch.equal(wanted, self._by_torch(self._model, images, sample)):
+        if not torch.equal(wanted, self._by_torch(self._model, images, sample, passes=2)):
             raise Unsupported("its outputs change from call to call on one chip")
         exact = self._in_float64(images, sample)
         if exact is not None:
@@ -191,10 +191,12 @@ class Engine:
         )
 
     @torch.no_grad()
-    def _by_torch(self, model: nn.Module, images: Tensor, sample: int) -> Tensor:
-        """What torch computes for the network on a chip."""
+    def _by_torch(self, model: nn.Module, images: Tensor, sample: int, passes: int = 1) -> Tensor:
+        """What torch computes for the network on a chip, in the last of several passes."""
         with left_alone(model), programmed(model, sample, self._first_layer), full_float32(self._device):
-            return run(model, images, "engine")
+            for _ in range(passes):  # each begins with the random numbers that the one before has left
+                outputs = run(model, images, "engine")
+            return outputs
 
     def _in_float64(self, images: Tensor, sample: int) -> Tensor | None:
         """The same in float64, with the same weights on the chip; None where the network's code takes float32 alone."""

@@ -1,5 +1,8 @@
 """The one exception a user is meant to see, and how those of others are put into it."""
 
+from operator import index
+from typing import Any
+
 from correctnet.reloading import survives_reload
 
 
@@ -9,6 +12,16 @@ class UserError(Exception):
 
     The command line prints the message alone and exits with status 2; from Python it is an ordinary exception.
     """
+
+
+def whole(value: Any, what: str) -> int:
+    """`value` as an int. Raises UserError, which begins with `what`, where it is no whole number; True is none."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return index(value)
+    except TypeError:
+        raise UserError(f"{what} must be a whole number, not {value!r}") from None
 
 
 def one_line(error: Exception, most: int | None = None) -> str:

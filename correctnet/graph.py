@@ -17,7 +17,7 @@ from torch.fx.node import map_aggregate
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
 from correctnet import cuda, native
-from correctnet.analog import AnalogConv2d, AnalogLayer, AnalogLinear, analog_layers, programmed
+from correctnet.analog import AnalogConv2d, AnalogLayer, AnalogLinear, analog_layers, nominal_weight, programmed
 from correctnet.errors import UserError, one_line
 from correctnet.reloading import survives_reload
 from correctnet.variation import LogNormalVariation
@@ -227,6 +227,8 @@ def _module_op(node: fx.Node, module: nn.Module) -> Op | None:
     x, kind = node.args[0], type(module)
     shape = shape_of(x)
     if isinstance(module, AnalogLayer) and type(module.variation) is not LogNormalVariation:
+        return None
+    if kind in (nn.Conv2d, AnalogConv2d, nn.Linear, AnalogLinear) and nominal_weight(module).numel() == 0:
         return None
     if kind in (nn.Conv2d, AnalogConv2d):
         padding = _conv_padding(module)

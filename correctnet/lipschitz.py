@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from correctnet.analog import AnalogLayer, crossbar_layers
+from correctnet.analog import AnalogLayer, crossbar_layers, nominal_weight
 from correctnet.errors import UserError
 from correctnet.models import Block
 
@@ -61,6 +61,11 @@ def penalty(weights: Iterable[Tensor], lam: float, form: Literal["orthogonal", "
         form: "orthogonal", (11) as it is printed: every singular value is pulled to lambda; "one-sided": only those
             above lambda, sum_j max(0, s_j^2 - lambda^2)^2, which is what (9) asks for.
     """
+    if form not in ("orthogonal", "one-sided"):
+        raise UserError(f"penalty: form must be 'orthogonal' or 'one-sided', not {form!r}")
+    weights = list(weights)
+    if not weights:
+        raise UserError("penalty: the network has no conv or linear layer")
     if form == "one-sided":
         return torch.stack([_one_sided(weight_matrix(w).float(), lam) for w in weights]).sum()
     return torch.stack([_Orthogonal.apply(weight_matrix(w).float(), lam) for w in weights]).sum()
@@ -122,7 +127,7 @@ def analog_weights(model: nn.Module, fold_batchnorm: bool | Mapping[str, nn.Modu
     norms = batchnorms(model) if fold_batchnorm is True else fold_batchnorm or {}
     weights = []
     for name, layer in crossbar_layers(model):
-        weight = layer.weight
+        weight = nominal_weight(layer)
         if name in norms:
             norm = norms[name]
             scale = torch.rsqrt(norm.running_var + norm.eps)
@@ -210,8 +215,10 @@ def _in_sequentials(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 @torch.no_grad()
 def spectral_norms(model: nn.Module) -> dict[str, float]:
-    """The largest singular value of each layer's weight matrix, by layer name; of all groups of a convolution."""
+    """The largest singular value of each layer's nominal weight matrix, by name; of all groups of a convolution."""
     return {
-        name: torch.linalg.matrix_norm(weight_matrix(_by_group(layer, layer.weight)).float(), ord=2).max().item()
+        name: torch.linalg.matrix_norm(weight_matrix(_by_group(layer, nominal_weight(layer))).float(), ord=2)
+        .max()
+        .item()
         for name, layer in crossbar_layers(model)
     }

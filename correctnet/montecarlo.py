@@ -11,6 +11,8 @@ goes through torch, and a warning names it.
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +31,7 @@ from correctnet.analog import AnalogLayer, analog_layers, chip_of, keeping, prog
 from correctnet.arithmetic import Precision
 from correctnet.batches import Batch, Batches, Data, check_outputs, looks_across
 from correctnet.engine import BLOCK, GPU_BLOCK, MEMORY, Engine, Method, Unsupported, check_method, classified
-from correctnet.errors import UserError
+from correctnet.errors import UserError, whole
 from correctnet.probe import check_reached, left_alone, run, same
 from correctnet.results import COLUMNS, IDENTITY, Result, read_chips
 
@@ -105,14 +107,14 @@ def evaluate(
     """Accuracy of chips `start`, ..., `start + chips - 1` over all of `data`.
 
     Args:
-        model: from `correctnet.analog.convert`. It is evaluated in evaluation mode; its modes, the chip that it
-            carries, and the random generators of torch, numpy and Python are what they were before.
+        model: from `correctnet.analog.convert`. It is evaluated in evaluation mode; its modes and buffers, the chip
+            that it carries, and the random generators of torch, numpy and Python are what they were before.
         data: a `Split`, an (images, labels) pair of tensors, or a loader of such batches that can be iterated often
             and gives the same images each time. images (N, ...), labels (N,) classes; the network gives (N, classes).
             Where it looks across a batch, a loader's batches are kept, and those of tensors are of `batch` images.
         chips: how many chip samples, >= 1.
         start: number of the first; chip 137 is the same chip whatever `start` and `chips` are.
-        first_layer: layers of a smaller index stay nominal.
+        first_layer: layers of a smaller index stay nominal; all do where it is one more than the last index.
         engine: "auto": the C++ core, and torch for what it cannot run, with an `EngineWarning`; "torch": torch alone.
         precision: of weights and activations in the core, "float32" or "bfloat16" (sums are float32).
         gpu_method: how a GPU gets at noisy weights, see `correctnet.engine`; on a CPU, where there is one way, any but
@@ -122,7 +124,8 @@ def evaluate(
         chunk: chips that are taken over all images before the next ones are begun; None: as many as take some twenty
             seconds in the core, and one in torch.
         save: a file for the rows of the chips that are done, written after every chunk. Chips that it holds already
-            are not evaluated again. Rows of another model, device, seed or data, or of other settings, are refused.
+            are not evaluated again. Rows of another model, device, seed or data, or of other settings, are refused; a
+            `prepare` is known by its name alone.
         prepare: called with the model after each chip is programmed (e.g. to recalibrate its BatchNorm). As the model
             is not the same on all chips then, each has an engine of its own; each begins with the parameters and
             buffers that the model has now, and these are put back at the end.
@@ -142,12 +145,33 @@ def evaluate(
         UserError: a model without variation, variation that does not reach the layers that should carry it (then there
             is no accuracy), no chips, or data that are not as above.
     """
+    chips, start, first_layer, batch, memory = (
+        whole(value, f"evaluate: {name}")
+        for name, value in (
+            ("chips", chips),
+            ("start", start),
+            ("first_layer", first_layer),
+            ("batch", batch),
+            ("memory", memory),
+        )
+    )
+    chunk = None if chunk is None else whole(chunk, "evaluate: chunk")
     if chips < 1 or (chunk is not None and chunk < 1):
         raise UserError(f"evaluate: chips and chunk must be at least 1, not {chips} and {chunk}")
+    if batch < 1 or memory < 1:
+        raise UserError(f"evaluate: batch and memory must be at least 1, not {batch} and {memory}")
     if engine not in ("auto", "torch"):
         raise UserError(f"evaluate: engine must be 'auto' or 'torch', not {engine!r}")
     check_method(gpu_method)
     chip = chip_of(model)
+    last = analog_layers(model)[-1].layer_index
+    if not 0 <= first_layer <= last + 1:
+        raise UserError(f"evaluate: first_layer must lie in 0 to {last + 1} (no layer varies), not {first_layer}")
+    if prepare is not None and not callable(prepare):
+        raise UserError(f"evaluate: prepare is called with the model, but a {type(prepare).__name__} cannot be called")
+    if save is not None and not isinstance(save, str | os.PathLike):
+        raise UserError(f"evaluate: save is the path of a file, not a {type(save).__name__}")
+    _check_save(save)
     if start < 0 or start + chips > 2**32:
         raise UserError(f"evaluate: chips lie in [0, 2^32), not {start} to {start + chips - 1}")
     with left_alone(model), programmed(model, None), _put_back(model, prepare) as put_back:
@@ -209,14 +233,17 @@ def _device_text(model: nn.Module) -> str:
 
 
 def _state_digest(model: nn.Module) -> str:
-    """A digest of the network: its modules' kinds, its parameters and buffers, and which layers vary."""
+    """A digest of the network: its modules' kinds and settings, its parameters and buffers, and which layers vary."""
     digest = hashlib.blake2b(digest_size=8)
     for name, module in model.named_modules():
         index = module.layer_index if isinstance(module, AnalogLayer) else ""
-        digest.update(f"{name}:{type(module).__qualname__}:{index};".encode())
-    for name, tensor in model.state_dict().items():
+        settings = re.sub(r"0x[0-9a-fA-F]+", "", module.extra_repr())  # without addresses of objects
+        digest.update(f"{name}:{type(module).__qualname__}:{index}:{settings};".encode())
+    state = {**model.state_dict(), **dict(model.named_buffers())}  # those that are not saved, too
+    for name, tensor in state.items():
         if isinstance(tensor, Tensor):
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+            tensor = tensor if tensor.layout == torch.strided else tensor.to_dense()
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
@@ -224,6 +251,20 @@ def _state_digest(model: nn.Module) -> str:
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of chips that `save` holds."""
     return read_chips(path)[[*COLUMNS, *IDENTITY, "settings"]].to_dict("records")
+
+
+def _check_save(save: str | Path | None) -> None:
+    """Find out before the work whether rows can be put there: in a file that can be written, and holds nothing else."""
+    if not save:
+        return
+    storage.check_writable(save)
+    path = Path(save)
+    if path.is_file():
+        with path.open("rb") as file:
+            first = file.readline(1 << 16).strip()
+        columns = [name.encode() for name in (*COLUMNS, *IDENTITY, "settings")]
+        if not b",".join(columns).startswith(first) and not set(columns[: len(COLUMNS)]) <= set(first.split(b",")):
+            raise UserError(f"evaluate: {save} holds something else than chips; give another file, or delete it")
 
 
 def _check_rows(save: str | Path | None, rows: list[dict[str, Any]], saved: dict[str, Any]) -> None:
@@ -255,8 +296,8 @@ class _Simulation:
 
     def ready(self, model: nn.Module) -> None:
         """Prepare the chip that is programmed now, from the state that the model came with."""
+        self.put_back()
         if self.prepare is not None:
-            self.put_back()
             self.prepare(model)
             model.eval()
 
@@ -266,18 +307,28 @@ class _Simulation:
         return Engine(model, example, self.first_layer, self.precision, self.memory, self.method, sample)
 
 
+def _dense(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.layout == torch.strided and not tensor.is_meta
+
+
 @contextmanager
 def _put_back(model: nn.Module, prepare: object) -> Iterator[Callable[[], None]]:
-    """A function that puts parameters and buffers back to what they are now; called at the end, too."""
-    if prepare is None:
-        yield lambda: None
-        return
-    before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    """A function that puts parameters and buffers back to what they are now; called at the end, too.
+
+    Without `prepare`, which is what changes parameters, it puts buffers back: a network may count its calls.
+    """
+    owners = [(m._buffers, name) for m in model.modules() for name, value in m._buffers.items() if _dense(value)]
+    buffers = [(own, name, own[name], own[name].detach().clone()) for own, name in owners]
+    parameters = [] if prepare is None else [(p, p.detach().clone()) for p in model.parameters()]
 
     @torch.no_grad()
     def restore() -> None:
-        for name, tensor in model.state_dict().items():
-            tensor.copy_(before[name])
+        for own, name, buffer, value in buffers:
+            own[name] = buffer
+            if not same(buffer, value):
+                buffer.copy_(value)
+        for parameter, value in parameters:
+            parameter.copy_(value)
 
     try:
         yield restore

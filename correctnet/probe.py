@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from correctnet.analog import AnalogLayer, CoverageWarning, analog_layers, chip_of, programmed
+from correctnet.analog import AnalogLayer, Chip, CoverageWarning, analog_layers, chip_of, programmed
 from correctnet.errors import UserError, one_line
+from correctnet.variation import LogNormalVariation
 
 # Where a chip changes no weight by more than this fraction, its outputs may well round to the nominal ones.
 VISIBLE = 1e-3
@@ -28,16 +29,29 @@ VISIBLE = 1e-3
 
 @contextmanager
 def left_alone(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the length of a block; then the modes and random generators of before it."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
+    """Evaluation mode for the length of a block; then the modes and random generators of before it.
+
+    Converted models are this thread's for that long: their modes are put back before another one notes them.
+    """
     chips = {id(m.chip): m.chip for model in models for m in model.modules() if isinstance(m, AnalogLayer)}
-    running = [(chip, chip.running) for chip in chips.values()]
+    with ExitStack() as held:
+        for _, chip in sorted(chips.items()):
+            held.enter_context(chip.lock)
+        with _left_alone(models, list(chips.values())):
+            yield
+
+
+@contextmanager
+def _left_alone(models: Iterable[nn.Module], chips: list[Chip]) -> Iterator[None]:
+    """`left_alone`, once the chips are this thread's."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    running = [(chip, chip.running) for chip in chips]
     states = random.getstate(), np.random.get_state()  # noqa: NPY002 (the caller's, whoever uses it)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         for model in models:
             model.eval()
-        for chip in chips.values():
+        for chip in chips:
             chip.running = True
         try:
             yield
@@ -60,6 +74,7 @@ class Probe(TorchDispatchMode):
 
     Attributes:
         used: indices of the layers whose weights on the chip were read by an operation.
+        changed: indices of the layers whose weights on the chip the forward pass changed in place.
         leaked: by layer index, the operation that read its nominal weights, or those of a layer that it was copied
             from, past the layer.
     """
@@ -70,6 +85,7 @@ class Probe(TorchDispatchMode):
         self.leaked: dict[int, str] = {}
         self._drawing = 0
         self._chip: dict[int, int] = {}  # by address of the weights' storage, the layer's index
+        self._drawn: list[tuple[int, Tensor, Tensor]] = []  # layer index, weights, and what they were
         self._kept: list[Tensor] = []  # so that no other tensor comes to lie at such an address
         self._nominal: dict[int, int] = {}
         for layer in layers:
@@ -79,6 +95,7 @@ class Probe(TorchDispatchMode):
             for weight in (layer.nominal, *weights):
                 if weight is not None and (where := address(weight)) is not None:
                     self._nominal[where] = layer.layer_index
+                    self._kept.append(weight)  # derived weights are made anew in each forward pass
         # A weight that a digital module shares is read by that one rightly.
         varied = set(map(id, layers))
         for module in model.modules():
@@ -96,7 +113,13 @@ class Probe(TorchDispatchMode):
             self._drawing -= 1
         self._chip[address(weight)] = layer.layer_index
         self._kept.append(weight)
+        self._drawn.append((layer.layer_index, weight, weight.detach().clone()))
         return weight
+
+    @property
+    def changed(self) -> set[int]:
+        """See the class."""
+        return {index for index, weight, before in self._drawn if not same(weight.detach(), before)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self._drawing:
@@ -160,14 +183,16 @@ def check_reached(model: nn.Module, images: Tensor, nominal: Any, samples: Itera
             depend on its weights.
 
     Raises:
-        UserError: nominal weights of a layer are used past the layer, no layer is used, or the chips do not show in
-            the outputs.
+        UserError: a device model that gives no weights, or others at each call, or changes the nominal ones; nominal
+            weights of a layer are used past the layer; a layer's weights are changed by the forward pass; no layer is
+            used, or the chips do not show in the outputs.
     """
     names = names_of(model)
     layers = [layer for layer in analog_layers(model) if layer.layer_index >= first_layer]
     if not layers:  # first_layer is behind the last one
         return
     samples = list(samples)
+    _check_device(layers, samples[0])
     with programmed(model, samples[0], first_layer), watching(model, layers) as probe:
         output = run(model, images)
     if probe.leaked:
@@ -176,6 +201,11 @@ def check_reached(model: nn.Module, images: Tensor, nominal: Any, samples: Itera
             f"evaluate: variation does not reach {listed}: the network uses the nominal weights past the layer (in "
             f"{next(iter(probe.leaked.values()))}), as a function does that holds the network or the weights that "
             "were converted; make it a method that reads them from self"
+        )
+    if changed := [names[id(layer)] for layer in layers if layer.layer_index in probe.changed]:
+        raise UserError(
+            f"evaluate: the network changes the weights of {', '.join(changed)} in its forward pass, which a chip "
+            "cannot do; change the trained weights before convert()"
         )
     unused = [names[id(layer)] for layer in layers if layer.layer_index not in probe.used]
     if len(unused) == len(layers):
@@ -190,6 +220,35 @@ def check_reached(model: nn.Module, images: Tensor, nominal: Any, samples: Itera
         )
     if same(nominal, output):
         _check_effect(model, layers, images, nominal, samples, first_layer)
+
+
+def _check_device(layers: Iterable[AnalogLayer], sample: int) -> None:
+    """Check that a user's own device model gives weights, the same ones at each call, and leaves the nominal ones."""
+    for layer in layers:
+        if type(layer.variation) is LogNormalVariation:
+            continue
+        kept, found = layer.nominal.detach().clone(), []
+        for _ in range(2):
+            drawn = layer.variation.sample(layer.nominal, layer.chip.seed, layer.layer_index, sample)
+            if not isinstance(drawn, Tensor) or (drawn.shape, drawn.dtype) != (kept.shape, kept.dtype):
+                got = f"{tuple(drawn.shape)} {drawn.dtype}" if isinstance(drawn, Tensor) else type(drawn).__name__
+                wanted = f"{tuple(kept.shape)} {kept.dtype}"
+                raise UserError(
+                    f"evaluate: {_device(layer)} must give weights {wanted}, not {got}".replace("torch.", "")
+                )
+            found.append(drawn.detach().clone())
+            if not same(layer.nominal.detach(), kept):
+                layer.nominal.detach().copy_(kept)
+                raise UserError(f"evaluate: {_device(layer)} changes the nominal weights in place; give new ones")
+        if not same(*found):
+            raise UserError(
+                f"evaluate: {_device(layer)} gives other weights each time for one chip; they must be a function of "
+                "(weight, seed, layer, sample)"
+            )
+
+
+def _device(layer: AnalogLayer) -> str:
+    return f"the device model {type(layer.variation).__name__}"
 
 
 def _check_effect(

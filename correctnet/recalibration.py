@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from correctnet.analog import programmed
 from correctnet.arithmetic import Precision, products
 from correctnet.errors import UserError
+from correctnet.probe import run
 
 
 @torch.no_grad()
@@ -36,15 +37,22 @@ def recalibrate(
             have it. Statistics are summed in float32.
 
     Raises:
-        UserError: the model has no BatchNorm with statistics, `samples` is empty, or, with `samples`, a BatchNorm is
-            called more than once in a forward pass.
+        UserError: the model has no BatchNorm with statistics or cannot run on the images, there are none, `samples` is
+            empty, or, with `samples`, a BatchNorm is called more than once in a forward pass. The statistics are then
+            what they were.
     """
     names = {m: name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     norms = [m for m in names if m.running_mean is not None]
     if not norms:
         raise UserError("recalibration: the network has no BatchNorm that keeps statistics")
-    if samples is not None and not samples:
-        raise UserError("recalibration: no chip samples")
+    if samples is not None:
+        if not isinstance(samples, Iterable):
+            raise UserError(f"recalibration: samples are numbers of chips, as range(10), not {samples!r}")
+        samples = list(samples)
+        if not samples:
+            raise UserError("recalibration: no chip samples")
+    if not isinstance(images, Tensor) or len(images) == 0:
+        raise UserError("recalibration: a tensor of images is expected, at least one")
     images = images.to(next(model.parameters()).device)
     if images.dim() == 4:
         images = images.contiguous(memory_format=torch.channels_last)
@@ -55,7 +63,7 @@ def recalibrate(
                 m.reset_running_stats()
                 m.momentum = None  # a cumulative average
                 m.train()
-            model(images.clone())  # a network may write into its input
+            run(model, images, "recalibration")
             return
         calls = _calls(model, norms, images[:1], samples[0])
         for m in (m for m in calls if calls[m] > 1):
@@ -69,10 +77,15 @@ def recalibrate(
 
 @contextmanager
 def _modes(model: nn.Module, norms: Sequence[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
-    """Put the modes of all modules and the momenta of `norms` back as they were."""
+    """Put the modes of all modules and the momenta of `norms` back as they were; behind an error, statistics too."""
+    statistics = [(own, own.clone()) for norm in norms for own in norm.buffers()]
     modes, momenta = [(m, m.training) for m in model.modules()], [m.momentum for m in norms]
     try:
         yield
+    except BaseException:
+        for own, value in statistics:
+            own.copy_(value)
+        raise
     finally:
         for m, mode in modes:
             m.training = mode
@@ -90,7 +103,7 @@ def _calls(model: nn.Module, norms: Sequence[nn.Module], images: Tensor, sample:
     hooks = [m.register_forward_pre_hook(count) for m in norms]
     try:
         with programmed(model, sample):
-            model(images.clone())
+            run(model, images, "recalibration")
     finally:
         for hook in hooks:
             hook.remove()
@@ -115,7 +128,7 @@ def _moments(model: nn.Module, norm: nn.Module, images: Tensor, samples: Sequenc
         for sample in samples:
             try:
                 with programmed(model, sample):
-                    model(images.clone())
+                    model(images.clone())  # a network may write into its input
             except _Reached:
                 x = seen.pop()
             else:

@@ -7,6 +7,7 @@ of a layer's noise, its layer index, is that of registration and stays what it i
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +15,17 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from correctnet.analog import ANALOG, analog_layers, convert, crossbar_layers, programmed
+from correctnet.analog import ANALOG, analog_layers, convert, crossbar_layers, nominal_weight, programmed
 from correctnet.arithmetic import Precision
-from correctnet.data import Split
+from correctnet.batches import first_images
 from correctnet.engine import MEMORY, Method
 from correctnet.errors import UserError
 from correctnet.montecarlo import Batches, clean_accuracy, evaluate
+from correctnet.probe import address, left_alone, run
 from correctnet.results import Result
 from correctnet.variation import Variation
 
@@ -63,34 +67,45 @@ class Sweep:
         }
 
 
-def executed(model: nn.Module, data: Batches) -> list[str]:
-    """The names of the conv and linear layers in the order in which `model` first runs them.
+class _Order(TorchDispatchMode):
+    """Notes the layers whose weights operations read, in order; their names by the address of the weight."""
 
-    Observed on images of `data`, in evaluation mode. Raises UserError for a layer that is never called: variation in it
-    has no effect.
+    def __init__(self, names: dict[int, str], order: dict[str, None]) -> None:
+        super().__init__()
+        self.names, self.order = names, order
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, Tensor) and (name := self.names.get(address(value))) is not None:
+                self.order.setdefault(name)
+        return func(*args, **(kwargs or {}))
+
+
+def executed(model: nn.Module, data: Batches) -> list[str]:
+    """The names of the conv and linear layers in the order in which `model` first runs them, or reads their weights.
+
+    Observed on images of `data`, in evaluation mode. Raises UserError for a layer that is not used: variation in it has
+    no effect.
     """
-    if isinstance(data, Split):
-        data = data.images, data.labels
-    whole = isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)
-    images = data[0] if whole else next(iter(data))[0]
+    images = first_images(data, "sweep")
     layers = dict(crossbar_layers(model))
     device = next(model.parameters()).device
     order: dict[str, None] = {}
+    # A weight that several layers share does not tell them apart; their calls do.
+    places = {name: address(nominal_weight(layer)) for name, layer in layers.items()}
+    shared = Counter(places.values())
+    read = {place: name for name, place in places.items() if place is not None and shared[place] == 1}
     hooks = [
         layer.register_forward_hook(lambda *_, name=name: order.setdefault(name)) for name, layer in layers.items()
     ]
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
-        with torch.no_grad():
-            model(images[:2].to(device, copy=True))
+        with torch.no_grad(), left_alone(model), _Order(read, order):
+            run(model, images[:2].to(device), "sweep")
     finally:
         for hook in hooks:
             hook.remove()
-        for module, training in modes:
-            module.training = training
     if never := [name for name in layers if name not in order]:
-        raise UserError(f"{never[0]} is never called, so variation in it has no effect; take it out of the network")
+        raise UserError(f"{never[0]} is not used, so variation in it has no effect; take it out of the network")
     return list(order)
 
 

@@ -183,6 +183,8 @@ def fit(
             cannot be written.
     """
     hooks = hooks or Hooks()
+    if torch.is_inference_mode_enabled():
+        raise UserError("training: there are no gradients in torch.inference_mode(); train outside of it")
     train = Split(*check_batch((train.images, train.labels), "training"))
     if not len(train):
         raise UserError("training: there are no images")

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from correctnet import native
+from correctnet import native, reference
 
 
 class Variation(ABC):
@@ -50,17 +50,22 @@ class LogNormalVariation(Variation):
         centre: what the nominal weight is of the distribution, "median" or "mean".
 
     Raises:
-        ValueError: sigma negative or not finite, centre unknown.
+        ValueError: sigma no number, negative, or so large that factors leave the range of float32; centre unknown.
     """
 
     sigma: float = 0.5
     centre: Literal["median", "mean"] = "median"
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.sigma) and self.sigma >= 0):
+        try:
+            fine = not isinstance(self.sigma, bool) and math.isfinite(self.sigma) and self.sigma >= 0
+        except TypeError:
+            fine = False
+        if not fine:
             raise ValueError(f"sigma must be a finite number >= 0, not {self.sigma!r}")
         if self.centre not in ("median", "mean"):
             raise ValueError(f"centre must be 'median' or 'mean', not {self.centre!r}")
+        reference.log2_scale(self.sigma, self.shift)
 
     @property
     def shift(self) -> float:

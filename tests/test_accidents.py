@@ -18,7 +18,7 @@ import pytest
 import yaml
 from workflows import ROOT, configuration, configure, environment, prepare, results, short, snakemake, start, stats
 
-from correctnet import LogNormalVariation, convert, evaluate
+from correctnet import LogNormalVariation, UserError, convert, evaluate
 
 pytest.importorskip("snakemake", reason="the workflow extra is not installed")
 pytestmark = pytest.mark.slow
@@ -195,11 +195,21 @@ def test_chips_that_are_cut_short_are_named_and_made_again(tmp_path, tiny, blobs
     analog = convert(tiny, LogNormalVariation(0.5))
     save = tmp_path / "chips.csv"
     expected = evaluate(analog, blobs, 3, save=save, progress=False).table
-    for damage in (cut, lambda path: path.write_text(""), lambda path: path.write_text("a,b\n1,2\n")):
+    edited = save.read_text().replace(",300,", ",many,")
+    for damage in (cut, lambda path: path.write_text(""), lambda path: path.write_text(edited)):
         damage(save)
         with pytest.warns(UserWarning, match="chips.csv: not usable, what it held is done again"):
             again = evaluate(analog, blobs, 3, save=save, progress=False)
         pd.testing.assert_frame_equal(again.table, expected)
+
+
+@pytest.mark.parametrize("text", ["a,b\n1,2\n", "notes\n", "notes", "\x89PNG"])
+def test_a_file_that_holds_something_else_is_kept(tmp_path, tiny, blobs, text):
+    save = tmp_path / "notes"
+    save.write_text(text)
+    with pytest.raises(UserError, match="holds something else than chips"):
+        evaluate(convert(tiny, LogNormalVariation(0.5)), blobs, 3, save=save, progress=False)
+    assert save.read_text() == text
 
 
 # --- the workflow

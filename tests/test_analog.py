@@ -13,6 +13,7 @@ from correctnet.analog import (
     AnalogLinear,
     CoverageWarning,
     analog_layers,
+    chip_of,
     convert,
     crossbar_layers,
     program,
@@ -171,14 +172,14 @@ def test_coverage_finds_variation_that_is_not_applied(lenet, monkeypatch):
         check_coverage(lenet, analog, x)
 
 
-def test_coverage_finds_variation_at_a_wrong_address(lenet):
+def test_coverage_finds_variation_at_a_wrong_address(lenet, monkeypatch):
     analog = convert(lenet, HALF)
     wrong = convert(lenet, HALF)
-    wrong.conv2.layer.chip = copy.copy(wrong.conv2.layer.chip)
-    wrong.conv2.layer.chip.sample = 99  # no longer the chip of the others
+    layer = wrong.conv2.layer
+    monkeypatch.setattr(layer, "_draw", lambda: HALF.sample(layer.nominal, 0, layer.layer_index, 99))
     x = torch.randn(2, 1, 32, 32)
     check_coverage(lenet, analog, x)
-    with pytest.raises(UserError, match="two models differ"):
+    with pytest.raises(UserError, match=r"conv2\.layer does not give what its chip's weights give"):
         check_coverage(lenet, wrong, x)
 
 
@@ -228,11 +229,33 @@ def test_converted_models_can_be_copied_and_pickled(lenet):
         ({"exclude": ["conv9"]}, "no module 'conv9'"),
         ({"exclude": ["conv1", "conv2", "linear1", "linear2", "linear3"]}, "left to convert"),
         ({"seed": -1}, "seed"),
+        ({"seed": 1.5}, "the seed must be a whole number, not 1.5"),
+        ({"seed": True}, "the seed must be a whole number, not True"),
+        ({"exclude": "conv9"}, "no module 'conv9'"),
+        ({"variation": 0.5}, "a device model such as"),
+        ({"variation": LogNormalVariation}, "a device model such as"),
+        ({"model": torch.relu}, "a torch.nn.Module is expected"),
     ],
 )
 def test_bad_conversions(lenet, arguments, message):
     with pytest.raises(UserError, match=message):
-        convert(lenet, HALF, **arguments)
+        convert(**{"model": lenet, "variation": HALF, **arguments})
+
+
+def test_one_name_is_excluded_as_it_is(lenet):
+    names = [name for name, _ in crossbar_layers(lenet)]
+    found = analog_layers(convert(lenet, HALF, exclude=names[1]))
+    assert [layer.layer_index for layer in found] == [0, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "arguments", [(3.5,), ("3",), (True,), (-1,), (3, 1.5), (3, -1), (3, 0, -1), (3, 0, 2**64), (3, 0, 0.5)]
+)
+def test_a_chip_that_is_none_is_not_programmed(lenet, arguments):
+    analog = convert(lenet, HALF, seed=7)
+    with pytest.raises(UserError, match="program: "):
+        program(analog, *arguments)
+    assert (chip_of(analog).seed, chip_of(analog).sample, chip_of(analog).first_layer) == (7, None, 0)
 
 
 def test_converting_twice_and_programming_what_was_not_converted(lenet):

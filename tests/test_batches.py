@@ -97,6 +97,13 @@ BAD_DATA = {
     "none at all": (lambda x, y: None, "not a NoneType"),
     "a batch of fewer labels": (lambda x, y: [(x[:9], y[:9]), (x[:9], y[:8])], "9 images and 8 labels"),
     "wrong channels": (lambda x, y: (x[:, :2], y), r"cannot run on images of shape \(\d+, 2, 8, 8\)"),
+    "infinite labels": (
+        lambda x, y: (x, torch.where(y == 3, torch.inf, y.float())),
+        "whole numbers; these are float32",
+    ),
+    "sparse": (lambda x, y: (x.flatten(1).to_sparse(), y), "dense tensors are expected"),
+    "nested": (lambda x, y: (torch.nested.nested_tensor([*x]), y), "dense tensors are expected"),
+    "single images": (lambda x, y: DataLoader(TensorDataset(x, y), None), r"not \(\); give batches"),
     "integers": (lambda x, y: (x.to(torch.uint8), y), "cannot run on images of shape .* type uint8"),
 }
 
@@ -267,6 +274,25 @@ def test_looking_across_a_batch():
 # ---- what save= holds -----------------------------------------------------------------------------------------------
 
 
+def slower(model: nn.Module) -> nn.Module:
+    """The same tensors, another network."""
+    model[2] = nn.LeakyReLU(0.5)
+    return model
+
+
+def biased(bias: float) -> nn.Module:
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = network()
+            self.register_buffer("bias", torch.full((10,), bias), persistent=False)
+
+        def forward(self, x):
+            return self.body(x) + self.bias
+
+    return Biased()
+
+
 def changed(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         model[1].weight[0, 0] += 1
@@ -281,6 +307,7 @@ def changed(model: nn.Module) -> nn.Module:
         ("device", lambda: {"analog": convert(network(), LogNormalVariation(0.5, "mean"))}),
         ("model", lambda: {"analog": convert(changed(network()), HALF)}),
         ("model", lambda: {"analog": convert(network(), HALF, exclude=["1"])}),
+        ("model", lambda: {"analog": convert(slower(network()), HALF)}),
         ("images", lambda: {"given": data(150)}),
         ("data", lambda: {"given": (data()[0] + 1, data()[1])}),
         ("data", lambda: {"given": (data()[0], 9 - data()[1])}),
@@ -302,6 +329,12 @@ def test_saved_chips_of_another_simulation_are_refused(tmp_path, what, other):
         run(4, **{**usual, **other()})
     assert (tmp_path / "a.b.csv").read_bytes() == before
     assert run(4, **usual)[:3] == first
+
+
+def test_buffers_that_are_not_saved_belong_to_the_network(tmp_path):
+    evaluate(convert(biased(0.0), HALF), data(), 2, save=tmp_path / "a.csv", progress=False)
+    with pytest.raises(UserError, match=r"another simulation \(model: "):
+        evaluate(convert(biased(1.0), HALF), data(), 2, save=tmp_path / "a.csv", progress=False)
 
 
 def test_the_columns_of_a_result():

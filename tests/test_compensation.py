@@ -345,6 +345,8 @@ def test_a_compensated_layer_is_not_compensated_again(lenet):
         ({"activation": "gelu"}, "activation must be one of 'none', 'relu', not 'gelu'"),
         ({"init": "zero"}, "init must be one of 'identity', 'random', not 'zero'"),
         ({"pool": "max"}, "pool must be one of 'adaptive', 'kernel', not 'max'"),
+        ({"pools": "adaptive"}, "an option must be one of 'activation', 'init', 'pool', not 'pools'"),
+        ({"seed": 1.5}, "the seed must be a whole number, not 1.5"),
     ],
 )
 def test_options_that_are_not_there(lenet, options, line):
@@ -352,9 +354,27 @@ def test_options_that_are_not_there(lenet, options, line):
         compensate(lenet, {"conv1.layer": 2}, **options)
 
 
+@pytest.mark.parametrize("filters", [["conv1.layer"], None, 3])
+def test_filters_are_a_mapping(lenet, filters):
+    for call in (compensate, compensation.overhead):
+        with pytest.raises(UserError, match="filters map names of layers to numbers of filters"):
+            call(lenet, filters)
+
+
+@pytest.mark.parametrize("ratio", [float("nan"), float("inf")])
+def test_ratios_are_finite(lenet, ratio):
+    with pytest.raises(UserError, match="a ratio of filters must be a finite number"):
+        compensation.filters_of(lenet, [0.5, ratio])
+
+
+def test_training_in_inference_mode_is_refused(blobs, tiny):
+    with torch.inference_mode(), pytest.raises(UserError, match="no gradients in"):
+        fit(tiny, blobs, Training(epochs=1), 0, quiet=True)
+
+
 @pytest.mark.parametrize("filters", [1.0, "2", True, None])
 def test_filters_are_whole_numbers(lenet, filters):
-    with pytest.raises(UserError, match="the filters of a generator are a whole number"):
+    with pytest.raises(UserError, match="the number of filters of a generator must be a whole number"):
         compensate(lenet, {"conv1.layer": filters})
 
 

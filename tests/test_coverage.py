@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from correctnet import LogNormalVariation, UserError, check_coverage, convert, evaluate, native, program, reference
-from correctnet.analog import AnalogLayer, CoverageWarning, analog_layers, crossbar_layers, keeping, programmed
+from correctnet.analog import AnalogLayer, CoverageWarning, analog_layers, chip_of, crossbar_layers, keeping, programmed
 from correctnet.montecarlo import EngineWarning, clean_accuracy
 from correctnet.variation import Variation
 
@@ -242,6 +242,29 @@ def test_pruned_and_normalised_weights():
         torch.testing.assert_close(varied, wanted(x))
 
 
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+@pytest.mark.parametrize(
+    ("normalise", "remove"),
+    [
+        (nn.utils.weight_norm, nn.utils.remove_weight_norm),
+        (torch.nn.utils.spectral_norm, torch.nn.utils.remove_spectral_norm),
+    ],
+)
+def test_weights_that_each_forward_pass_makes_anew(normalise, remove, engine):
+    # The weight of the pass before is freed, and an activation may come to lie where it was.
+    torch.manual_seed(0)
+    model = nn.Sequential(normalise(nn.Linear(20, 32)), nn.ReLU(), nn.Linear(32, 10))
+    x, y = data(20)
+    model(x)
+    model.eval()(x)
+    analog = convert(model, HALF)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EngineWarning)
+        found = evaluate(analog, (x, y), CHIPS, engine=engine, progress=False)
+    remove(model[0])
+    assert found.table["correct"].tolist() == oracle(model, x, y)
+
+
 # ---- what escapes is an error ---------------------------------------------------------------------------------------
 
 
@@ -335,6 +358,30 @@ class Auxiliary(Two):
         return (self.b(h), self.extra(h)) if self.training else self.b(h)
 
 
+class Renormalised(Two):
+    def forward(self, x):
+        self.a.weight.data = torch.renorm(self.a.weight.data, 2, 0, 0.3)
+        return super().forward(x)
+
+
+class Clamped(Two):
+    def forward(self, x):
+        with torch.no_grad():
+            self.a.weight.clamp_(-0.05, 0.05)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("make", [Renormalised, Clamped])
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+def test_weights_that_the_forward_pass_changes(make, engine):
+    model, (x, y) = make(), data(20)
+    with pytest.raises(UserError, match="changes the weights of a in its forward pass"):
+        evaluate(convert(model, HALF), (x, y), 3, engine=engine, progress=False)
+    with torch.no_grad():  # what it does is no change any more
+        model.a.weight.mul_(0.001)
+    evaluate(convert(model, HALF), (x, y), 3, engine="torch", progress=False)
+
+
 def test_a_head_that_only_training_uses():
     model, (x, y) = Auxiliary().eval(), data(20)
     analog = convert(model, HALF)
@@ -404,6 +451,7 @@ def test_layers_keep_their_identity():
         (lambda: torch.jit.trace(Two().eval(), torch.randn(1, 20)), "TorchScript"),
         (lambda: nn.Sequential(nn.Conv1d(1, 2, 3)), "Conv1d, which cannot"),
         (lambda: nn.Sequential(nn.ReLU()), "no nn.Conv2d or nn.Linear"),
+        (lambda: nn.Sequential(nn.Linear(3, 2, device="meta")), "meta and has no weights yet"),
     ],
 )
 def test_what_cannot_be_converted_says_why(make, message):
@@ -434,6 +482,79 @@ def test_exclusion_by_any_name_of_a_layer_and_of_all():
     assert [m.layer_index for m in analog_layers(analog)] == [1]
     with pytest.raises(UserError, match="left to convert"):
         convert(model, HALF, exclude=[""])
+
+
+def test_another_name_of_a_layers_weight_is_said_to_stay_nominal():
+    class Shared(Two):
+        def __init__(self):
+            super().__init__()
+            self.kept = nn.ParameterList([self.a.weight])
+
+        def forward(self, x):
+            return self.b(F.relu(F.linear(x, self.kept[0])))
+
+    model = Shared()
+    with pytest.warns(CoverageWarning, match=r"no variation on kept\.0, the weight of an analog layer"):
+        convert(model, HALF)
+    for name in ("kept", "kept.0"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            convert(model, HALF, exclude=[name])
+
+
+def test_parts_that_were_converted_on_their_own_are_refused():
+    model = nn.Sequential(convert(nn.Linear(20, 32), HALF), nn.ReLU(), convert(nn.Linear(32, 10), HALF))
+    for use in (
+        lambda: program(model, 3),
+        lambda: evaluate(model, data(20), 3),
+        lambda: clean_accuracy(model, data(20)),
+    ):
+        with pytest.raises(UserError, match="converted on their own"):
+            use()
+
+
+@pytest.mark.parametrize("name", ["variation", "layer_index", "chip", "varies", "nominal", "chip_weight"])
+def test_attributes_that_an_analog_layer_would_hide(name):
+    for value in (3, torch.ones(10, 32), nn.Parameter(torch.ones(3)), nn.ReLU()):
+        model = Two()
+        setattr(model.b, name, value)
+        with pytest.raises(UserError, match=f"b has an attribute '{name}', as analog layers do; rename it"):
+            convert(model, HALF)
+        convert(model, HALF, exclude=["b"])
+
+
+def test_weights_that_are_changed_as_a_list():
+    analog = convert(Two(), HALF)
+    wanted = 3 * analog.a.nominal.detach(), 3 * analog.b.nominal.detach()
+    program(analog, 3)
+    with torch.no_grad():
+        torch._foreach_mul_([analog.a.weight, analog.b.weight], 3.0)
+    assert all(torch.equal(layer.nominal, value) for layer, value in zip((analog.a, analog.b), wanted, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_outputs():
+    model = nn.Sequential(nn.Linear(20, 16), nn.Linear(16, 0), nn.Linear(0, 10))
+    assert "0" in check_coverage(model, convert(model, HALF), data(20)[0][:8])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_chip_is_not_recorded_by_torchscript():
+    analog, (x, _) = convert(Two(), HALF).eval(), data(20)
+    torch.testing.assert_close(torch.jit.trace(analog, x)(x), analog(x))
+    program(analog, 3)
+    with pytest.raises(UserError, match="cannot record a chip's weights"):
+        torch.jit.trace(analog, x, check_trace=False)
+
+
+def test_the_weights_of_a_chip_are_loaded_as_a_tensor(tmp_path):
+    analog = convert(Two(), HALF)
+    program(analog, 3)
+    torch.save(analog.a.weight, tmp_path / "w.pt")
+    for found in (torch.load(tmp_path / "w.pt"), pickle.loads(pickle.dumps(analog.a.weight))):
+        assert type(found) is torch.Tensor
+        assert torch.equal(found, analog.a.nominal * factors(0, 3, analog.a.nominal))
 
 
 def test_the_warning_names_what_exclude_takes():
@@ -581,6 +702,25 @@ def test_two_threads_share_a_model():
     assert found == wanted
 
 
+def test_threads_evaluate_a_model_that_is_training():
+    model, (x, y) = nn.Sequential(nn.Linear(20, 32), nn.Dropout(0.9), nn.Linear(32, 10)), data(20)
+    analog = convert(model, HALF).train()
+    wanted, found = oracle(model.eval(), x, y), {}
+
+    def count(thread: int) -> None:
+        result = evaluate(analog, (x, y), CHIPS, engine="torch", progress=False)
+        found[thread] = result.table["correct"].tolist()
+
+    threads = [threading.Thread(target=count, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == dict.fromkeys(range(4), wanted)
+    assert all(module.training for module in analog.modules())
+    assert not chip_of(analog).running
+
+
 def test_a_model_that_another_thread_has_is_not_programmed():
     analog, caught = convert(Two(), HALF), []
 
@@ -701,6 +841,51 @@ def test_preparing_a_chip_is_undone_and_begins_anew_for_each():
     assert all(torch.equal(v, state[k]) for k, v in analog.state_dict().items())
 
 
+def test_buffers_that_are_not_saved_are_put_back():
+    class Scaled(Two):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.ones(20), persistent=False)
+
+        def forward(self, x):
+            return super().forward(x * self.scale)
+
+    def prepare(model: nn.Module) -> None:
+        model.scale[:10] += model.a.chip.sample
+
+    analog, (x, y) = convert(Scaled(), HALF), data(20)
+    together = evaluate(analog, (x, y), 4, prepare=prepare, progress=False).accuracies.tolist()
+    assert torch.equal(analog.scale, torch.ones(20))
+    assert together == [evaluate(analog, (x, y), 1, start=s, prepare=prepare, progress=False).mean for s in range(4)]
+
+
+class Counting(Two):
+    """Its output grows with each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        adjacency = (torch.arange(20)[:, None] - torch.arange(20)).abs() < 2
+        self.register_buffer("adjacency", adjacency.float().to_sparse())
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return super().forward((self.adjacency @ x.t()).t()) * torch.arange(10) * self.calls
+
+
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+def test_a_network_that_counts_its_calls(engine):
+    analog, (x, y) = convert(Counting(), HALF), data(20)
+    buffer = analog.calls
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = evaluate(analog, (x, y), 4, engine=engine, progress=False).accuracies.tolist()
+        again = evaluate(analog, (x, y), 2, start=2, engine=engine, progress=False).accuracies.tolist()
+    assert analog.calls is buffer
+    assert buffer == 0
+    assert again == found[2:]
+
+
 # ---- the core beside torch ------------------------------------------------------------------------------------------
 
 
@@ -729,6 +914,13 @@ def test_a_random_network_is_said_to_be_one():
 
     with pytest.warns(OutputWarning, match="change from call to call"), pytest.warns(EngineWarning):
         evaluate(convert(Dropping(), HALF), data(20), 2, progress=False)
+
+
+@pytest.mark.skipif(not native.status().built, reason="the C++ core was not built")
+def test_the_engine_says_that_a_network_is_random():
+    from correctnet.engine import describe
+
+    assert "change from call to call" in describe(convert(Dropping(), HALF), data(20)[0]).reason
 
 
 def test_a_network_that_looks_across_a_batch_keeps_the_loaders_batches():
@@ -795,6 +987,47 @@ def test_a_device_of_ones_own():
         warnings.simplefilter("ignore", EngineWarning)
         result = evaluate(analog, (x, y), 3, progress=False)
     assert set(result.table["device"]) == {"own(amplitude=0.5)"}
+
+
+class Random(Variation):
+    def sample(self, weight, seed, layer, sample):
+        return weight + torch.randn_like(weight)
+
+    def describe(self):
+        return {}
+
+
+class InPlace(Random):
+    def sample(self, weight, seed, layer, sample):
+        return weight.data.mul_(1.1)
+
+
+class Short(Random):
+    def sample(self, weight, seed, layer, sample):
+        return weight[:1]
+
+
+class Double(Random):
+    def sample(self, weight, seed, layer, sample):
+        return 1.1 * weight.double()
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        (Random(), "Random gives other weights each time for one chip"),
+        (InPlace(), "InPlace changes the nominal weights in place"),
+        (Short(), r"Short must give weights \(32, 20\) float32, not \(1, 20\) float32"),
+        (Double(), r"Double must give weights \(32, 20\) float32, not \(32, 20\) float64"),
+    ],
+)
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+def test_a_device_of_ones_own_that_is_none(device, message, engine):
+    analog = convert(Two(), device)
+    before = analog.a.nominal.detach().clone()
+    with pytest.raises(UserError, match=message):
+        evaluate(analog, data(20), 2, engine=engine, progress=False)
+    assert torch.equal(analog.a.nominal, before)
 
 
 def test_a_reloaded_module_is_one_line():

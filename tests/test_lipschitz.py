@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from correctnet import lipschitz, models
-from correctnet.analog import crossbar_layers
+from correctnet.analog import convert, crossbar_layers, program
 from correctnet.errors import UserError
+from correctnet.variation import LogNormalVariation
 
 
 def test_lambda_of_the_paper_s_setting():
@@ -277,3 +278,22 @@ def test_a_network_without_batchnorm_directly_behind_a_layer_is_refused(make):
         lipschitz.analog_weights(model, True)
     layers = dict(crossbar_layers(model)).values()
     assert all(w is layer.weight for w, layer in zip(lipschitz.analog_weights(model), layers, strict=True))
+
+
+@pytest.mark.parametrize("network", [models.lenet5, lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=2))])
+def test_a_programmed_chip_changes_nothing(network):
+    model = network()
+    analog = convert(model, LogNormalVariation(0.5))
+    program(analog, 3)
+    assert lipschitz.spectral_norms(analog) == lipschitz.spectral_norms(model)
+    for given in (analog, model):
+        lipschitz.penalty(lipschitz.analog_weights(given), 0.3).backward()
+    for (_, a), (_, b) in zip(crossbar_layers(analog), crossbar_layers(model), strict=True):
+        torch.testing.assert_close(a.nominal.grad, b.weight.grad)
+
+
+def test_penalties_that_are_none():
+    with pytest.raises(UserError, match="form must be 'orthogonal' or 'one-sided', not 'both'"):
+        lipschitz.penalty([torch.ones(2, 2)], 1.0, form="both")
+    with pytest.raises(UserError, match="no conv or linear layer"):
+        lipschitz.penalty(lipschitz.analog_weights(nn.ReLU()), 1.0)

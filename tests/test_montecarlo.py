@@ -254,6 +254,32 @@ def test_bad_calls(tiny, blobs):
         count_correct(tiny, [])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"chips": 2.5}, "chips must be a whole number, not 2.5"),
+        ({"chips": True}, "chips must be a whole number, not True"),
+        ({"start": "3"}, "start must be a whole number, not '3'"),
+        ({"start": -1}, "chips lie in"),
+        ({"start": 2**32 - 1}, "chips lie in"),
+        ({"first_layer": -1}, "first_layer must lie in 0 to "),
+        ({"first_layer": 9}, "first_layer must lie in 0 to "),
+        ({"first_layer": 0.5}, "first_layer must be a whole number"),
+        ({"batch": 0}, "batch and memory must be at least 1"),
+        ({"memory": -5}, "batch and memory must be at least 1"),
+        ({"chunk": 1.5}, "chunk must be a whole number"),
+        ({"prepare": 3}, "int cannot be called"),
+        ({"save": 3}, "the path of a file"),
+        ({"save": "."}, "is a folder; the name of a file is expected"),
+    ],
+)
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+def test_arguments_that_are_refused(tiny, blobs, arguments, message, engine):
+    analog = convert(tiny, LogNormalVariation(0.5))
+    with pytest.raises(UserError, match=message):
+        evaluate(analog, blobs, **{"chips": 2, "engine": engine, "progress": False, **arguments})
+
+
 def test_variation_hurts_more_with_more_layers(tiny, blobs):
     analog = convert(tiny, LogNormalVariation(0.8))
     layers = len(analog_layers(analog))

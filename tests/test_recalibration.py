@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -91,7 +92,7 @@ def test_recalibration_leaves_modes_generators_and_images(blobs, samples):
     assert [m.training for m in analog.modules()] == modes
     assert [m.momentum for m in analog.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] == momenta
     assert not any(len(m._forward_pre_hooks) for m in analog.modules())
-    with pytest.raises(RuntimeError):
+    with pytest.raises(UserError, match="cannot run on images of shape"):
         recalibrate(analog, torch.zeros(2, 7), samples)
     assert [m.training for m in analog.modules()] == modes
 
@@ -119,3 +120,32 @@ def test_bfloat16_products_and_float32_statistics(tiny, blobs, monkeypatch):
 def test_a_network_without_batchnorm(lenet):
     with pytest.raises(UserError, match="no BatchNorm"):
         recalibrate(convert(lenet, LogNormalVariation(0.5)), torch.zeros(2, 1, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("images", "samples", "message"),
+    [
+        (lambda x: x[:0], None, "a tensor of images is expected, at least one"),
+        (lambda x: (x, x), None, "a tensor of images is expected"),
+        (lambda x: x.repeat(1, 2, 1, 1), None, "cannot run on images of shape"),
+        (lambda x: x.repeat(1, 2, 1, 1), [0], "cannot run on images of shape"),
+        (lambda x: x, 3, "samples are numbers of chips"),
+        (lambda x: x, [], "no chip samples"),
+        (lambda x: x, [0, -1], "a sample lies in"),
+    ],
+)
+def test_what_cannot_be_recalibrated_is_left_as_it_was(tiny, blobs, images, samples, message):
+    analog = convert(tiny, LogNormalVariation(0.5)).train()
+    before = {name: value.clone() for name, value in analog.state_dict().items()}
+    with pytest.raises(UserError, match=message):
+        recalibrate(analog, images(blobs.images), samples)
+    assert all(torch.equal(value, before[name]) for name, value in analog.state_dict().items())
+    assert all(m.training for m in analog.modules())
+
+
+def test_chips_as_an_array(tiny, blobs):
+    found = convert(tiny, LogNormalVariation(0.5)), convert(tiny, LogNormalVariation(0.5))
+    for analog, samples in zip(found, (range(3), np.arange(3)), strict=True):
+        recalibrate(analog, blobs.images, samples)
+    for a, b in zip(*(m.state_dict().values() for m in found), strict=True):
+        assert torch.equal(a, b)

@@ -109,7 +109,7 @@ def test_a_layer_that_is_never_called_is_refused(tiny, blobs):
         def forward(self, x):
             return self.used(x)
 
-    with pytest.raises(UserError, match=r"^spare is never called"):
+    with pytest.raises(UserError, match=r"^spare is not used"):
         sweep(convert(Spare(), LogNormalVariation(0.5)), blobs, original=1.0, progress=False)
 
 
@@ -135,3 +135,61 @@ def test_bad_calls(tiny, blobs):
         sweep(convert(tiny, LogNormalVariation(0.5)), blobs, original=1.0, threshold=95)
     with pytest.raises(UserError, match="without `exclude`"):
         sweep(convert(tiny, LogNormalVariation(0.5), exclude=["4"]), blobs, original=1.0)
+
+
+class Reading(nn.Module):
+    """Computes with a layer's weight without calling it; registered in another order than it is run."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head, self.middle, self.first = nn.Linear(32, 10), nn.Linear(16, 32), nn.Linear(20, 16)
+
+    def forward(self, x):
+        return self.head(torch.relu(nn.functional.linear(torch.relu(self.first(x)), self.middle.weight)))
+
+
+@pytest.mark.filterwarnings("ignore::correctnet.montecarlo.EngineWarning")
+def test_a_layer_whose_weight_is_read_is_run():
+    model, x = Reading().eval(), torch.randn(60, 20, generator=torch.Generator().manual_seed(1))
+    data, half = (x, model(x).argmax(1)), LogNormalVariation(0.5)
+    assert executed(model, data) == executed(convert(model, half), data) == ["first", "middle", "head"]
+    found = sweep(convert(model, half), data, 1.0, chips=3, progress=False)
+    table = sensitivity(model, half, 0, data, chips=3, progress=False)
+    for i, name in enumerate(found.names, start=1):
+        wanted = []
+        for chip in range(3):
+            varied = copy.deepcopy(model)
+            for index, (other, layer) in enumerate(crossbar_layers(varied)):
+                if other in found.names[i - 1 :]:
+                    layer.weight.data = half.sample(layer.weight.data, 0, index, chip)
+            wanted.append(int((varied(x).argmax(1) == data[1]).sum()))
+        assert found.results[i].table["correct"].tolist() == wanted
+        assert len(table[table["name"] == name]) == 3
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x, y: (x, y[:3]), "300 images and 3 labels"),
+        (lambda x, y: x, "not a tensor of shape"),
+        (lambda x, y: None, "not a NoneType"),
+        (lambda x, y: [], "no images"),
+        (lambda x, y: (x[:0], y[:0]), "no images"),
+        (lambda x, y: ((x, y) for _ in range(1)), "iterated over once"),
+        (lambda x, y: (x.repeat(1, 2, 1, 1), y), "the network cannot run on images of shape"),
+        (lambda x, y: (x.numpy(), y.numpy()), "two tensors, not a ndarray"),
+    ],
+)
+def test_data_that_are_refused(tiny, blobs, make, message):
+    images, labels = blobs.images, blobs.labels
+    for call in (
+        lambda data: sweep(convert(tiny, LogNormalVariation(0.5)), data, 1.0, chips=1, progress=False),
+        lambda data: sensitivity(tiny, LogNormalVariation(0.5), 0, data, chips=1, progress=False),
+    ):
+        with pytest.raises(UserError, match=message):
+            call(make(images, labels))
+
+
+def test_images_and_labels_in_a_list(tiny, blobs):
+    assert executed(tiny, [blobs.images, blobs.labels]) == executed(tiny, blobs)

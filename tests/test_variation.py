@@ -91,7 +91,7 @@ def test_an_address_is_a_chip(seed, layer, sample):
         assert not torch.equal(here, model.sample(weight, *other))
 
 
-@pytest.mark.parametrize("sigma", [-0.1, math.nan, math.inf])
+@pytest.mark.parametrize("sigma", [-0.1, math.nan, math.inf, 14.0, 1000, True, "0.5", None])
 def test_bad_sigma(sigma):
     with pytest.raises(ValueError, match="sigma"):
         LogNormalVariation(sigma)
