@@ -134,7 +134,7 @@ def first_images(data: Batches, what: str) -> Tensor:
     if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
         data = [data]
     for batch in _loader(data, what):
-        images, _ = _checked(batch, what)
+        images, _ = check_batch(batch, what)
         if len(images):
             return images
     raise UserError(f"{what}: the data holds no images")
