@@ -221,7 +221,7 @@ def test_csv_round_trip(tmp_path):
 
 
 def test_bad_files(tmp_path):
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="no such file"):
         Result.from_csv(tmp_path / "none.csv")
     (tmp_path / "x.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="not a Monte Carlo result"):
