@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import nn
 from workflows import prepare, snakemake
 
@@ -28,6 +29,11 @@ def pytest_report_header() -> list[str]:
         lines.append(f"  {isa:11s} built, {how}")
     emulated = "run" if shutil.which("qemu-x86_64") else "skipped: no qemu-x86_64"
     return [*lines, f"  portable on an emulated Nehalem (C++ tests): {emulated}"]
+
+
+# How long an example takes says something of the machine, and nothing of the code.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 
 def pytest_configure() -> None:
