@@ -548,7 +548,7 @@ def restore(original: nn.Module, tensors: dict[str, Tensor], description: dict[s
     plan = description.get("compensation") or {"filters": {}}
     try:
         model = compensate(original, **plan, stage="restore")  # other weights take the place of those drawn here
-    except (TypeError, ValueError) as error:
+    except (UserError, TypeError, ValueError) as error:
         raise UserError(f"{source}: compensation: no plan that is known ({one_line(error, 200)})") from error
     try:
         model.load_state_dict(tensors)
