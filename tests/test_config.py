@@ -315,7 +315,7 @@ def test_a_number_is_a_number_and_a_truth_value_is_one(value):
             numeric = {int, float} & {of_key.annotation, *args} and get_origin(of_key.annotation) is not tuple
             if numeric and found is not None:
                 assert type(value) in (int, float), f"{name}.{key}"
-                assert found == value
+                assert found == (float(value) if type(found) is float else value)
             if of_key.annotation is bool:
                 assert type(value) is bool, f"{name}.{key}"
     assert type(value) in (int, float) or _refused(value)
