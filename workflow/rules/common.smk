@@ -28,8 +28,8 @@ except UserError as error:
 RUNS = [run for run in CONFIG.runs if run != "paper"]
 RESULTS = CONFIG.results
 # What every stage is told about where it runs goes through the environment: it changes no result, so it is no param.
-if not os.environ.get("CORRECTNET_DATA"):  # set, but empty, is not set
-    os.environ["CORRECTNET_DATA"] = os.path.abspath(CONFIG.data_dir)
+data_dir = os.environ.get("CORRECTNET_DATA") or os.path.abspath(CONFIG.data_dir)  # set, but empty, is not set
+os.environ.update(CORRECTNET_DATA=data_dir)
 os.environ.update(CORRECTNET_DEVICE=CONFIG.device, CORRECTNET_RESULTS=RESULTS)
 # The process that its stages end with: if it is killed, they do not go on without it.
 os.environ.update(CORRECTNET_HEAD=str(os.getpid()))
