@@ -60,10 +60,9 @@ class Data:
         self.what = what
         self._loader: Any = None
         self._kept: list[Batch] | None = None
-        if isinstance(data, Split):
-            data = (data.images, data.labels)
-        if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
-            images, labels = check_batch(data, what)
+        pair = as_pair(data)
+        if pair is not None:
+            images, labels = check_batch(pair, what)
             batches: Iterable[Batch] = zip(images.split(size), labels.split(size), strict=True)
         else:
             self._loader = _loader(data, what)
@@ -127,13 +126,19 @@ class Data:
             yield check_batch(batch, self.what)
 
 
+def as_pair(data: Any) -> Batch | None:
+    """(images, labels) of a `Split`, or of a tuple or list of two tensors; None for anything else."""
+    if isinstance(data, Split):
+        return data.images, data.labels
+    if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
+        return tuple(data)
+    return None
+
+
 def first_images(data: Batches, what: str) -> Tensor:
     """The first images of `data`. Raises UserError as `Data` does."""
-    if isinstance(data, Split):
-        data = (data.images, data.labels)
-    if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
-        data = [data]
-    for batch in _loader(data, what):
+    pair = as_pair(data)
+    for batch in _loader(data, what) if pair is None else [pair]:
         images, _ = check_batch(batch, what)
         if len(images):
             return images
@@ -153,9 +158,9 @@ def _loader(data: Any, what: str) -> Any:
 
 def check_batch(batch: Any, what: str) -> Batch:
     """A batch as (images, labels in int64). Raises UserError where it is none."""
-    if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(t, Tensor) for t in batch):
+    if as_pair(batch) is None:
         raise UserError(f"{what}: a batch must be (images, labels), two tensors, not {_kind(batch)}")
-    images, labels = batch
+    images, labels = as_pair(batch)
     for tensor in (images, labels):
         if tensor.is_nested or tensor.layout != torch.strided:
             raise UserError(f"{what}: dense tensors are expected, not nested or sparse ones; convert them")

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from correctnet import storage, streams
 from correctnet.analog import convert, crossbar_layers, program
-from correctnet.batches import check_batch, check_outputs
+from correctnet.batches import as_pair, check_batch, check_outputs
 from correctnet.config import JUDGED_CHIPS, Compensate, validate
 from correctnet.data import Split
 from correctnet.errors import UserError, one_line, whole
@@ -449,11 +449,10 @@ def fit_compensators(
 
 def _labelled(data: Any, what: str, device: torch.device) -> Split:
     """Images and labels on the model's device, checked."""
-    if isinstance(data, Split):
-        data = data.images, data.labels
-    if not (isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)):
+    pair = as_pair(data)
+    if pair is None:
         raise UserError(f"{what}: a tensor of images and one of labels are expected")
-    split = Split(*check_batch((data[0].to(device), data[1].to(device)), what))
+    split = Split(*check_batch(tuple(part.to(device) for part in pair), what))
     if not len(split):
         raise UserError(f"{what}: there are no images")
     return split

@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from correctnet.analog import AnalogLayer, analog_layers, crossbar_layers, programmed
 from correctnet.engine import CHECK_TOLERANCE, Engine
 from correctnet.errors import UserError
 from correctnet.graph import Unsupported
-from correctnet.probe import address, change, left_alone, run, same, watching
+from correctnet.probe import Reads, address, change, left_alone, run, same, watching
 
 
 def check_coverage(model: nn.Module, analog: nn.Module, inputs: Tensor, sample: int = 0) -> list[str]:
@@ -119,23 +118,12 @@ def _chip_weights(model: nn.Module, analog: nn.Module, names: dict[int, str], sa
             hook.remove()
 
 
-class _Reads(TorchDispatchMode):
-    """Notes at which addresses the tensors lie that operations read."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.addresses: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.addresses |= {a for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor) and (a := address(v))}
-        return func(*args, **(kwargs or {}))
-
-
 def _used(model: nn.Module, names: list[str], inputs: Tensor) -> set[str]:
     """The layers of a digital model whose weights an operation of its forward pass reads."""
-    with _Reads() as reads:
+    read: set[int] = set()
+    with Reads(read.add):
         run(model, inputs, "check_coverage")
-    return {name for name in names if address(model.get_submodule(name).weight) in reads.addresses}
+    return {name for name in names if address(model.get_submodule(name).weight) in read}
 
 
 def _first_difference(model: nn.Module, analog: nn.Module, names: dict[int, str], inputs: Tensor, sample: int) -> str:

@@ -44,11 +44,10 @@ def left_alone(*models: nn.Module) -> Iterator[None]:
 @contextmanager
 def _left_alone(models: Iterable[nn.Module], chips: list[Chip]) -> Iterator[None]:
     """`left_alone`, once the chips are this thread's."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
     running = [(chip, chip.running) for chip in chips]
     states = random.getstate(), np.random.get_state()  # noqa: NPY002 (the caller's, whoever uses it)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), modes_kept(*models):
         for model in models:
             model.eval()
         for chip in chips:
@@ -56,12 +55,21 @@ def _left_alone(models: Iterable[nn.Module], chips: list[Chip]) -> Iterator[None
         try:
             yield
         finally:
-            for module, mode in modes:
-                module.training = mode
             for chip, before in running:
                 chip.running = before
             random.setstate(states[0])
             np.random.set_state(states[1])  # noqa: NPY002
+
+
+@contextmanager
+def modes_kept(*models: nn.Module) -> Iterator[None]:
+    """Put the mode (`training`) of each module back as it was, also after an error."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def names_of(model: nn.Module) -> dict[int, str]:
@@ -123,12 +131,11 @@ class Probe(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self._drawing:
-            for value in tree_leaves((args, kwargs)):
-                if isinstance(value, Tensor) and (where := address(value)) is not None:
-                    if where in self._chip:
-                        self.used.add(self._chip[where])
-                    elif where in self._nominal:
-                        self.leaked.setdefault(self._nominal[where], str(func))
+            for where in operands(args, kwargs):
+                if where in self._chip:
+                    self.used.add(self._chip[where])
+                elif where in self._nominal:
+                    self.leaked.setdefault(self._nominal[where], str(func))
         return func(*args, **(kwargs or {}))
 
 
@@ -137,6 +144,26 @@ def address(tensor: Tensor) -> int | None:
     with suppress(RuntimeError, NotImplementedError):  # sparse and wrapped tensors have none
         return tensor.untyped_storage().data_ptr() or None
     return None
+
+
+def operands(args: Any, kwargs: Any) -> Iterator[int]:
+    """The addresses of the tensors among an operation's arguments."""
+    for value in tree_leaves((args, kwargs)):
+        if isinstance(value, Tensor) and (where := address(value)) is not None:
+            yield where
+
+
+class Reads(TorchDispatchMode):
+    """Calls `seen` with the address of each tensor that an operation reads, in order."""
+
+    def __init__(self, seen: Callable[[int], object]):
+        super().__init__()
+        self._seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for where in operands(args, kwargs):
+            self._seen(where)
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

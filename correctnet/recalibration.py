@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from correctnet.analog import programmed
 from correctnet.arithmetic import Precision, products
 from correctnet.errors import UserError
-from correctnet.probe import run
+from correctnet.probe import modes_kept, run
 
 
 @torch.no_grad()
@@ -79,16 +79,15 @@ def recalibrate(
 def _modes(model: nn.Module, norms: Sequence[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
     """Put the modes of all modules and the momenta of `norms` back as they were; behind an error, statistics too."""
     statistics = [(own, own.clone()) for norm in norms for own in norm.buffers()]
-    modes, momenta = [(m, m.training) for m in model.modules()], [m.momentum for m in norms]
+    momenta = [m.momentum for m in norms]
     try:
-        yield
+        with modes_kept(model):
+            yield
     except BaseException:
         for own, value in statistics:
             own.copy_(value)
         raise
     finally:
-        for m, mode in modes:
-            m.training = mode
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
 

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from correctnet import storage
 from correctnet.config import search_rounds
 from correctnet.errors import UserError, one_line
-from correctnet.streams import numpy_generator, seed_of, torch_generator
+from correctnet.streams import global_generators, numpy_generator, torch_generator
 from correctnet.tables import best_state
 
 Filters = tuple[int, ...]
@@ -323,8 +323,7 @@ def reinforce(problem: Problem, settings: Any, seed: int, log: Log) -> Iterator[
     An episode draws sequences from the policy, looks up or trains their states, and makes one step of Adam. Yields the
     number of evaluations after each episode.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(seed, "policy", float(problem.limit)))
+    with global_generators(seed, "policy", float(problem.limit)):
         policy = Policy(len(problem.widths), len(problem.ratios))
     generator = torch_generator(seed, "actions", float(problem.limit))
     optimizer = torch.optim.Adam(policy.parameters(), lr=settings.learning_rate)

@@ -14,9 +14,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 from tqdm import tqdm
 
 from correctnet.analog import ANALOG, analog_layers, convert, crossbar_layers, nominal_weight, programmed
@@ -25,7 +23,7 @@ from correctnet.batches import first_images
 from correctnet.engine import MEMORY, Method
 from correctnet.errors import UserError
 from correctnet.montecarlo import Batches, clean_accuracy, evaluate
-from correctnet.probe import address, left_alone, run
+from correctnet.probe import Reads, address, left_alone, run
 from correctnet.results import Result
 from correctnet.variation import Variation
 
@@ -67,20 +65,6 @@ class Sweep:
         }
 
 
-class _Order(TorchDispatchMode):
-    """Notes the layers whose weights operations read, in order; their names by the address of the weight."""
-
-    def __init__(self, names: dict[int, str], order: dict[str, None]) -> None:
-        super().__init__()
-        self.names, self.order = names, order
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for value in tree_leaves((args, kwargs)):
-            if isinstance(value, Tensor) and (name := self.names.get(address(value))) is not None:
-                self.order.setdefault(name)
-        return func(*args, **(kwargs or {}))
-
-
 def executed(model: nn.Module, data: Batches) -> list[str]:
     """The names of the conv and linear layers in the order in which `model` first runs them, or reads their weights.
 
@@ -99,7 +83,7 @@ def executed(model: nn.Module, data: Batches) -> list[str]:
         layer.register_forward_hook(lambda *_, name=name: order.setdefault(name)) for name, layer in layers.items()
     ]
     try:
-        with torch.no_grad(), left_alone(model), _Order(read, order):
+        with torch.no_grad(), left_alone(model), Reads(lambda a: order.setdefault(read[a]) if a in read else None):
             run(model, images[:2].to(device), "sweep")
     finally:
         for hook in hooks:

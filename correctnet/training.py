@@ -27,6 +27,7 @@ from correctnet import arithmetic, storage, streams
 from correctnet.batches import check_batch, check_outputs
 from correctnet.data import Split, augment, resize
 from correctnet.errors import UserError, one_line
+from correctnet.probe import modes_kept
 
 # Batches between two looks at whether the loss is finite.
 CHECK_EVERY = 20
@@ -241,13 +242,11 @@ def fit(
 @contextlib.contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
     """Put modes, memory orders and `requires_grad` back as they were, also behind an error."""
-    modes = [(m, m.training) for m in model.modules()]
     flags = [(p, p.requires_grad, p.is_contiguous()) for p in model.parameters()]
     try:
-        yield
+        with modes_kept(model):
+            yield
     finally:
-        for m, mode in modes:
-            m.training = mode
         for p, flag, contiguous in flags:
             p.requires_grad_(flag)
             if contiguous and not p.is_contiguous():
