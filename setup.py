@@ -1,7 +1,7 @@
 """Builds the C++ core with CMake; all metadata stands in pyproject.toml.
 
 Where no C++ compiler is found, or where CORRECTNET_PURE_PYTHON is 1, correctnet is installed without the core and
-computes the same in numpy; `correctnet.native.status()` says which. Where there is a compiler, a build that fails is an
+computes the same in numpy; `correctnet.noise.core.status()` says which. Where there is a compiler, a build that fails is an
 error. CXX, CXXFLAGS, LDFLAGS and CMAKE_ARGS are heeded; flags among them that change arithmetic are undone or refused
 (csrc/arithmetic.cmake).
 

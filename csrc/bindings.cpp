@@ -1,5 +1,5 @@
 // The Python module correctnet._native. Tensors come as addresses, so that one build serves every version of torch;
-// correctnet/native.py, which calls them, sees to their types, sizes and memory orders. Plans are in bindings_plan.cpp.
+// correctnet/noise/core.py, which calls them, sees to their types, sizes and memory orders. Plans are in bindings_plan.cpp.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,5 +1,5 @@
 // correctnet._native.cuda: the CUDA kernels (cuda/engine.h). Addresses are of device memory, as integers; made and kept
-// alive by correctnet/cuda.py.
+// alive by correctnet/noise/device.py.
 #if defined(CORRECTNET_SHIM)
 #include "cuda/device.cuh"
 #endif

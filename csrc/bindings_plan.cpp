@@ -1,5 +1,5 @@
 // correctnet._native.Plan: a network on many chip samples (engine.h). Arrays are numpy's; made by
-// correctnet/lowering.py and correctnet/ops.py.
+// correctnet/engine/lowering.py and correctnet/engine/operators.py.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -1,6 +1,6 @@
 // Device noise as a function of its address, one weight at a time, for host and device code.
 //
-// The readable twin is correctnet/reference.py, which says what is computed and why; every result here has the same bits.
+// The readable twin is correctnet/noise/specification.py, which says what is computed and why; every result here has the same bits.
 // That needs each operation to be rounded by itself: compile with -ffp-contract=off and without fast-math. noise_fill.h
 // computes the same for many weights with vector instructions.
 //
@@ -36,7 +36,7 @@ namespace noise {
 
 constexpr int kDegree = 5, kOctaves = 32;
 constexpr float kNormal[(kDegree + 1) * kOctaves] = {
-#include "../correctnet/normal_table.inc"
+#include "../correctnet/noise/normal_table.inc"
 };
 constexpr float kUniformScale = 0x1.fffffep-33f, kUniformOffset = 0x1p-33f;  // 2^-32 - 2^-56: p stays below 1/2
 constexpr float kMagic = 0x1.8p23f;  // added to a float, rounds it to an integer, which stands in the low bits

@@ -58,7 +58,7 @@ std::vector<int> panel_widths(int outputs, int widest) {
   return widths;
 }
 
-// As correctnet/reference.py has it: no factor may leave the range of float32.
+// As correctnet/noise/specification.py has it: no factor may leave the range of float32.
 void check_noise(const LayerNoise& noise) {
   constexpr double kMaxNormal = 6.34, kMaxExponent = 126, kLog2E = 1.4426950408889634;
   if (!(noise.sigma >= 0 && (noise.sigma * kMaxNormal + std::fabs(noise.shift)) * kLog2E <= kMaxExponent))

@@ -25,8 +25,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from correctnet import LogNormalVariation, convert, engine, native
-from correctnet.analog import analog_layers
+from correctnet import LogNormalVariation, convert
+from correctnet.crossbar.layers import analog_layers
+from correctnet.engine.engine import engine
+from correctnet.noise import core as native
 
 SIGMA, SIZE, IMAGES, RUNS = 0.5, 64, 8, 8
 COLUMNS = ("network", "chip", "largest", "torch", "channels_last", "engine", "unfused", "chance_median", "chance_most")

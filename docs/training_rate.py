@@ -1,4 +1,4 @@
-"""Images a second of training VGG16: plain torch in its two memory orders against `correctnet.arithmetic.products`.
+"""Images a second of training VGG16: plain torch in its two memory orders against `correctnet.precision.products`.
 
     python docs/training_rate.py training.csv
 
@@ -17,8 +17,10 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from correctnet import arithmetic, models, native
-from correctnet.storage import write_csv
+from correctnet import precision as arithmetic
+from correctnet.files.storage import write_csv
+from correctnet.networks import models
+from correctnet.noise import core as native
 
 BATCH = 128
 

@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, settings
 from torch import nn
 from workflows import prepare, snakemake
 
-from correctnet import models, native
-from correctnet.data import Split
+from correctnet.datasets.data import Split
+from correctnet.networks import models
+from correctnet.noise import core as native
 
 
 def pytest_report_header() -> list[str]:

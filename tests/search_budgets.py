@@ -20,10 +20,10 @@ import pandas as pd
 import torch
 from scipy import stats
 
-from correctnet import search as searching
-from correctnet import storage
-from correctnet.config import Search
-from correctnet.search import Filters, Problem, search
+from correctnet.files import storage
+from correctnet.methods import search as searching
+from correctnet.methods.search import Filters, Problem, search
+from correctnet.pipeline.config import Search
 
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SIX = (64, 64, 128, 128, 256, 256)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from correctnet.analog import (
+from correctnet.crossbar.layers import (
     AnalogConv2d,
     AnalogLinear,
     CoverageWarning,
@@ -19,10 +19,10 @@ from correctnet.analog import (
     program,
     programmed,
 )
-from correctnet.compensation import compensate
-from correctnet.coverage import check_coverage
+from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.errors import UserError
-from correctnet.variation import LogNormalVariation
+from correctnet.evaluation.coverage import check_coverage
+from correctnet.methods.compensation import compensate
 
 HALF = LogNormalVariation(0.5)
 
@@ -74,7 +74,7 @@ def test_a_chip_is_the_same_in_any_batch_and_after_any_other_chip(lenet):
 def test_a_chip_is_the_same_in_another_process_with_other_threads():
     code = (
         "import torch, hashlib; torch.set_num_threads({})\n"
-        "from correctnet.variation import LogNormalVariation\n"
+        "from correctnet.devices.lognormal import LogNormalVariation\n"
         "w = LogNormalVariation(0.5).sample(torch.ones(300, 40), 7, 3, 137)\n"
         "print(hashlib.sha256(w.numpy().tobytes()).hexdigest())"
     )

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from correctnet import arithmetic
-from correctnet.arithmetic import available, products, weight_gradient
-from correctnet.config import Training
-from correctnet.data import Split
-from correctnet.training import fit
+from correctnet import precision as arithmetic
+from correctnet.datasets.data import Split
+from correctnet.pipeline.config import Training
+from correctnet.precision import available, products, weight_gradient
+from correctnet.training.loop import fit
 
 
 @pytest.fixture

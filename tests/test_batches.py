@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from correctnet import LogNormalVariation, UserError, convert, evaluate
-from correctnet.batches import Data, DataWarning, looks_across
-from correctnet.montecarlo import EngineWarning, OutputWarning, clean_accuracy
+from correctnet.datasets.batches import Data, DataWarning, looks_across
+from correctnet.evaluation.montecarlo import EngineWarning, OutputWarning, clean_accuracy
 
 HALF = LogNormalVariation(0.5)
 LITTLE = 1 << 20  # bytes; the images of `Changing` take more

@@ -12,9 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from correctnet import bench, bench_gpu, models, native, storage
-from correctnet.cli import main
+from correctnet.bench.cpu import cpu as bench
+from correctnet.bench.cpu import gpu as bench_gpu
+from correctnet.cli.commands import main
 from correctnet.errors import UserError
+from correctnet.files import storage
+from correctnet.networks import models
+from correctnet.noise import core as native
 
 needs_core = pytest.mark.skipif(not native.status().built, reason="the C++ core was not built")
 

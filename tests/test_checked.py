@@ -2,8 +2,10 @@ from pathlib import Path
 
 import pytest
 
-from correctnet import checked, figures, search, tables
 from correctnet.errors import UserError
+from correctnet.files import csvfile as checked
+from correctnet.methods import search
+from correctnet.report import figures, tables
 
 REFERENCE = Path(__file__).parents[1] / "results" / "reference"
 

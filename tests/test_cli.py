@@ -14,11 +14,19 @@ import pytest
 import torch
 from by_hand import every_stage, run, succeed
 
-from correctnet import compensation, cuda, data, native, stages, storage, streams, sweep, training
-from correctnet.analog import convert
-from correctnet.config import READS
-from correctnet.montecarlo import clean_accuracy, evaluate
-from correctnet.variation import LogNormalVariation
+from correctnet.crossbar.layers import convert
+from correctnet.datasets import data
+from correctnet.devices.lognormal import LogNormalVariation
+from correctnet.evaluation.montecarlo import clean_accuracy, evaluate
+from correctnet.files import storage
+from correctnet.methods import candidates as sweep
+from correctnet.methods import compensation
+from correctnet.noise import core as native
+from correctnet.noise import device as cuda
+from correctnet.noise import streams
+from correctnet.pipeline import stages
+from correctnet.pipeline.config import READS
+from correctnet.training.loop import loop as training
 
 FAST = ["--quiet", "--threads", "1", "--batch", "64"]
 # Stages that train with variation, and what each begins with.
@@ -407,8 +415,8 @@ def test_the_engine_does_not_say_again_that_there_are_no_kernels(tmp_path):
     reason = cuda.status().reason
     code = f"""
 import warnings
-from correctnet import cli
-from correctnet.montecarlo import EngineWarning
+from correctnet.cli.commands import commands as cli
+from correctnet.evaluation.montecarlo import EngineWarning
 warnings.showwarning = lambda message, *_, **__: print(message)
 cli._say_without_kernels()
 warnings.warn("everything runs through torch: the model is on cuda:0, and " + {reason!r}, EngineWarning)

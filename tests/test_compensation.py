@@ -12,15 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from correctnet import compensation, models, streams
-from correctnet.analog import AnalogLayer, convert, crossbar_layers
-from correctnet.compensation import Compensated, compensate
-from correctnet.config import Training
-from correctnet.data import Split
+from correctnet.crossbar.layers import AnalogLayer, convert, crossbar_layers
+from correctnet.datasets.data import Split
+from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.errors import UserError
-from correctnet.montecarlo import evaluate
-from correctnet.training import fit
-from correctnet.variation import LogNormalVariation
+from correctnet.evaluation.montecarlo import evaluate
+from correctnet.methods import compensation
+from correctnet.methods.compensation import Compensated, compensate
+from correctnet.networks import models
+from correctnet.noise import streams
+from correctnet.pipeline.config import Training
+from correctnet.training.loop import fit
 
 
 def test_forward_is_figure_5():

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from correctnet import data
-from correctnet.config import READS, RULES, SIZES, VERSIONS, Config, Settings, exact, lineage
+from correctnet.datasets import data
 from correctnet.errors import UserError
+from correctnet.pipeline.config import READS, RULES, SIZES, VERSIONS, Config, Settings, exact, lineage
 
 ROOT = Path(__file__).parents[1]
 # Through JSON, so that sections that the file shares between pairs can be changed one at a time.

@@ -17,10 +17,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
-from correctnet import LogNormalVariation, UserError, check_coverage, convert, evaluate, native, program, reference
-from correctnet.analog import AnalogLayer, CoverageWarning, analog_layers, chip_of, crossbar_layers, keeping, programmed
-from correctnet.montecarlo import EngineWarning, clean_accuracy
-from correctnet.variation import Variation
+from correctnet import LogNormalVariation, UserError, check_coverage, convert, evaluate, program
+from correctnet.crossbar.layers import (
+    AnalogLayer,
+    CoverageWarning,
+    analog_layers,
+    chip_of,
+    crossbar_layers,
+    keeping,
+    programmed,
+)
+from correctnet.devices.lognormal import Variation
+from correctnet.evaluation.montecarlo import EngineWarning, clean_accuracy
+from correctnet.noise import core as native
+from correctnet.noise import specification as reference
 
 HALF = LogNormalVariation(0.5)
 CHIPS = 6
@@ -891,7 +901,7 @@ def test_a_network_that_counts_its_calls(engine):
 
 @pytest.mark.skipif(not native.status().built, reason="the C++ core was not built")
 def test_weights_that_the_graph_reads_are_the_chips():
-    from correctnet.engine import Engine
+    from correctnet.engine.engine import Engine
 
     x, _ = data(20)
     for make in (Functional, Cosine):
@@ -910,7 +920,7 @@ class Dropping(Two):
 
 
 def test_a_random_network_is_said_to_be_one():
-    from correctnet.montecarlo import OutputWarning
+    from correctnet.evaluation.montecarlo import OutputWarning
 
     with pytest.warns(OutputWarning, match="change from call to call"), pytest.warns(EngineWarning):
         evaluate(convert(Dropping(), HALF), data(20), 2, progress=False)
@@ -918,7 +928,7 @@ def test_a_random_network_is_said_to_be_one():
 
 @pytest.mark.skipif(not native.status().built, reason="the C++ core was not built")
 def test_the_engine_says_that_a_network_is_random():
-    from correctnet.engine import describe
+    from correctnet.engine.engine import describe
 
     assert "change from call to call" in describe(convert(Dropping(), HALF), data(20)[0]).reason
 
@@ -961,7 +971,7 @@ def test_an_ill_conditioned_network_runs_through_torch_with_a_warning():
 
 
 def test_a_network_that_the_core_computes_wrongly_runs_through_torch(monkeypatch):
-    from correctnet.engine import Engine
+    from correctnet.engine.engine import Engine
 
     outputs = Engine.outputs
     monkeypatch.setattr(Engine, "outputs", lambda self, *args: 1.1 * outputs(self, *args) + 0.1)
@@ -1032,11 +1042,11 @@ def test_a_device_of_ones_own_that_is_none(device, message, engine):
 
 def test_a_reloaded_module_is_one_line():
     code = """
-import importlib, torch, correctnet.analog, correctnet
+import importlib, torch, correctnet.crossbar.layers, correctnet
 from correctnet import LogNormalVariation, convert, evaluate
 before = convert(torch.nn.Linear(4, 2), LogNormalVariation(0.5))
-importlib.reload(correctnet.analog)
-after = correctnet.analog.convert(torch.nn.Linear(4, 2), LogNormalVariation(0.5))
+importlib.reload(correctnet.crossbar.layers)
+after = correctnet.crossbar.layers.convert(torch.nn.Linear(4, 2), LogNormalVariation(0.5))
 for model in (before, after):
     try:
         print(evaluate(model, (torch.randn(9, 4), torch.zeros(9, dtype=torch.int64)), 2, progress=False).chips)

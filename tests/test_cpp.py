@@ -152,7 +152,8 @@ BITS = (
     + """
 import numpy as np
 kept = np.float32(1e-40) * np.float32(1) != 0
-from correctnet import native, reference
+from correctnet.noise import core as native
+from correctnet.noise import specification as reference
 address = 3, 2, 7, 100003, 0.5
 print((native.lognormal(*address).numpy() != reference.lognormal(*address)).sum(), kept, native._keeps_subnormals())
 """
@@ -181,7 +182,7 @@ def test_a_wheel_that_computes_other_bits_says_so(tmp_path: Path) -> None:
     assert done.returncode
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("correctnet.errors.UserError: the C++ core computes other bits than specified")
-    code = NOT_EDITABLE + "from correctnet.cli import main; main(['info'])"
+    code = NOT_EDITABLE + "from correctnet.cli.commands import main; main(['info'])"
     assert "it computes other bits than specified" in run([sys.executable, "-c", code], **options)
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from isolated import NOT_EDITABLE
 
-from correctnet import cuda, native
+from correctnet.noise import core as native
+from correctnet.noise import device as cuda
 
 ROOT = Path(__file__).parent.parent
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from correctnet import data
+from correctnet.datasets import data
 from correctnet.errors import UserError
 
 REAL = os.environ.get("CORRECTNET_DATA", "data")

@@ -14,14 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from correctnet import LogNormalVariation, convert, evaluate, models, native, reference
-from correctnet.analog import analog_layers, programmed
-from correctnet.compensation import compensate
-from correctnet.engine import Engine, describe
+from correctnet import LogNormalVariation, convert, evaluate
+from correctnet.crossbar.layers import analog_layers, programmed
+from correctnet.devices.lognormal import Variation
+from correctnet.engine.engine import Engine, describe
+from correctnet.engine.trace import Unsupported
 from correctnet.errors import UserError
-from correctnet.graph import Unsupported
-from correctnet.montecarlo import EngineWarning
-from correctnet.variation import Variation
+from correctnet.evaluation.montecarlo import EngineWarning
+from correctnet.methods.compensation import compensate
+from correctnet.networks import models
+from correctnet.noise import core as native
+from correctnet.noise import specification as reference
 
 pytestmark = pytest.mark.skipif(not native.status().built, reason="the C++ core was not built")
 
@@ -338,7 +341,7 @@ def test_what_cannot_run_at_all_says_why() -> None:
 
 
 def test_a_misread_network_gives_no_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
-    from correctnet import lowering
+    from correctnet.engine.engine import lowering
 
     monkeypatch.setattr(lowering, "_bias", lambda layer: 1.0)
     with pytest.raises(Unsupported, match="outputs differ from torch's"):
@@ -351,7 +354,7 @@ def test_tf32_is_off_where_float32_is_promised_and_then_as_it_was(generation: st
     """The switches are there without a GPU, too. In a process of its own: what is set here cannot be taken back."""
     code = f"""
 import torch
-from correctnet.engine import full_float32
+from correctnet.engine.engine import full_float32
 matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
 if {generation == "old"}:
     matmul.allow_tf32 = cudnn.allow_tf32 = {on}

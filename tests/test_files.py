@@ -19,9 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tables_figures import complete, log_of_a_search
 
-from correctnet import data, figures, native, pages, provenance, storage, tables
-from correctnet.config import exact
+from correctnet.datasets import data
 from correctnet.errors import UserError
+from correctnet.files import storage
+from correctnet.noise import core as native
+from correctnet.pipeline import provenance
+from correctnet.pipeline.config import exact
+from correctnet.report import figures, pages, tables
 
 ROOT = Path(__file__).parents[1]
 # Markup of mathtext, LaTeX, Markdown and HTML, a quote of each kind, letters beyond Latin-1, and a second line.
@@ -83,7 +87,9 @@ def no_work(monkeypatch):
 
     for module, name in ((tables, "read_samples"), (pages, "search_scatter"), (provenance, "jobs"), (plt, "subplots")):
         monkeypatch.setattr(module, name, work)
-    from correctnet import bench, results, stages
+    from correctnet.bench.cpu import cpu as bench
+    from correctnet.evaluation import results
+    from correctnet.pipeline import stages
 
     monkeypatch.setattr(bench, "measure", work)
     monkeypatch.setattr(results.Result, "from_csv", work)
@@ -211,7 +217,17 @@ def test_data_of_somebody_else(closed, tmp_path):
         with open(folder / file.name, "wb") as empty:
             empty.truncate(file.size)  # sparse: of the right size, and of nothing
     (folder / closed).chmod(0)
-    command = [sys.executable, "-m", "correctnet.cli", "pretrain", "--dataset", "mnist", "--epochs", "0", "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "correctnet.cli.commands",
+        "pretrain",
+        "--dataset",
+        "mnist",
+        "--epochs",
+        "0",
+        "--quiet",
+    ]
     command += ["--data-dir", tmp_path, "--out", tmp_path / "out"]
     done = subprocess.run([*ORDINARY, *command], capture_output=True, text=True)
     (folder / closed).chmod(0o755)
@@ -261,7 +277,7 @@ def test_files_that_are_folders_absent_or_no_text(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module", sorted([*ROOT.glob("correctnet/*.py"), *ROOT.glob("docs/*.py")]), ids=lambda p: p.name
+    "module", sorted([*ROOT.glob("correctnet/**/*.py"), *ROOT.glob("docs/*.py")]), ids=lambda p: p.name
 )
 def test_text_files_name_their_encoding(module):
     """Else it is the locale's."""
@@ -608,7 +624,7 @@ def test_an_output_that_is_full_is_one_line():
 )
 def test_one_folder_may_hold_what_has_other_names(arguments, tmp_path, monkeypatch):
     """A sweep, searches and a model share no file's name."""
-    from correctnet import stages
+    from correctnet.pipeline import stages
 
     began = []
     monkeypatch.setattr(stages, arguments[0], lambda *_, **__: began.append(arguments[0]))

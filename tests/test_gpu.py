@@ -18,16 +18,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from correctnet import LogNormalVariation, compensation, convert, cuda, evaluate, models, native, ops
-from correctnet.analog import analog_layers, program, programmed
-from correctnet.config import Training
-from correctnet.data import Split
-from correctnet.engine import Engine, full_float32
+from correctnet import LogNormalVariation, convert, evaluate
+from correctnet.crossbar.layers import analog_layers, program, programmed
+from correctnet.datasets.data import Split
+from correctnet.devices.lognormal import Variation
+from correctnet.engine.engine import Engine, full_float32
+from correctnet.engine.engine import operators as ops
+from correctnet.engine.lowering import METHODS
 from correctnet.errors import UserError
-from correctnet.lowering import METHODS
-from correctnet.montecarlo import EngineWarning
-from correctnet.training import fit
-from correctnet.variation import Variation
+from correctnet.evaluation.montecarlo import EngineWarning
+from correctnet.methods import compensation
+from correctnet.networks import models
+from correctnet.noise import core as native
+from correctnet.noise import device as cuda
+from correctnet.pipeline.config import Training
+from correctnet.training.loop import fit
 
 MODELLED = cuda.status().usable and not torch.cuda.is_available()
 DEVICE = torch.device("cpu" if MODELLED else "cuda")
@@ -428,7 +433,7 @@ def test_no_memory_left_is_one_clear_line() -> None:
 def test_a_stage_runs_on_the_device(tmp_path: Any) -> None:
     from click.testing import CliRunner
 
-    from correctnet.cli import main
+    from correctnet.cli.commands import main
 
     command = f"pretrain --dataset digits --epochs 2 --device cuda --quiet --out {tmp_path / 'p'}"
     assert CliRunner().invoke(main, command.split(), catch_exceptions=False).exit_code == 0

@@ -12,7 +12,7 @@ import pytest
 import torch
 from by_hand import every_stage
 
-from correctnet import cuda
+from correctnet.noise import device as cuda
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from correctnet import LogNormalVariation, convert, cuda, models
-from correctnet.engine import Engine
+from correctnet import LogNormalVariation, convert
+from correctnet.engine.engine import Engine
 from correctnet.errors import UserError
+from correctnet.networks import models
+from correctnet.noise import device as cuda
 
 MODELLED = cuda.status().usable and not torch.cuda.is_available()
 DEVICE = torch.device("cpu" if MODELLED else "cuda")

@@ -4,10 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from correctnet import lipschitz, models
-from correctnet.analog import convert, crossbar_layers, program
+from correctnet.crossbar.layers import convert, crossbar_layers, program
+from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.errors import UserError
-from correctnet.variation import LogNormalVariation
+from correctnet.methods import suppression as lipschitz
+from correctnet.networks import models
 
 
 def test_lambda_of_the_paper_s_setting():

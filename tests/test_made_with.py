@@ -11,10 +11,12 @@ from by_hand import run, succeed
 from test_cli import fail
 from workflows import configuration, prepare, short, snakemake
 
-from correctnet import data, stages, storage
-from correctnet.config import Settings, merge, validate
+from correctnet.datasets import data
 from correctnet.errors import UserError
-from correctnet.montecarlo import clean_accuracy
+from correctnet.evaluation.montecarlo import clean_accuracy
+from correctnet.files import storage
+from correctnet.pipeline import stages
+from correctnet.pipeline.config import Settings, merge, validate
 
 FAST = ["--quiet", "--threads", "1", "--epochs", "0"]
 QUIET = ["--quiet", "--threads", "1"]

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from test_cli import succeed
 
-from correctnet import data, storage
-from correctnet.results import Result
+from correctnet.datasets import data
+from correctnet.evaluation.results import Result
+from correctnet.files import storage
 
 ROOT = Path(os.environ.get("CORRECTNET_DATA", "data"))
 FILES = [ROOT / "MNIST" / "raw" / f.name for f in (*data.SOURCES["mnist"].train, *data.SOURCES["mnist"].test)]

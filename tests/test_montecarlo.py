@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from correctnet.analog import analog_layers, chip_of, convert, program
+from correctnet.crossbar.layers import analog_layers, chip_of, convert, program
+from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.errors import UserError
-from correctnet.montecarlo import EngineWarning, clean_accuracy, count_correct, evaluate
-from correctnet.recalibration import recalibrate
-from correctnet.results import COLUMNS, IDENTITY, Result, record
-from correctnet.variation import LogNormalVariation
+from correctnet.evaluation.montecarlo import EngineWarning, clean_accuracy, count_correct, evaluate
+from correctnet.evaluation.results import COLUMNS, IDENTITY, Result, record
+from correctnet.methods.recalibration import recalibrate
 
 
 def result(accuracies, images=1000, start=0, seed=0):

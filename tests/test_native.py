@@ -24,15 +24,17 @@ from scipy import stats
 from scipy.special import ndtri
 from torch import nn
 
-from correctnet import LogNormalVariation, convert, evaluate, native, reference
-from correctnet.cli import main
+from correctnet import LogNormalVariation, convert, evaluate
+from correctnet.cli.commands import main
+from correctnet.engine.operators import noisy_linear
 from correctnet.errors import UserError
-from correctnet.ops import noisy_linear
+from correctnet.noise import core as native
+from correctnet.noise import specification as reference
 
 _native = native._core
 
 ISAS = ["portable", "avx2", "avx512", "avx512bf16", "amx"]
-PACKAGE = Path(native.__file__).parent
+PACKAGE = Path(native.__file__).parents[1]
 
 needs_core = pytest.mark.skipif(not native.status().built, reason="the C++ core was not built")
 

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from correctnet import LogNormalVariation, convert, native
-from correctnet.analog import programmed
-from correctnet.engine import Engine
+from correctnet import LogNormalVariation, convert
+from correctnet.crossbar.layers import programmed
+from correctnet.engine.engine import Engine
+from correctnet.noise import core as native
 
 pytestmark = pytest.mark.skipif(not native.status().built, reason="the C++ core was not built")
 

@@ -19,8 +19,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
-from correctnet import cuda, native, ops, reference
-from correctnet.ops import noisy_conv2d, noisy_linear
+from correctnet.engine.engine import operators as ops
+from correctnet.engine.operators import noisy_conv2d, noisy_linear
+from correctnet.noise import core as native
+from correctnet.noise import device as cuda
+from correctnet.noise import specification as reference
 
 OPS = torch.ops.correctnet
 SEED, LAYER, SIGMA, SHIFT = 11, 3, 0.5, -0.125
@@ -640,12 +643,13 @@ def test_a_convolution_is_right_or_refused(changes: dict[str, int]) -> None:
 
 def test_without_the_core_the_values_are_the_same(tmp_path: Path) -> None:
     package = tmp_path / "correctnet"
-    shutil.copytree(Path(ops.__file__).parent, package, ignore=shutil.ignore_patterns("_native*", "__pycache__"))
+    shutil.copytree(Path(ops.__file__).parents[1], package, ignore=shutil.ignore_patterns("_native*", "__pycache__"))
     # An editable installation would find the core in the checkout.
     code = """import sys
 sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]
 import torch
-from correctnet import native, ops
+from correctnet.noise import core as native
+from correctnet.engine.engine import operators as ops
 assert not native.status().built
 y = ops.noisy_linear(torch.eye(3), torch.ones(2, 3), seed=1, layer=2, samples=[5], sigma=0.5)
 print(y[0].T.flatten().tolist())

@@ -10,10 +10,11 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from correctnet import figures, pages, provenance, tables
-from correctnet.config import Search
 from correctnet.errors import UserError
-from correctnet.search import COLUMNS, Problem, search
+from correctnet.methods.search import COLUMNS, Problem, search
+from correctnet.pipeline import provenance
+from correctnet.pipeline.config import Search
+from correctnet.report import figures, pages, tables
 
 pytest.importorskip("bokeh", reason="the workflow extra is not installed")
 
@@ -159,7 +160,17 @@ def test_a_damaged_benchmark_file_is_named(tmp_path):
 
 
 def test_a_stage_writes_its_provenance_into_its_log(tmp_path):
-    command = [sys.executable, "-m", "correctnet.cli", "pretrain", "--dataset", "digits", "--epochs", "0", "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "correctnet.cli.commands",
+        "pretrain",
+        "--dataset",
+        "digits",
+        "--epochs",
+        "0",
+        "--quiet",
+    ]
     done = subprocess.run(
         [*command, "--out", tmp_path / "p", "--threads", "1"], capture_output=True, text=True, check=True
     )

@@ -3,11 +3,11 @@ import pytest
 import torch
 from torch import nn
 
-from correctnet import arithmetic
-from correctnet.analog import convert, program, programmed
+from correctnet import precision as arithmetic
+from correctnet.crossbar.layers import convert, program, programmed
+from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.errors import UserError
-from correctnet.recalibration import recalibrate
-from correctnet.variation import LogNormalVariation
+from correctnet.methods.recalibration import recalibrate
 
 
 def channel_moments(y):

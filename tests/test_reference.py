@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from scipy.special import ndtri
 
-from correctnet import normal_table, reference
+from correctnet.noise import normal_table
+from correctnet.noise import specification as reference
 
 # A correct generator fails a two-sided test at this limit once in 10^6 seeds.
 SIGMAS = -ndtri(0.5e-6)

@@ -18,7 +18,11 @@ import importlib, pkgutil, sys, warnings
 import torch
 from torch import nn
 import correctnet
-from correctnet import LogNormalVariation, analog, convert, errors, evaluate, montecarlo, ops, variation
+from correctnet import LogNormalVariation, convert, errors, evaluate
+from correctnet.crossbar import layers as analog
+from correctnet.evaluation import montecarlo
+from correctnet.engine.engine import operators as ops
+from correctnet.devices import lognormal as variation
 
 modules = {n: importlib.import_module("correctnet." + n) for n in %r}
 torch.set_num_threads(1)

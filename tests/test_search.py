@@ -12,12 +12,13 @@ from hypothesis import example, given
 from hypothesis import settings as profile
 from hypothesis import strategies as st
 
-from correctnet import compensation, models
-from correctnet import search as searching
-from correctnet.analog import crossbar_layers
-from correctnet.config import Search, search_rounds
+from correctnet.crossbar.layers import crossbar_layers
 from correctnet.errors import UserError
-from correctnet.search import Explored, Log, Pending, Policy, Problem, read_log, reward, search
+from correctnet.methods import compensation
+from correctnet.methods import search as searching
+from correctnet.methods.search import Explored, Log, Pending, Policy, Problem, read_log, reward, search
+from correctnet.networks import models
+from correctnet.pipeline.config import Search, search_rounds
 
 WIDTHS = (64, 64, 128, 128, 256, 256)
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)

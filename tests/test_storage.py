@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from correctnet import storage
 from correctnet.errors import UserError
+from correctnet.files import storage
 
 TENSORS = {"a": torch.arange(1000.0), "b": torch.ones(3, 4, dtype=torch.int64)}
 

@@ -10,10 +10,15 @@ import pandas as pd
 import pytest
 import torch
 
-from correctnet import compensation, montecarlo, stages, storage, streams, training
-from correctnet.engine import Engine
+from correctnet.devices.lognormal import LogNormalVariation
+from correctnet.engine.engine import Engine
 from correctnet.errors import UserError
-from correctnet.variation import LogNormalVariation
+from correctnet.evaluation import montecarlo
+from correctnet.files import storage
+from correctnet.methods import compensation
+from correctnet.noise import streams
+from correctnet.pipeline import stages
+from correctnet.training.loop import loop as training
 
 
 def test_a_seed_is_the_hash_of_where_it_is_used():

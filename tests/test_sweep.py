@@ -5,14 +5,14 @@ import pytest
 import torch
 from torch import nn
 
-from correctnet import models
-from correctnet.analog import convert, crossbar_layers
-from correctnet.data import Split
+from correctnet.crossbar.layers import convert, crossbar_layers
+from correctnet.datasets.data import Split
+from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.errors import UserError
-from correctnet.montecarlo import clean_accuracy, evaluate
-from correctnet.results import COLUMNS, Result
-from correctnet.sweep import Sweep, executed, sensitivity, sweep
-from correctnet.variation import LogNormalVariation
+from correctnet.evaluation.montecarlo import clean_accuracy, evaluate
+from correctnet.evaluation.results import COLUMNS, Result
+from correctnet.methods.candidates import Sweep, executed, sensitivity, sweep
+from correctnet.networks import models
 
 
 def curve(accuracies, threshold=0.95, original=1.0):
@@ -149,7 +149,7 @@ class Reading(nn.Module):
         return self.head(torch.relu(nn.functional.linear(torch.relu(self.first(x)), self.middle.weight)))
 
 
-@pytest.mark.filterwarnings("ignore::correctnet.montecarlo.EngineWarning")
+@pytest.mark.filterwarnings("ignore::correctnet.evaluation.montecarlo.EngineWarning")
 def test_a_layer_whose_weight_is_read_is_run():
     model, x = Reading().eval(), torch.randn(60, 20, generator=torch.Generator().manual_seed(1))
     data, half = (x, model(x).argmax(1)), LogNormalVariation(0.5)

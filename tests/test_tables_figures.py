@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from correctnet import figures, pages, tables
 from correctnet.errors import UserError
-from correctnet.results import COLUMNS, Result, record
+from correctnet.evaluation.results import COLUMNS, Result, record
+from correctnet.report import figures, pages, tables
 
 
 def samples(pair="vgg16-cifar100", row="correctnet", sigma=0.5, accuracies=(0.6, 0.7), images=100, **columns):

@@ -7,9 +7,10 @@ import torch
 import torchvisions
 from torch import nn
 
-from correctnet import LogNormalVariation, check_coverage, convert, evaluate, reference
-from correctnet.analog import CoverageWarning, analog_layers, crossbar_layers
-from correctnet.montecarlo import EngineWarning
+from correctnet import LogNormalVariation, check_coverage, convert, evaluate
+from correctnet.crossbar.layers import CoverageWarning, analog_layers, crossbar_layers
+from correctnet.evaluation.montecarlo import EngineWarning
+from correctnet.noise import specification as reference
 
 HALF = LogNormalVariation(0.5)
 CHIPS = 2

@@ -9,13 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from correctnet import lipschitz, models, streams, training
-from correctnet.analog import convert, program
-from correctnet.config import Training
-from correctnet.data import Split
+from correctnet.crossbar.layers import convert, program
+from correctnet.datasets.data import Split
+from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.errors import UserError
-from correctnet.training import Checkpoint, Hooks, fit
-from correctnet.variation import LogNormalVariation
+from correctnet.methods import suppression as lipschitz
+from correctnet.networks import models
+from correctnet.noise import streams
+from correctnet.pipeline.config import Training
+from correctnet.training.loop import Checkpoint, Hooks, fit
+from correctnet.training.loop import loop as training
 
 
 def section(**changes):

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from correctnet import reference
-from correctnet.variation import LogNormalVariation
+from correctnet.devices.lognormal import LogNormalVariation
+from correctnet.noise import specification as reference
 
 
 def test_moments_of_the_paper_s_setting():

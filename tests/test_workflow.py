@@ -13,8 +13,8 @@ import pytest
 import yaml
 from workflows import PAIR, ROOT, configuration, configure, prepare, short, snakemake, start, stats
 
-from correctnet import provenance
-from correctnet.config import Config
+from correctnet.pipeline import provenance
+from correctnet.pipeline.config import Config
 
 pytest.importorskip("snakemake", reason="the workflow extra is not installed")
 
@@ -195,7 +195,11 @@ def test_check_accepts_what_runs_and_nothing_else(tmp_path, mistake):
     folder = prepare(tmp_path / "odd")
     (folder / "config.yaml").write_text(ODD.replace(old, new, 1), "utf-8", "surrogateescape")
     check = subprocess.run(
-        [sys.executable, "-m", "correctnet.cli", "check"], cwd=folder, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "correctnet.cli", "check"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     dry = start(folder, "-n", "-p", "--cores", 1)
     said, _ = dry.communicate()
@@ -247,7 +251,7 @@ def test_a_search_spread_over_jobs_is_the_search_of_one_job(folder, tmp_path):
     assert len(states) == 5
     assert 2 <= len(trained) <= 5, "four, and the state without compensation, which trains nothing"
 
-    command = ["correctnet.cli", "search", "--config", "config.yaml", "--pair", "one", "--limit", "0.02"]
+    command = ["correctnet.cli.commands", "search", "--config", "config.yaml", "--pair", "one", "--limit", "0.02"]
     command += ["--base", "results/one/suppress", "--candidates", "results/one/sweep/candidates.json"]
     command += ["--threads", "1", "--quiet", "--out", tmp_path / "alone"]
     subprocess.run([sys.executable, "-m", *map(str, command)], cwd=copied, check=True)

@@ -1,7 +1,7 @@
 import pytest
 
-from correctnet.config import Settings
-from correctnet.workload import Costs, stage_seconds
+from correctnet.pipeline.config import Settings
+from correctnet.pipeline.workload import Costs, stage_seconds
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "suppress"])

@@ -18,7 +18,7 @@ struct LayerFactors {
 constexpr int kTableFloats = (noise::kDegree + 1) * noise::kOctaves;
 
 CN_CONSTANT float kNormalTable[kTableFloats] = {
-#include "../../correctnet/normal_table.inc"
+#include "../../correctnet/noise/normal_table.inc"
 };
 
 // A copy of the table for `noise::normal`. Entry j * 32 + octave lies in bank `octave`, so lanes with different octaves

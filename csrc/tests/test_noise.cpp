@@ -1,5 +1,5 @@
 // The noise on every instruction set that this machine has: published vectors, frozen results of the specification
-// (correctnet/reference.py), every one of the 2^32 words, and the vector code against the scalar one bit for bit.
+// (correctnet/noise/specification.py), every one of the 2^32 words, and the vector code against the scalar one bit for bit.
 //
 //   test_noise DIRECTORY STRIDE    DIRECTORY of kat_*.txt; of the words, every STRIDE-th (an odd number; 1: all)
 //

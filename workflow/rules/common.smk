@@ -11,7 +11,7 @@ from typing import get_args
 
 from snakemake.exceptions import WorkflowError
 
-from correctnet.config import SEARCHING, Config, Stage, lineage, exact, search_rounds
+from correctnet.pipeline.config import SEARCHING, Config, Stage, lineage, exact, search_rounds
 from correctnet.errors import UserError
 
 try:
@@ -337,7 +337,7 @@ def run_facts(wildcards):
 
 def run_jobs(wildcards):
     """The jobs of a run that have benchmark files, by their paths; others of its pairs are of settings of before."""
-    from correctnet import provenance  # not needed in the process of any other job
+    from correctnet.pipeline import provenance  # not needed in the process of any other job
 
     names = {}
     for pair in CONFIG.runs[wildcards.run]:
@@ -395,7 +395,7 @@ def print_estimate():
             command = [
                 sys.executable,
                 "-m",
-                "correctnet.estimate",
+                "correctnet.pipeline.estimate",
                 "--run",
                 run,
                 "--cores",

@@ -5,7 +5,7 @@ import os
 from snakemake.exceptions import WorkflowError
 
 from correctnet.errors import UserError
-from correctnet.yamlfile import read_values
+from correctnet.files.yamlfile import read_values
 
 
 def check_files(*paths):

@@ -7,7 +7,7 @@ goes on where the job before it was killed.
 
 import math
 
-from correctnet.workload import Costs, stage_seconds, state_seconds
+from correctnet.pipeline.workload import Costs, stage_seconds, state_seconds
 
 # Peak memory in MiB: of a process with a LeNet-5 and small data, what VGG16's trainings and simulations take beside
 # that, and what a data set takes while it is read.

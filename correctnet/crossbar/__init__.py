@@ -1,0 +1,1 @@
+"""Layers whose weights a crossbar holds, and the conversion of networks to them."""

@@ -1,0 +1,332 @@
+"""Which weights a forward pass really reads, and running a network without leaving a trace in it.
+
+Code can get at weights by other ways than a layer's forward: a closure over the network that was converted, a weight
+kept elsewhere, torch's fused kernels. `Probe` watches every operation of a forward pass for the tensors that it reads,
+and so finds layers whose nominal weights are used, or whose weights on the chip are not.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from correctnet.crossbar.layers import AnalogLayer, Chip, CoverageWarning, analog_layers, chip_of, programmed
+from correctnet.devices.lognormal import LogNormalVariation
+from correctnet.errors import UserError, one_line
+
+# Where a chip changes no weight by more than this fraction, its outputs may well round to the nominal ones.
+VISIBLE = 1e-3
+
+
+@contextmanager
+def left_alone(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the length of a block; then the modes and random generators of before it.
+
+    Converted models are this thread's for that long: their modes are put back before another one notes them.
+    """
+    chips = {id(m.chip): m.chip for model in models for m in model.modules() if isinstance(m, AnalogLayer)}
+    with ExitStack() as held:
+        for _, chip in sorted(chips.items()):
+            held.enter_context(chip.lock)
+        with _left_alone(models, list(chips.values())):
+            yield
+
+
+@contextmanager
+def _left_alone(models: Iterable[nn.Module], chips: list[Chip]) -> Iterator[None]:
+    """`left_alone`, once the chips are this thread's."""
+    running = [(chip, chip.running) for chip in chips]
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 (the caller's, whoever uses it)
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices), modes_kept(*models):
+        for model in models:
+            model.eval()
+        for chip in chips:
+            chip.running = True
+        try:
+            yield
+        finally:
+            for chip, before in running:
+                chip.running = before
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
+
+
+@contextmanager
+def modes_kept(*models: nn.Module) -> Iterator[None]:
+    """Put the mode (`training`) of each module back as it was, also after an error."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def names_of(model: nn.Module) -> dict[int, str]:
+    """The layers' names, by identity."""
+    return {id(module): name or "the network itself" for name, module in model.named_modules()}
+
+
+class Probe(TorchDispatchMode):
+    """Watches which weights the operations of a forward pass read.
+
+    Attributes:
+        used: indices of the layers whose weights on the chip were read by an operation.
+        changed: indices of the layers whose weights on the chip the forward pass changed in place.
+        leaked: by layer index, the operation that read its nominal weights, or those of a layer that it was copied
+            from, past the layer.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[AnalogLayer]):
+        super().__init__()
+        self.used: set[int] = set()
+        self.leaked: dict[int, str] = {}
+        self._drawing = 0
+        self._chip: dict[int, int] = {}  # by address of the weights' storage, the layer's index
+        self._drawn: list[tuple[int, Tensor, Tensor]] = []  # layer index, weights, and what they were
+        self._kept: list[Tensor] = []  # so that no other tensor comes to lie at such an address
+        self._nominal: dict[int, int] = {}
+        for layer in layers:
+            copies = [ref() for ref in layer._copied_from]
+            weights = [w.__dict__.get("_parameters", {}).get("weight") for w in copies if isinstance(w, nn.Module)]
+            weights += [w for w in copies if isinstance(w, Tensor)]
+            for weight in (layer.nominal, *weights):
+                if weight is not None and (where := address(weight)) is not None:
+                    self._nominal[where] = layer.layer_index
+                    self._kept.append(weight)  # derived weights are made anew in each forward pass
+        # A weight that a digital module shares is read by that one rightly.
+        varied = set(map(id, layers))
+        for module in model.modules():
+            if id(module) not in varied:
+                for tensor in (*module._parameters.values(), *module._buffers.values()):
+                    if tensor is not None:
+                        self._nominal.pop(address(tensor), None)
+
+    def drawing(self, layer: AnalogLayer, draw: Callable[[], Tensor]) -> Tensor:
+        """See `correctnet.crossbar.layers.Watcher`: drawing reads the nominal weights, which is no leak."""
+        self._drawing += 1
+        try:
+            weight = draw()
+        finally:
+            self._drawing -= 1
+        self._chip[address(weight)] = layer.layer_index
+        self._kept.append(weight)
+        self._drawn.append((layer.layer_index, weight, weight.detach().clone()))
+        return weight
+
+    @property
+    def changed(self) -> set[int]:
+        """See the class."""
+        return {index for index, weight, before in self._drawn if not same(weight.detach(), before)}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self._drawing:
+            for where in operands(args, kwargs):
+                if where in self._chip:
+                    self.used.add(self._chip[where])
+                elif where in self._nominal:
+                    self.leaked.setdefault(self._nominal[where], str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def address(tensor: Tensor) -> int | None:
+    """Where a tensor's values lie, as a number; None for a tensor without memory of its own."""
+    with suppress(RuntimeError, NotImplementedError):  # sparse and wrapped tensors have none
+        return tensor.untyped_storage().data_ptr() or None
+    return None
+
+
+def operands(args: Any, kwargs: Any) -> Iterator[int]:
+    """The addresses of the tensors among an operation's arguments."""
+    for value in tree_leaves((args, kwargs)):
+        if isinstance(value, Tensor) and (where := address(value)) is not None:
+            yield where
+
+
+class Reads(TorchDispatchMode):
+    """Calls `seen` with the address of each tensor that an operation reads, in order."""
+
+    def __init__(self, seen: Callable[[int], object]):
+        super().__init__()
+        self._seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for where in operands(args, kwargs):
+            self._seen(where)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def watching(model: nn.Module, layers: list[AnalogLayer]) -> Iterator[Probe]:
+    probe, chip = Probe(model, layers), chip_of(model)
+    chip.watcher = probe
+    try:
+        with probe:
+            yield probe
+    finally:
+        chip.watcher = None
+
+
+def run(model: nn.Module, images: Tensor, what: str = "evaluate") -> Any:
+    """The outputs of a forward pass on a copy of the images, which are the caller's.
+
+    Raises UserError, in one line, where the network cannot run on them.
+    """
+    try:
+        return model(images.clone())
+    except UserError:
+        raise
+    except Exception as error:  # whatever the network's own code raises
+        kind = str(images.dtype).removeprefix("torch.")
+        raise UserError(
+            f"{what}: the network cannot run on images of shape {tuple(images.shape)} and type {kind}: "
+            f"{type(error).__name__}: {one_line(error, 200)}"
+        ) from error
+
+
+@torch.no_grad()
+def check_reached(model: nn.Module, images: Tensor, nominal: Any, samples: Iterable[int], first_layer: int = 0) -> None:
+    """Check that variation reaches the layers that should carry it.
+
+    Args:
+        model: from `correctnet.crossbar.layers.convert`, in evaluation mode.
+        images: a few inputs.
+        nominal: what the network gives for them with nominal weights.
+        samples: a few chips.
+        first_layer: layers of a smaller index stay nominal.
+
+    Warns:
+        CoverageWarning: layers that the network does not use when it is evaluated, or a network whose outputs do not
+            depend on its weights.
+
+    Raises:
+        UserError: a device model that gives no weights, or others at each call, or changes the nominal ones; nominal
+            weights of a layer are used past the layer; a layer's weights are changed by the forward pass; no layer is
+            used, or the chips do not show in the outputs.
+    """
+    names = names_of(model)
+    layers = [layer for layer in analog_layers(model) if layer.layer_index >= first_layer]
+    if not layers:  # first_layer is behind the last one
+        return
+    samples = list(samples)
+    _check_device(layers, samples[0])
+    with programmed(model, samples[0], first_layer), watching(model, layers) as probe:
+        output = run(model, images)
+    if probe.leaked:
+        listed = ", ".join(names[id(layer)] for layer in layers if layer.layer_index in probe.leaked)
+        raise UserError(
+            f"evaluate: variation does not reach {listed}: the network uses the nominal weights past the layer (in "
+            f"{next(iter(probe.leaked.values()))}), as a function does that holds the network or the weights that "
+            "were converted; make it a method that reads them from self"
+        )
+    if changed := [names[id(layer)] for layer in layers if layer.layer_index in probe.changed]:
+        raise UserError(
+            f"evaluate: the network changes the weights of {', '.join(changed)} in its forward pass, which a chip "
+            "cannot do; change the trained weights before convert()"
+        )
+    unused = [names[id(layer)] for layer in layers if layer.layer_index not in probe.used]
+    if len(unused) == len(layers):
+        raise UserError(
+            f"evaluate: variation has no effect: none of {', '.join(unused)} is used when the network is evaluated"
+        )
+    if unused:
+        warnings.warn(
+            f"{', '.join(unused)} not used when the network is evaluated: no variation from there",
+            CoverageWarning,
+            stacklevel=4,
+        )
+    if same(nominal, output):
+        _check_effect(model, layers, images, nominal, samples, first_layer)
+
+
+def _check_device(layers: Iterable[AnalogLayer], sample: int) -> None:
+    """Check that a user's own device model gives weights, the same ones at each call, and leaves the nominal ones."""
+    for layer in layers:
+        if type(layer.variation) is LogNormalVariation:
+            continue
+        kept, found = layer.nominal.detach().clone(), []
+        for _ in range(2):
+            drawn = layer.variation.sample(layer.nominal, layer.chip.seed, layer.layer_index, sample)
+            if not isinstance(drawn, Tensor) or (drawn.shape, drawn.dtype) != (kept.shape, kept.dtype):
+                got = f"{tuple(drawn.shape)} {drawn.dtype}" if isinstance(drawn, Tensor) else type(drawn).__name__
+                wanted = f"{tuple(kept.shape)} {kept.dtype}"
+                raise UserError(
+                    f"evaluate: {_device(layer)} must give weights {wanted}, not {got}".replace("torch.", "")
+                )
+            found.append(drawn.detach().clone())
+            if not same(layer.nominal.detach(), kept):
+                layer.nominal.detach().copy_(kept)
+                raise UserError(f"evaluate: {_device(layer)} changes the nominal weights in place; give new ones")
+        if not same(*found):
+            raise UserError(
+                f"evaluate: {_device(layer)} gives other weights each time for one chip; they must be a function of "
+                "(weight, seed, layer, sample)"
+            )
+
+
+def _device(layer: AnalogLayer) -> str:
+    return f"the device model {type(layer.variation).__name__}"
+
+
+def _check_effect(
+    model: nn.Module, layers: list[AnalogLayer], images: Tensor, nominal: Any, samples: list[int], first_layer: int
+) -> None:
+    """Find out why a chip gives the nominal outputs: its weights are too, the network ignores them, or a fault."""
+    with programmed(model, samples[0], first_layer):
+        if max(change(layer) for layer in layers) < VISIBLE:
+            return
+    for sample in samples[1:]:
+        with programmed(model, sample, first_layer):
+            if not same(nominal, run(model, images)):
+                return
+    overridden = {}
+    with programmed(model, samples[0], first_layer):
+        for name, layer in model.named_modules():
+            if isinstance(layer, AnalogLayer) and layer.varies and layer._parameters.get("weight") is not None:
+                overridden[f"{name}.weight" if name else "weight"] = layer.chip_weight()
+    with programmed(model, None):
+        wanted = torch.func.functional_call(model, overridden, (images.clone(),), tie_weights=False)
+    names = names_of(model)
+    listed = ", ".join(names[id(layer)] for layer in layers)
+    if not same(wanted, nominal):
+        raise UserError(f"evaluate: variation of {listed} does not show in the outputs, which are the nominal ones")
+    warnings.warn(
+        f"the network's outputs do not depend on the weights of {listed}: they are the same on every chip",
+        CoverageWarning,
+        stacklevel=5,
+    )
+
+
+def change(layer: AnalogLayer) -> float:
+    """The largest relative change of a weight on the present chip."""
+    nominal, weight = layer.nominal.detach(), layer.chip_weight().detach()
+    change = ((weight - nominal).abs() / nominal.abs()).nan_to_num(0.0)
+    return float(change.max()) if change.numel() else 0.0
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two outputs are equal, NaN being equal to NaN; tensors, or what holds them."""
+    first, second = tree_leaves(_plain(a)), tree_leaves(_plain(b))
+    return len(first) == len(second) and all(
+        torch.equal(x, y) or (x.shape == y.shape and bool(((x == y) | ((x != x) & (y != y))).all()))
+        if isinstance(x, Tensor) and isinstance(y, Tensor)
+        else x is y or (not isinstance(x, Tensor) and not isinstance(y, Tensor))
+        for x, y in zip(first, second, strict=True)
+    )
+
+
+def _plain(output: Any) -> Any:
+    """An output whose tensors `tree_leaves` finds: those of objects with attributes as a dict."""
+    if isinstance(output, Tensor | list | tuple | dict):
+        return output
+    return dict(vars(output)) if hasattr(output, "__dict__") else output

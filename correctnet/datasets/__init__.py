@@ -1,0 +1,1 @@
+"""Data sets, and the contract for data of any kind."""

@@ -1,0 +1,246 @@
+"""The contract for data: what `evaluate` and its relatives take, checked once in front of every engine.
+
+Images (N, ...) are one tensor a batch, labels (N,) whole numbers below the number of classes, and the network's output
+(N, classes) is one floating-point tensor. Anything else is refused in one line that says what is accepted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from correctnet.datasets.data import Split
+from correctnet.errors import UserError
+
+Batch = tuple[Tensor, Tensor]
+Batches = Split | tuple[Tensor, Tensor] | Iterable[Batch]
+ACCEPTED = (
+    "a pair of tensors (images, labels), or a loader that gives such pairs and can be iterated over many times, is "
+    "expected"
+)
+CHANGING = "other images at each pass, so that results cannot be compared"
+BITS = 128  # of a digest
+HEAD = 16  # images that a network is tried on
+
+
+class DataWarning(UserWarning):
+    """A loader that gives other images each time."""
+
+
+class Data:
+    """Images and labels that can be gone through many times, always the same.
+
+    Args:
+        data: a `Split`, an (images, labels) pair of tensors, or a loader of such batches.
+        size: images a batch, where `data` has no batches of its own.
+        memory: bytes of a loader's batches that are kept, about; a loader of more is read anew each time, and what it
+            gives must be the same images each time.
+        what: who asks, for messages.
+
+    Warns:
+        DataWarning: a loader whose batches are kept gives other images when it is read a second time.
+
+    Attributes:
+        head: the first images and their labels, some sixteen at most.
+        images: how many there are.
+        largest: the largest label.
+        uniform: whether all images have one shape and type.
+
+    Raises:
+        UserError: anything that is not such data.
+    """
+
+    def __init__(self, data: Batches, size: int = 100, memory: int = 2 << 30, what: str = "evaluate"):
+        self.what = what
+        self._loader: Any = None
+        self._kept: list[Batch] | None = None
+        pair = as_pair(data)
+        if pair is not None:
+            images, labels = check_batch(pair, what)
+            batches: Iterable[Batch] = zip(images.split(size), labels.split(size), strict=True)
+        else:
+            self._loader = _loader(data, what)
+            batches = self._read()
+        kept: list[Batch] = []
+        head: list[Batch] = []
+        shapes: set[Any] = set()
+        self.images, self.largest, taken, total = 0, -1, 0, 0
+        for x, y in batches:
+            if not len(y):
+                continue
+            shapes.add((x.shape[1:], x.dtype))
+            if self.images < HEAD and len(shapes) == 1:
+                head.append((x[:HEAD], y[:HEAD]))
+            self.images += len(y)
+            self.largest = max(self.largest, int(y.max()))
+            taken += sum(t.numel() * t.element_size() for t in (x, y)) if self._loader is not None else 0
+            kept.append((x, y))
+            if taken > memory:  # from here on the loader is read anew each time, and held against the first pass
+                total += sum(_digest(*batch) for batch in kept)
+                kept = []
+        if not self.images:
+            raise UserError(f"{what}: the data holds no images")
+        self.uniform = len(shapes) == 1
+        self.head = tuple(torch.cat(parts)[:HEAD] for parts in zip(*head, strict=True))
+        if taken > memory:
+            self.digest = _hexadecimal(total + sum(_digest(*batch) for batch in kept))
+        else:
+            self._kept = kept
+        if self._kept is not None and self._loader is not None and not isinstance(data, list | tuple):
+            again = _hexadecimal(sum(_digest(*batch) for batch in self._read()))
+            if again != self.digest:
+                warnings.warn(
+                    f"the loader gives {CHANGING}; all chips of this evaluation see those of one pass",
+                    DataWarning,
+                    stacklevel=4,
+                )
+
+    @cached_property
+    def digest(self) -> str:
+        """A digest of all images and labels, in hexadecimal, whatever their order and their batches."""
+        return _hexadecimal(sum(_digest(*batch) for batch in self._kept))
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        total = 0
+        for batch in self._read():
+            total += _digest(*batch)
+            yield batch
+        if _hexadecimal(total) != self.digest:
+            raise UserError(
+                f"{self.what}: the loader gives {CHANGING}; load them without random augmentation, and without "
+                "drop_last where it shuffles"
+            )
+
+    def _read(self) -> Iterator[Batch]:
+        """One pass over the loader."""
+        for batch in self._loader:
+            yield check_batch(batch, self.what)
+
+
+def as_pair(data: Any) -> Batch | None:
+    """(images, labels) of a `Split`, or of a tuple or list of two tensors; None for anything else."""
+    if isinstance(data, Split):
+        return data.images, data.labels
+    if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
+        return tuple(data)
+    return None
+
+
+def first_images(data: Batches, what: str) -> Tensor:
+    """The first images of `data`. Raises UserError as `Data` does."""
+    pair = as_pair(data)
+    for batch in _loader(data, what) if pair is None else [pair]:
+        images, _ = check_batch(batch, what)
+        if len(images):
+            return images
+    raise UserError(f"{what}: the data holds no images")
+
+
+def _loader(data: Any, what: str) -> Any:
+    if isinstance(data, Tensor | Mapping | str | bytes) or not isinstance(data, Iterable):
+        extra = "; wrap a Dataset in a DataLoader" if hasattr(data, "__getitem__") and hasattr(data, "__len__") else ""
+        raise UserError(f"{what}: {ACCEPTED}, not {_kind(data)}{extra}")
+    if isinstance(data, torch.utils.data.Dataset) and not isinstance(data, torch.utils.data.IterableDataset):
+        raise UserError(f"{what}: {ACCEPTED}, not {_kind(data)}; wrap a Dataset in a DataLoader")
+    if iter(data) is data:
+        raise UserError(f"{what}: {ACCEPTED}, not {_kind(data)}, which can be iterated over once")
+    return data
+
+
+def check_batch(batch: Any, what: str) -> Batch:
+    """A batch as (images, labels in int64). Raises UserError where it is none."""
+    if as_pair(batch) is None:
+        raise UserError(f"{what}: a batch must be (images, labels), two tensors, not {_kind(batch)}")
+    images, labels = as_pair(batch)
+    for tensor in (images, labels):
+        if tensor.is_nested or tensor.layout != torch.strided:
+            raise UserError(f"{what}: dense tensors are expected, not nested or sparse ones; convert them")
+    if images.dim() < 2:
+        raise UserError(f"{what}: images (N, ...) are expected, not a tensor of shape {tuple(images.shape)}")
+    if labels.dim() != 1:
+        hint = "" if labels.dim() else "; give batches, as a DataLoader does that has a batch_size"
+        if labels.dim() == 2:
+            hint = "; squeeze the column" if labels.shape[1] == 1 else "; of one-hot rows take labels.argmax(1)"
+        raise UserError(f"{what}: labels (N,), one an image, are expected, not {tuple(labels.shape)}{hint}")
+    if len(images) != len(labels):
+        raise UserError(f"{what}: {len(images)} images and {len(labels)} labels")
+    if labels.is_complex() or (
+        labels.is_floating_point() and not (labels.isfinite() & (labels == labels.round())).all()
+    ):
+        raise UserError(f"{what}: labels are classes, whole numbers; these are {labels.dtype}".replace("torch.", ""))
+    whole = labels.detach().to(torch.int64)
+    if len(whole) and int(whole.min()) < 0:
+        raise UserError(f"{what}: labels are classes from 0 on; there is a {int(whole.min())}")
+    return images.detach(), whole
+
+
+def check_outputs(outputs: Any, images: Tensor, largest: int, what: str = "evaluate") -> Tensor:
+    """The network's outputs on a batch, (N, classes). Raises UserError where they are something else.
+
+    `largest`: the largest label that there is.
+    """
+    if not isinstance(outputs, Tensor):
+        raise UserError(
+            f"{what}: the network must give one tensor (N, classes), not {_kind(outputs)}; wrap it in a module whose "
+            "forward gives the logits"
+        )
+    if outputs.dim() != 2 or len(outputs) != len(images) or outputs.shape[1] < 2 or not outputs.is_floating_point():
+        raise UserError(
+            f"{what}: the network must give (N, classes) with 2 classes or more, floating point, for N = {len(images)} "
+            f"images, not {tuple(outputs.shape)} {outputs.dtype}".replace("torch.", "")
+        )
+    if largest >= outputs.shape[1]:
+        raise UserError(f"{what}: there is a label {largest}, and the network has {outputs.shape[1]} classes")
+    return outputs
+
+
+def _kind(value: Any) -> str:
+    """What a value is, for a message."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} of {', '.join(map(repr, list(value)[:4]))}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)} ({', '.join(_kind(v) for v in value[:3])})"
+    return f"a {type(value).__name__}"
+
+
+def _digest(images: Tensor, labels: Tensor) -> int:
+    """The sum of a digest of each image with its label: the same in any order."""
+    total = 0
+    kind = f"{images.dtype}{tuple(images.shape[1:])}".encode()
+    rows = images.detach().cpu().contiguous().view(torch.uint8).view(len(images), -1).numpy() if images.numel() else ()
+    for row, label in zip(rows, labels.tolist(), strict=True):
+        digest = hashlib.blake2b(row, digest_size=BITS // 8, key=b"%d" % label)
+        digest.update(kind)
+        total += int.from_bytes(digest.digest(), "little")
+    return total
+
+
+def _hexadecimal(total: int) -> str:
+    return f"{total % (1 << BITS):032x}"[:16]
+
+
+def looks_across(run: Callable[[Tensor], Any], images: Tensor, whole: Tensor, tolerance: float = 1e-3) -> bool:
+    """Whether the output for an image depends on the others of its batch, as with statistics of the batch.
+
+    `run` computes the outputs of a batch; two halves of `images` are compared with `whole`, the outputs of them all.
+    """
+    if len(images) < 2:
+        return False
+    try:
+        halves = [run(half) for half in images.split((len(images) + 1) // 2)]
+        parts = torch.cat(halves)
+    except (UserError, RuntimeError, TypeError):  # a network that cannot take fewer images looks at how many there are
+        return True
+    scale = whole.abs().max()
+    return bool((whole - parts).abs().max() > tolerance * scale) if whole.shape == parts.shape else True

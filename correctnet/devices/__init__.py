@@ -1,0 +1,1 @@
+"""Device models: what programming a crossbar does to the weights."""

@@ -1,0 +1,1 @@
+"""The engine: whole networks on many chip samples, in C++ or CUDA."""

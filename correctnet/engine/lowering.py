@@ -1,0 +1,328 @@
+"""From a traced network to plans, the pieces that the C++ core runs (csrc/engine.h).
+
+A plan computes one value from one other. Inside, each convolution or linear layer takes what follows it along in one
+pass: bias, BatchNorm and ReLU in either order, a 2 x 2 max-pool. Values that no plan can compute are torch's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from correctnet.crossbar.layers import AnalogLayer, nominal_weight
+from correctnet.devices.lognormal import LogNormalVariation
+from correctnet.engine.trace import Op, Traced, changed_by, op_of, shape_of
+from correctnet.noise import device as cuda
+from correctnet.precision import Precision
+from correctnet.reloading import survives_reload
+
+Method = Literal["auto", "fused", "materialise", "library"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+
+@survives_reload
+@dataclass(frozen=True)
+class TorchStep:
+    """One value that is computed, by torch."""
+
+    node: fx.Node
+    sampled: bool
+
+
+@survives_reload
+@dataclass(frozen=True)
+class PlanStep(TorchStep):
+    """One value that the core computes from one other."""
+
+    source: fx.Node
+    plan: Any
+    shape: tuple[int, ...]
+    layers: tuple[str, ...] = ()
+    gpu: cuda.Plan | None = None  # the plan on the device, where the network is on one
+
+    def run(self, x: Tensor, seed: int, samples: Sequence[int], memory: int) -> Tensor:
+        """The value for inputs x (N, ...) on each chip, (samples, N, *shape), float32, on the device of x.
+
+        `memory`: bytes to take beside it, about, on a GPU; on the CPU see `bytes`.
+        """
+        if self.gpu:
+            out = self.gpu.outputs(_images(x), seed, samples, memory)
+        else:
+            threads = torch.get_num_threads()
+            found, _ = self.plan.outputs(_images(x).numpy(), seed=seed, samples=list(samples), threads=threads)
+            out = torch.from_numpy(found)
+        return out.view(len(samples), len(x), *self.shape)
+
+    def count_correct(self, x: Tensor, labels: Tensor, seed: int, samples: Sequence[int], memory: int) -> list[int]:
+        """For each chip, how many of x (N, ...) are classified correctly: the first of `count`."""
+        return self.count(x, labels, seed, samples, memory)[0]
+
+    def count(
+        self, x: Tensor, labels: Tensor, seed: int, samples: Sequence[int], memory: int
+    ) -> tuple[list[int], list[int]]:
+        """For each chip, on how many of x (N, ...) the value is right, and on how many it is not finite; labels (N,).
+
+        Right is a value of which no element is NaN and the first largest one is at the label's place. Not finite is one
+        of which an element is NaN or infinite.
+        """
+        if self.gpu:
+            correct, nonfinite = self.gpu.count(_images(x), labels, seed, samples, memory).tolist()
+            return correct, nonfinite
+        labels = labels.to(torch.int64).contiguous().numpy()
+        threads = torch.get_num_threads()
+        correct, _, nonfinite = self.plan.count_correct(
+            _images(x).numpy(), labels, seed=seed, samples=list(samples), threads=threads
+        )
+        return correct.tolist(), nonfinite.tolist()
+
+    def bytes(self, images: int, samples: int) -> int:
+        """That a run takes beside the images; on a GPU for a few chips at once, which is the least that pays."""
+        if self.gpu:
+            return self.gpu.workspace(images, min(samples, 4))
+        return self.plan.bytes(images, samples, threads=torch.get_num_threads())
+
+
+def _images(x: Tensor) -> Tensor:
+    x = x.detach()
+    return (x if x.dim() == 4 else x[:, :, None, None]).contiguous()
+
+
+@dataclass
+class _Function:
+    """relu and affine maps behind an operation, as far as a plan takes them in one: see Pointwise in engine.h."""
+
+    channels: int
+    scale: np.ndarray | float = 1.0
+    shift: np.ndarray | float = 0.0
+    relu: bool = False
+    after_scale: np.ndarray | None = None
+    after_shift: np.ndarray | None = None
+
+    @np.errstate(invalid="ignore", over="ignore")  # what is not finite shall reach the outputs
+    def absorb(self, op: Op) -> bool:
+        """Put `op` behind, if that can be done."""
+        if op.kind == "same":
+            return True
+        if op.kind == "relu":
+            if self.after_scale is not None:
+                return False
+            self.relu = True
+            return True
+        if op.kind != "affine":
+            return False
+        scale, shift = op.detail
+        if not self.relu:
+            self.scale, self.shift = self.scale * scale, self.shift * scale + shift
+        elif self.after_scale is None:
+            self.after_scale, self.after_shift = scale, shift
+        else:
+            self.after_scale, self.after_shift = self.after_scale * scale, self.after_shift * scale + shift
+        return True
+
+    def identity(self, op: Op) -> bool:
+        """Whether `op` with what was put behind it does nothing at all."""
+        return op.kind == "same" and not self.relu and isinstance(self.scale, float)
+
+    @np.errstate(invalid="ignore", over="ignore")
+    def pointwise(self) -> Any:
+        """As the core takes it."""
+        from correctnet import _native
+
+        def array(values: np.ndarray | float | None) -> np.ndarray | None:
+            return None if values is None else np.broadcast_to(values, self.channels).astype(np.float32)
+
+        after = array(self.after_scale), array(self.after_shift)
+        return _native.Pointwise(
+            scale=array(self.scale), shift=array(self.shift), relu=self.relu, after_scale=after[0], after_shift=after[1]
+        )
+
+
+class Lowering:
+    """Which values of a traced network plans compute, and those plans."""
+
+    def __init__(self, traced: Traced):
+        self.root, self.input, self.output = traced.root, traced.input, traced.output
+        self.unused = traced.unused
+        self.device = next(self.root.parameters()).device
+        self.ops: dict[fx.Node, Op] = {}
+        self.sources: dict[fx.Node, fx.Node] = {}  # of a plan's value, the one value that the plan begins with
+        # By the step that does it, the value that it changes in place.
+        self.changed = {n: value for n in self.root.graph.nodes if (value := changed_by(self.root, n))}
+        for node in self.root.graph.nodes:
+            op = op_of(self.root, node)
+            # A plan has one input. Where two values meet that torch made, or that it changes in place, torch goes on.
+            sources = {n if n in self.changed.values() else self.sources.get(n, n) for n in op.inputs} if op else set()
+            if len(sources) == 1 and _rank_fits(source := sources.pop()):
+                self.ops[node], self.sources[node] = op, source
+
+    def steps(
+        self, first_layer: int, precision: Precision, method: cuda.Method | Literal["library"] = "fused"
+    ) -> list[TorchStep]:
+        """What computes the output, in order; `method` is of CUDA plans, "library" asks for none."""
+        planned = {n for n in self.root.graph.nodes if method != "library" and self._planned(n)}
+        needed: set[fx.Node] = set()
+        waiting = [self.output, *self.changed]
+        while waiting:
+            node = waiting.pop()
+            if node in needed or node is self.input:
+                continue
+            needed.add(node)
+            waiting += [self.sources[node]] if node in planned else node.all_input_nodes
+        sampled = self._sampled(first_layer)
+        return [
+            self._plan(node, first_layer, precision, node in sampled, method)
+            if node in planned
+            else TorchStep(node, node in sampled)
+            for node in self.root.graph.nodes
+            if node in needed
+        ]
+
+    def varied(self, node: fx.Node, first_layer: int) -> dict[str, AnalogLayer]:
+        """By name within the module that a step calls, its layers whose weights differ from chip to chip.
+
+        A step that reads a layer's weight without calling it has that layer, without a name.
+        """
+        if node.op == "get_attr":
+            owner, _, name = node.target.rpartition(".")
+            layer = self.root.get_submodule(owner)
+            return {"": layer} if name == "weight" and _noise(layer, first_layer) else {}
+        if node.op != "call_module":
+            return {}
+        return {n: m for n, m in self.root.get_submodule(node.target).named_modules() if _noise(m, first_layer)}
+
+    def cost(self, node: fx.Node) -> tuple[float, int]:
+        """(FLOP an image, weights) of a step that is one convolution or linear layer; else zeros."""
+        module = self.root.get_submodule(node.target) if node.op == "call_module" else None
+        if not isinstance(module, (nn.Conv2d, nn.Linear)) or not shape_of(node):
+            return 0.0, 0
+        weight = nominal_weight(module)
+        pixels = math.prod(shape_of(node)) // weight.shape[0]  # or vectors, for a linear layer
+        return 2.0 * weight.numel() * pixels, weight.numel()
+
+    def _planned(self, node: fx.Node) -> bool:
+        """Whether a plan is to compute the value: where no layer is in it, torch is as fast."""
+        return node in self.ops and any(self.ops[n].kind in ("conv", "linear") for n in self._region(node))
+
+    def _sampled(self, first_layer: int) -> set[fx.Node]:
+        """The nodes whose values differ from chip to chip."""
+        sampled: set[fx.Node] = set()
+        for node in self.root.graph.nodes:
+            if self.varied(node, first_layer) or any(n in sampled for n in node.all_input_nodes):
+                sampled |= {node, self.changed.get(node, node)}
+        return sampled
+
+    def _plan(
+        self, target: fx.Node, first_layer: int, precision: Precision, sampled: bool, method: cuda.Method
+    ) -> PlanStep:
+        from correctnet import _native
+
+        source = self.sources[target]
+        region = self._region(target)
+        readers = {n: [r for r in region if n in self.ops[r].inputs] for n in (source, *region)}
+        channels, height, width = (*shape_of(source), 1, 1)[:3]
+        plan = _native.Plan(precision, channels, height, width)
+        values, done, layers = {source: 0}, set(), []
+        for node in region:
+            if node in done:
+                continue
+            op = self.ops[node]
+            chain = _Function(shape_of(node)[0])
+            pool, last = False, node
+            if op.kind in ("affine", "relu", "same"):
+                chain.absorb(op)
+            # What follows and can be done in the same pass, up to a value that something else reads, too.
+            while op.kind in ("conv", "linear", "affine", "relu", "same", "add"):
+                after = readers[last]
+                if last is target or len(after) != 1:
+                    break
+                following = self.ops[after[0]]
+                if op.kind == "conv" and not pool and _halves(following, shape_of(last)):
+                    pool = True
+                elif (pool and following.kind != "same") or not chain.absorb(following):
+                    break
+                last = after[0]
+                done.add(last)
+            x = [values[n] for n in op.inputs]
+            values[last] = x[0] if chain.identity(op) else self._emit(plan, op, x, chain, pool, first_layer)
+            if op.kind in ("conv", "linear"):
+                layers.append(node.target)
+        plan.finish(values[target])
+        gpu = cuda.Plan(plan, self.device, method) if cuda.reaches(self.device) else None
+        return PlanStep(target, sampled, source, plan, shape_of(target), tuple(layers), gpu)
+
+    def _region(self, target: fx.Node) -> list[fx.Node]:
+        """The nodes between a plan's source and its target, in order."""
+        source, found, waiting = self.sources[target], set(), [target]
+        while waiting:
+            node = waiting.pop()
+            if node is not source and node in self.ops and node not in found:
+                found.add(node)
+                waiting += self.ops[node].inputs
+        return [n for n in self.root.graph.nodes if n in found]
+
+    @np.errstate(invalid="ignore", over="ignore")
+    def _emit(self, plan: Any, op: Op, x: list[int], chain: _Function, pool: bool, first_layer: int) -> int:
+        """Append an operation to a plan; the number of its value."""
+        if op.kind == "conv":
+            layer, padding = op.detail
+            chain.shift = chain.shift + chain.scale * _bias(layer)
+            return plan.conv(
+                x[0],
+                nominal_weight(layer).detach().permute(0, 2, 3, 1).contiguous().cpu().numpy(),
+                stride=layer.stride,
+                padding=padding,
+                dilation=layer.dilation,
+                groups=layer.groups,
+                noise=_noise(layer, first_layer),
+                pointwise=chain.pointwise(),
+                pool=pool,
+            )
+        if op.kind == "linear":
+            layer = op.detail
+            chain.shift = chain.shift + chain.scale * _bias(layer)
+            weight = nominal_weight(layer).detach().contiguous().cpu().numpy()
+            return plan.linear(x[0], weight, noise=_noise(layer, first_layer), pointwise=chain.pointwise())
+        if op.kind in ("max_pool", "average_pool"):
+            return getattr(plan, op.kind)(x[0], *op.detail)
+        if op.kind == "adaptive":
+            return plan.adaptive_average_pool(x[0], *op.detail)
+        if op.kind == "flatten":
+            return plan.flatten(x[0])
+        if op.kind == "concat":
+            return plan.concat(x)
+        if op.kind == "add":
+            return plan.add(x[0], x[1], chain.pointwise())
+        return plan.pointwise(x[0], chain.pointwise())
+
+
+def _rank_fits(source: fx.Node) -> bool:
+    shape = shape_of(source)
+    return shape is not None and len(shape) in (1, 3)
+
+
+def _halves(op: Op, shape: tuple[int, ...]) -> bool:
+    """Whether `op` is the 2 x 2 max-pool that a convolution does in passing."""
+    return op.kind == "max_pool" and op.detail == ((2, 2), (2, 2), (0, 0)) and min(shape[1:]) >= 2
+
+
+def _bias(layer: nn.Module) -> np.ndarray | float:
+    return 0.0 if layer.bias is None else layer.bias.detach().double().cpu().numpy()
+
+
+def _noise(layer: nn.Module, first_layer: int) -> Any:
+    """What varies a layer's weights, or None."""
+    if not isinstance(layer, AnalogLayer) or layer.layer_index < first_layer:
+        return None
+    if type(layer.variation) is not LogNormalVariation:
+        return layer.variation
+    if layer.variation.sigma == 0:
+        return None
+    from correctnet import _native
+
+    return _native.LayerNoise(layer.layer_index, layer.variation.sigma, layer.variation.shift)

@@ -1,0 +1,1 @@
+"""Monte Carlo evaluation over chip samples, and its results."""

@@ -1,0 +1,170 @@
+"""Proof that variation reaches every layer that should carry it, and no other.
+
+`check_coverage` compares a converted network with the digital one that has a chip's weights, through the same program
+and the same engine as `correctnet.evaluate`; that one makes the cheaper checks of `correctnet.crossbar.probe` by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from correctnet.crossbar.layers import AnalogLayer, analog_layers, crossbar_layers, programmed
+from correctnet.crossbar.probe import Reads, address, change, left_alone, run, same, watching
+from correctnet.engine.engine import CHECK_TOLERANCE, Engine
+from correctnet.engine.trace import Unsupported
+from correctnet.errors import UserError
+
+
+def check_coverage(model: nn.Module, analog: nn.Module, inputs: Tensor, sample: int = 0) -> list[str]:
+    """Prove on real inputs that variation reaches each layer that should have it, and no other.
+
+    In evaluation mode and without gradients, as `evaluate` runs it, `analog` must give exactly what `model` gives with
+    nominal weights, and with chip `sample` exactly what `model` gives with that chip's weights in the place of its own
+    (drawn here from the address, not taken from the layer). The engine that `evaluate` takes is held against the same.
+
+    Args:
+        model: the digital network.
+        analog: what `correctnet.convert` made of it.
+        inputs: a batch.
+        sample: number of the chip.
+
+    Returns:
+        The names of the layers that carry variation and are used when the network is evaluated.
+
+    Raises:
+        UserError: names the layers that do not do what they should, e.g. one whose weights are used past it.
+    """
+    devices = {p.device for p in model.parameters()}
+    if devices and inputs.device not in devices:
+        raise UserError("check_coverage: model and inputs are on different devices")
+    names = {id(module): name for name, module in analog.named_modules()}
+    layers = analog_layers(analog)
+    if not layers:
+        raise UserError("check_coverage: the second model carries no variation; it is the one that convert() made")
+    known = dict(model.named_modules())
+    if foreign := [names[id(layer)] for layer in layers if names[id(layer)] not in known]:
+        raise UserError(f"check_coverage: the first model has no layer {foreign[0]!r}; give the one that was converted")
+    with torch.no_grad(), left_alone(model, analog), programmed(analog, None):
+        wanted = run(model, inputs, "check_coverage")
+        if not same(wanted, run(model, inputs, "check_coverage")):
+            raise UserError(
+                "check_coverage: the network's outputs change from call to call, so nothing can be compared"
+            )
+        if not same(wanted, run(analog, inputs, "check_coverage")):
+            raise UserError("check_coverage: with nominal weights the two models differ")
+        with _chip_weights(model, analog, names, sample):
+            wanted = run(model, inputs, "check_coverage")
+            used = _used(model, [name for name, _ in crossbar_layers(model)], inputs)
+        with programmed(analog, sample), watching(analog, layers) as probe:
+            run(analog, inputs, "check_coverage")
+        bypassed = [names[id(layer)] for layer in layers if layer.layer_index in probe.leaked]
+        if bypassed:
+            raise UserError(f"check_coverage: {bypassed[0]}: its nominal weights are used past the layer")
+        reached = [names[id(layer)] for layer in layers if layer.layer_index in probe.used]
+        for layer in layers:
+            if names[id(layer)] in used and layer.layer_index not in probe.used and _varies(layer, sample):
+                raise UserError(f"check_coverage: {names[id(layer)]} is never called, so its variation has no effect")
+        with programmed(analog, sample):
+            found = run(analog, inputs, "check_coverage")
+        if not same(found, wanted):
+            raise UserError(f"check_coverage: {_first_difference(model, analog, names, inputs, sample)}")
+    _check_engine(analog, inputs, found, sample)
+    return reached if reached else [names[id(layer)] for layer in layers if names[id(layer)] in used]
+
+
+def _varies(layer: AnalogLayer, sample: int) -> bool:
+    before, layer.chip.sample = layer.chip.sample, sample
+    try:
+        return change(layer) > 0
+    finally:
+        layer.chip.sample = before
+
+
+def _drawn(model: nn.Module, analog: nn.Module, names: dict[int, str], sample: int) -> dict[str, Tensor]:
+    """By layer, the weights that a chip's address gives for the digital model's weights."""
+    return {
+        names[id(layer)]: layer.variation.sample(
+            model.get_submodule(names[id(layer)]).weight.detach(), layer.chip.seed, layer.layer_index, sample
+        )
+        for layer in analog_layers(analog)
+    }
+
+
+@contextmanager
+def _chip_weights(model: nn.Module, analog: nn.Module, names: dict[int, str], sample: int) -> Iterator[None]:
+    """The digital model with a chip's weights for the length of a block; derived weights are replaced by a hook."""
+    swapped: list[tuple[nn.Module, nn.Parameter]] = []
+    hooks = []
+    try:
+        for name, weight in _drawn(model, analog, names, sample).items():
+            layer = model.get_submodule(name)
+            own = layer._parameters.get("weight")
+            if own is not None:
+                swapped.append((layer, own))
+                layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+            else:
+                hooks.append(layer.register_forward_pre_hook(lambda m, _args, w=weight: setattr(m, "weight", w)))
+        yield
+    finally:
+        for layer, own in swapped:
+            layer._parameters["weight"] = own
+        for hook in hooks:
+            hook.remove()
+
+
+def _used(model: nn.Module, names: list[str], inputs: Tensor) -> set[str]:
+    """The layers of a digital model whose weights an operation of its forward pass reads."""
+    read: set[int] = set()
+    with Reads(read.add):
+        run(model, inputs, "check_coverage")
+    return {name for name in names if address(model.get_submodule(name).weight) in read}
+
+
+def _first_difference(model: nn.Module, analog: nn.Module, names: dict[int, str], inputs: Tensor, sample: int) -> str:
+    """Where the analog network first leaves the digital one that has the chip's weights, in words."""
+
+    def outputs(network: nn.Module) -> list[tuple[str, Any]]:
+        seen: list[tuple[str, Any]] = []
+        own = {id(m): n for n, m in network.named_modules()}
+
+        def record(module: nn.Module, _args: Any, output: Any) -> None:
+            seen.append((own[id(module)], [v.clone() for v in tree_leaves(output) if isinstance(v, Tensor)]))
+
+        hooks = [m.register_forward_hook(record) for m in network.modules()]
+        try:
+            run(network, inputs, "check_coverage")
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return seen
+
+    with _chip_weights(model, analog, names, sample):
+        wanted = outputs(model)
+    with programmed(analog, sample):
+        found = outputs(analog)
+    for (name, a), (other, b) in zip(wanted, found, strict=False):
+        if name != other or not same(a, b):
+            if isinstance(analog.get_submodule(other), AnalogLayer):
+                return f"{other} does not give what its chip's weights give"
+            return f"{other} is digital, yet its output changes with the chip"
+    return "the network does not give what its chip's weights give"
+
+
+def _check_engine(analog: nn.Module, inputs: Tensor, wanted: Any, sample: int) -> None:
+    """Hold the engine that `evaluate` takes against what torch gives on the chip."""
+    if not isinstance(wanted, Tensor) or not wanted.isfinite().all():
+        return
+    with left_alone(analog), programmed(analog, sample):
+        try:
+            engine = Engine(analog, inputs)
+        except Unsupported:
+            return
+    found, scale = engine.outputs(inputs, [sample])[0], wanted.abs().max()
+    if not (found - wanted).abs().max() <= CHECK_TOLERANCE * scale:
+        raise UserError("check_coverage: the C++ core does not give what the chip's weights give")

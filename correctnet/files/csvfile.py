@@ -1,0 +1,193 @@
+"""CSV files read with suspicion: a cell that is not what its column holds is named by file, line and column."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import pandas as pd
+
+from correctnet.errors import UserError, one_line
+from correctnet.files.storage import unreadable
+
+
+@dataclass(frozen=True)
+class Column:
+    """What the cells of a column hold."""
+
+    kind: type
+    """int, float (finite) or str"""
+    low: float = -math.inf
+    high: float = math.inf
+    empty: bool = False
+    """whether a cell may be empty"""
+
+    def __str__(self) -> str:
+        if (self.kind, self.low, self.high) == (float, 0, 1):
+            return "a fraction between 0 and 1"
+        name = {int: "an integer", float: "a number", str: "a text"}[self.kind]
+        if self.high < math.inf:
+            return f"{name} from {self.low:g} to {self.high:g}"
+        return name if self.low == -math.inf else f"{name} that is at least {self.low:g}"
+
+
+COUNT, FRACTION, SHARE, TEXT = Column(int, 0), Column(float, 0, 1), Column(float, 0), Column(str)
+MAYBE_FRACTION, MAYBE_TEXT = Column(float, 0, 1, empty=True), Column(str, empty=True)
+# By name: those of an evaluation's file, and those of the files of the other stages.
+EVALUATION = {
+    **dict.fromkeys(("sample", "correct", "seed", "layers"), COUNT),
+    "images": Column(int, 1),
+    "accuracy": FRACTION,
+    **dict.fromkeys(("sigma", "overhead", "factor_mean", "factor_cv"), SHARE),
+    **dict.fromkeys(("pair", "row", "network", "dataset", "split", "centre"), TEXT),
+    **dict.fromkeys(("epochs", "variation", "on", "resample", "data", "device", "model"), MAYBE_TEXT),
+    **dict.fromkeys(("trained_sigma", "prefixes"), MAYBE_TEXT),
+}
+COLUMNS = {
+    **EVALUATION,
+    **dict.fromkeys(("evaluation", "episode"), COUNT),
+    **dict.fromkeys(("layer", "weights"), Column(int, 1)),
+    **dict.fromkeys(("original", "threshold", "clean"), FRACTION),
+    **dict.fromkeys(("mean", "std"), MAYBE_FRACTION),
+    "seconds": SHARE,
+    "reward": Column(float),
+    **dict.fromkeys(("name", "stage"), TEXT),
+    **dict.fromkeys(("filters", "ratios", "candidates"), MAYBE_TEXT),
+}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A table, and where its rows stand."""
+
+    path: str | Path
+    table: pd.DataFrame
+    lines: Sequence[int]
+    """of each row, counted from 1"""
+
+    def refuse(self, row: int, column: str, what: str) -> NoReturn:
+        """Raise a UserError about a cell."""
+        raise UserError(f"{self.path}: line {self.lines[row]}: {column}: {what}")
+
+
+def read(path: str | Path, required: Sequence[str] = (), known: Mapping[str, Column] = COLUMNS) -> Checked:
+    """Read a CSV file whose first line names its columns, and check each cell of the columns that are known.
+
+    Floats are read to the last bit. A column of another name holds numbers where all of its cells do, an empty one
+    being none, else texts.
+
+    Args:
+        path: the file.
+        required: columns that it must have.
+        known: what the cells of columns hold, by their names.
+
+    Raises:
+        UserError: the file is absent, cut short (it does not end with a line end), has a column that is required not,
+            or one twice, a line of another number of fields, or a cell that its column does not hold. It names file,
+            line and column, and what was found.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)})") from error
+    if not text.strip():
+        raise UserError(f"{path}: cannot be read (it is empty)")
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows, lines = [], []
+    try:
+        header = next(reader)
+        _check_header(path, header, required)
+        for cells in reader:
+            if cells:  # a blank line holds nothing
+                rows.append(cells)
+                lines.append(reader.line_num)
+    except csv.Error as error:
+        raise UserError(f"{path}: line {reader.line_num}: not CSV ({error})") from error
+    if not text.endswith("\n"):
+        raise UserError(f"{path}: line {reader.line_num}: no line end: the file was cut short, or edited")
+    for cells, line in zip(rows, lines, strict=True):
+        if len(cells) != len(header):
+            raise UserError(f"{path}: line {line}: {len(cells)} cells where the header has {len(header)} columns")
+    columns = {}
+    for i, name in enumerate(header):
+        cells = [row[i] for row in rows]
+        columns[name] = _values(path, name, known[name], cells, lines) if name in known else _guessed(cells)
+    return Checked(path, pd.DataFrame(columns, columns=header), lines)
+
+
+def _check_header(path: str | Path, header: Sequence[str], required: Sequence[str]) -> None:
+    missing = [name for name in required if name not in header]
+    if missing:
+        raise UserError(f"{path}: no column {missing[0]!r}")
+    twice = [name for name in header if header.count(name) > 1]
+    if twice:
+        raise UserError(f"{path}: line 1: two columns are named {twice[0]!r}")
+
+
+def _values(path: str | Path, name: str, column: Column, cells: Sequence[str], lines: Sequence[int]) -> pd.Series:
+    """The cells of a column that is known, each checked."""
+    values = []
+    for cell, line in zip(cells, lines, strict=True):
+        try:
+            values.append(_value(column, cell))
+        except ValueError:
+            found = f"{cell!r} was found" if cell else "the cell is empty"
+            raise UserError(f"{path}: line {line}: {name}: {column} is expected; {found}") from None
+    kind = {int: None if values else "int64", float: "float64", str: "str"}[column.kind]
+    return pd.Series(values, dtype=kind)
+
+
+def _value(column: Column, cell: str) -> int | float | str:
+    """What a cell says. Raises ValueError where the column does not hold such."""
+    if not cell.strip():
+        if not column.empty:
+            raise ValueError
+        return "" if column.kind is str else math.nan
+    if column.kind is str:
+        return cell
+    if column.kind is int:
+        if not re.fullmatch(r"[+-]?[0-9]+", cell):
+            raise ValueError
+        value: int | float = int(cell)
+        if abs(value) >= 2**64:
+            raise ValueError
+    else:
+        value = _float(cell)
+    if not column.low <= value <= column.high:  # false for NaN, too
+        raise ValueError
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+def _float(cell: str) -> float:
+    if "_" in cell:  # Python's digits may be grouped by it; a file's are not
+        raise ValueError
+    return float(cell)
+
+
+def _guessed(cells: Sequence[str]) -> pd.Series:
+    """The cells of a column of no known name: numbers where all of them are written as numbers are, else texts.
+
+    A text that only looks like a number (007, 12e5, nan) is none: it would be written otherwise than it was read.
+    """
+    for kind, dtype in ((int, "Int64"), (float, "float64")):
+        try:
+            values = [kind(cell) if cell else None for cell in cells]
+            if all(value is None or repr(value) == cell for cell, value in zip(cells, values, strict=True)):
+                finite = [value for value in values if value is not None and math.isfinite(value)]
+                if len(finite) == len(values):
+                    return pd.Series(finite)
+                if len(finite) == len(values) - values.count(None):
+                    return pd.Series(values, dtype=dtype)
+        except (ValueError, OverflowError):
+            continue
+    return pd.Series(list(cells), dtype="str")

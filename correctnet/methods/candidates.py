@@ -1,0 +1,202 @@
+"""Which layers variation hurts: from layer i to the last (Fig. 9 of the paper), and each layer alone.
+
+Layers are counted in the order in which the network runs them, whatever the order of their registration; the address
+of a layer's noise, its layer index, is that of registration and stays what it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from correctnet.crossbar.layers import ANALOG, analog_layers, convert, crossbar_layers, nominal_weight, programmed
+from correctnet.crossbar.probe import Reads, address, left_alone, run
+from correctnet.datasets.batches import first_images
+from correctnet.devices.lognormal import Variation
+from correctnet.engine.engine import MEMORY, Method
+from correctnet.errors import UserError
+from correctnet.evaluation.montecarlo import Batches, clean_accuracy, evaluate
+from correctnet.evaluation.results import Result
+from correctnet.precision import Precision
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Accuracies with variation in layers i..L for every i, and the layers that need compensation."""
+
+    results: dict[int, Result]
+    """by i, 1 <= i <= L, counted as in the paper"""
+    names: tuple[str, ...]
+    """of the L layers, in the order of execution"""
+    original: float
+    """clean accuracy of the pre-trained network, on the same images"""
+    threshold: float
+    """fraction of `original` that must be kept"""
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """The first i layers, i the largest whose mean accuracy is under threshold * original; () where none is."""
+        below = [i for i, r in self.results.items() if r.mean < self.threshold * self.original]
+        return self.names[: max(below, default=0)]
+
+    def table(self) -> pd.DataFrame:
+        """One row a layer and chip: layer (i), name, sample, accuracy, ..., original."""
+        parts = [
+            r.table.assign(layer=i, name=self.names[i - 1], original=self.original, threshold=self.threshold)
+            for i, r in sorted(self.results.items())
+        ]
+        return pd.concat(parts, ignore_index=True)
+
+    def summary(self) -> dict[str, Any]:
+        """What the search needs, as JSON."""
+        return {
+            "candidates": list(self.candidates),
+            "original": self.original,
+            "threshold": self.threshold,
+            "accuracy": {self.names[i - 1]: r.mean for i, r in sorted(self.results.items())},
+        }
+
+
+def executed(model: nn.Module, data: Batches) -> list[str]:
+    """The names of the conv and linear layers in the order in which `model` first runs them, or reads their weights.
+
+    Observed on images of `data`, in evaluation mode. Raises UserError for a layer that is not used: variation in it has
+    no effect.
+    """
+    images = first_images(data, "sweep")
+    layers = dict(crossbar_layers(model))
+    device = next(model.parameters()).device
+    order: dict[str, None] = {}
+    # A weight that several layers share does not tell them apart; their calls do.
+    places = {name: address(nominal_weight(layer)) for name, layer in layers.items()}
+    shared = Counter(places.values())
+    read = {place: name for name, place in places.items() if place is not None and shared[place] == 1}
+    hooks = [
+        layer.register_forward_hook(lambda *_, name=name: order.setdefault(name)) for name, layer in layers.items()
+    ]
+    try:
+        with torch.no_grad(), left_alone(model), Reads(lambda a: order.setdefault(read[a]) if a in read else None):
+            run(model, images[:2].to(device), "sweep")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if never := [name for name in layers if name not in order]:
+        raise UserError(f"{never[0]} is not used, so variation in it has no effect; take it out of the network")
+    return list(order)
+
+
+def _nominal(model: nn.Module, names: Collection[str]) -> nn.Module:
+    """A copy of a converted model whose layers `names` carry no variation; all others keep their addresses."""
+    model = copy.deepcopy(model)
+    for name, layer in crossbar_layers(model):
+        if name in names:
+            layer.__class__ = next(plain for plain, analog in ANALOG.items() if type(layer) is analog)
+    return model
+
+
+def sweep(
+    model: nn.Module,
+    data: Batches,
+    original: float,
+    threshold: float = 0.95,
+    *,
+    chips: int = 50,
+    start: int = 0,
+    precision: Precision = "float32",
+    gpu_method: Method = "auto",
+    memory: int = MEMORY,
+    progress: bool = True,
+) -> Sweep:
+    """Inject variation into layers i..L for i = L, L-1, ..., 1, each over the same chips.
+
+    Layer i is the i-th that the network runs.
+
+    Args:
+        model: from `correctnet.crossbar.layers.convert`, no layer excluded.
+        data: validation images, never the test set: the result is a choice.
+        original: clean accuracy of the pre-trained network on them, in (0, 1].
+        threshold: candidates are the first i layers for the first i (from the last layer backwards) whose mean
+            accuracy is below threshold * original; 0.95 in the paper.
+        chips, start, precision, gpu_method, memory, progress: as in `correctnet.evaluation.montecarlo.evaluate`.
+    """
+    if not 0 < original <= 1:
+        raise UserError(f"sweep: the original accuracy must lie in (0, 1], not {original}")
+    if not 0 < threshold <= 1:
+        raise UserError(f"sweep: the threshold is a fraction in (0, 1] (0.95, not 95), not {threshold}")
+    registered = tuple(name for name, _ in crossbar_layers(model))
+    if len(analog_layers(model)) != len(registered):
+        raise UserError("sweep: every conv and linear layer must carry variation; convert the model without `exclude`")
+    with programmed(model, None):
+        names = tuple(executed(model, data))
+    results = {}
+    for i in tqdm(range(len(names), 0, -1), desc="sweep", unit="layer", disable=not progress):
+        in_order = names == registered
+        results[i] = evaluate(
+            model if in_order else _nominal(model, names[: i - 1]),
+            data,
+            chips,
+            start=start,
+            first_layer=i - 1 if in_order else 0,
+            precision=precision,
+            gpu_method=gpu_method,
+            memory=memory,
+            chunk=chips,
+            progress=progress,
+            title=names[i - 1],
+        )
+    return Sweep(results, names, original, threshold)
+
+
+def sensitivity(
+    model: nn.Module,
+    variation: Variation,
+    seed: int,
+    data: Batches,
+    *,
+    chips: int = 20,
+    start: int = 0,
+    precision: Precision = "float32",
+    gpu_method: Method = "auto",
+    memory: int = MEMORY,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Accuracy with variation in one layer alone, every other layer at its nominal weights.
+
+    Args:
+        model: an ordinary network, compensated or not; its digital layers stay as they are.
+        variation, seed: as in `correctnet.crossbar.layers.convert`. A layer carries the same weights on chip n here as on chip n
+            of the whole network.
+        data, chips, start, precision, gpu_method, memory, progress: as in `correctnet.evaluation.montecarlo.evaluate`.
+
+    Returns:
+        One row a layer and chip: layer (1 is the first that the network runs), name, weights (of the layer), sample,
+        accuracy, ..., clean (accuracy of the nominal network on the same images).
+    """
+    layers = dict(crossbar_layers(model))
+    names = executed(model, data)
+    clean = clean_accuracy(model, data)
+    parts = []
+    for i, name in enumerate(tqdm(names, desc="sensitivity", unit="layer", disable=not progress), start=1):
+        alone = convert(model, variation, seed, exclude=[other for other in names if other != name])
+        result = evaluate(
+            alone,
+            data,
+            chips,
+            start=start,
+            precision=precision,
+            gpu_method=gpu_method,
+            memory=memory,
+            chunk=chips,
+            progress=progress,
+            title=name,
+        )
+        parts.append(result.table.assign(layer=i, name=name, weights=layers[name].weight.numel(), clean=clean))
+    return pd.concat(parts, ignore_index=True)

@@ -1,0 +1,1 @@
+"""The stages of the workflow: configuration, files in, files out."""

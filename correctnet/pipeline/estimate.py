@@ -1,0 +1,142 @@
+"""How long a run may take, from a few seconds of measurement on the machine at hand."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from correctnet.crossbar.layers import convert, crossbar_layers, program, programmed
+from correctnet.devices import lognormal as variation
+from correctnet.engine.engine import Engine, Unsupported
+from correctnet.errors import UserError
+from correctnet.networks import models
+from correctnet.noise import streams
+from correctnet.pipeline.config import Config, Settings, Stage, lineage
+from correctnet.pipeline.workload import Costs, stage_seconds
+from correctnet.precision import Precision, products
+
+
+def _seconds(work: Callable[[], object], at_least: float = 0.2) -> float:
+    """Seconds a call, the best of several, after one that does not count."""
+    work()
+    best, began = float("inf"), time.perf_counter()
+    while time.perf_counter() - began < at_least or best == float("inf"):
+        start = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def costs(settings: Settings) -> Costs:
+    """What training and testing cost on this machine, measured."""
+    s = settings
+    channels = 1 if s.data.dataset in ("digits", "mnist") else 3
+    classes = 100 if s.data.dataset == "cifar100" else 10
+    model = models.build(s.network.name, classes, channels, **models.options(s.network))
+    size, generator = 64 if s.network.name == "vgg16" else 128, streams.torch_generator(0, "benchmark", "estimate")
+    images = torch.randn(size, channels, 32, 32, generator=generator)
+    labels = torch.zeros(len(images), dtype=torch.int64)
+
+    def step() -> None:
+        with products(s.pretrain.precision, "cpu"):
+            logits = model.train()(images)
+        F.cross_entropy(logits.float(), labels).backward()
+
+    # One layer stands for all: the cost of sampling is proportional to the number of weights.
+    layer = min((m for _, m in crossbar_layers(model)), key=lambda m: abs(m.weight.numel() - 50000))
+    analog = convert(layer, variation.make(s.variation))
+    weights = sum(m.weight.numel() for _, m in crossbar_layers(model))
+
+    def sample() -> None:
+        program(analog, 0)
+        analog.chip_weight()
+
+    network = convert(model.eval(), variation.LogNormalVariation(max(s.variation.sigma, 0.1)))
+    test = _test_seconds(network, images, s.montecarlo.precision)
+    with torch.no_grad():
+        sampling = _seconds(sample) * weights / layer.weight.numel()
+    return Costs(_seconds(step) / len(images), test, sampling, len(list(crossbar_layers(model))))
+
+
+def _test_seconds(analog: nn.Module, images: Tensor, precision: Precision) -> float:
+    """An image on one chip, its share of drawing the chip included."""
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    try:
+        engine = Engine(analog, images, precision=precision)
+    except Unsupported:
+        with torch.no_grad(), programmed(analog, 0):
+            return _seconds(lambda: analog(images)) / len(images)
+    chips = [0] if len(images) < 100 else list(range(10))
+    return _seconds(lambda: engine.count_correct(images, labels, chips)) / (len(images) * len(chips))
+
+
+def pair_seconds(config: Config, pair: str) -> dict[str, float]:
+    """Estimated seconds of each stage of a pair, all of its rows together, each shared run counted once."""
+    cost = costs(config.settings(pair))
+    seen: set[tuple[str, ...]] = set()
+    total: dict[str, float] = {}
+
+    def add(stage: Stage, s: Settings, key: str, runs: int = 1, chips: int | None = None) -> None:
+        if (stage, key) not in seen:
+            seen.add((stage, key))
+            total[stage] = total.get(stage, 0.0) + runs * stage_seconds(stage, s, cost, chips)
+
+    for name in config.rows_of(pair):
+        s, row = config.settings(pair, name), config.rows[name]
+        for stage in lineage(s, row.evaluate):
+            key = " ".join(f"{before} {s.canonical(before)}" for before in lineage(s, stage))
+            add(stage, s, key, len(s.search.limits) if stage == "search" else 1)
+        add("evaluate", s, name, chips=s.evaluate.chips + 1)
+        if row.curve:
+            images = s.evaluate.curve_images or s.evaluate.images
+            at_others = s.evaluate.model_copy(update={"images": images})
+            chips = len(s.evaluate.sigmas) * s.evaluate.curve_chips
+            add("evaluate", s.model_copy(update={"evaluate": at_others}), f"{name} curve", chips=chips)
+        if name == "correctnet":
+            add("sensitivity", s, name, runs=3)
+    return total
+
+
+def report(config: Config, run: str, cores: int) -> str:
+    """The estimate for a run as lines of text. Leaves torch with one thread."""
+    if run not in config.runs:
+        raise UserError(f"no run {run!r} (runs: {', '.join(config.runs)})")
+    # One thread, so that neither the other core nor what else runs there enters; stages keep all cores busy.
+    torch.set_num_threads(1)
+    lines, everything = [], 0.0
+    for pair in config.runs[run]:
+        stages = {stage: seconds / cores for stage, seconds in pair_seconds(config, pair).items()}
+        everything += sum(stages.values())
+        parts = ", ".join(f"{stage} {_duration(seconds)}" for stage, seconds in stages.items())
+        lines.append(f"  {pair}: about {_duration(sum(stages.values()))} ({parts})")
+    head = f"{run}: about {_duration(everything)} on {cores} cores, from a few seconds of measurement on one of them;"
+    return "\n".join([f"{head} what is done already is not done again", *lines])
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def main() -> None:
+    """Print the estimate for --run of the configuration on standard input (JSON), as the workflow does at its start."""
+    from correctnet.pipeline.stages import available_cpus
+
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--cores", type=int, default=available_cpus())
+    arguments = parser.parse_args()
+    cores = min(arguments.cores, available_cpus())
+    print(report(Config.check(json.load(sys.stdin)), arguments.run, cores), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,402 @@
+"""Figures 2, 7, 9 and 10 of the paper, with the paper's values where they are known; all rows; yield; sensitivities."""
+
+from __future__ import annotations
+
+import itertools
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import PercentFormatter
+
+from correctnet.errors import UserError
+from correctnet.evaluation.results import Result, check_accuracies
+from correctnet.files import csvfile as checked
+from correctnet.files import storage
+from correctnet.pipeline.config import exact
+from correctnet.report import tables
+
+# Okabe and Ito's palette, which people with any kind of colour blindness can tell apart.
+BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"
+YELLOW, SKY = "#E69F00", "#56B4E9"
+SEARCH_COLOURS = (BLUE, GREEN, PINK, ORANGE)  # by overhead limit
+ANEW = "correctnet-sigma-"
+ROW_STYLE = {
+    "unprotected": (ORANGE, "s", "original network"),
+    "correctnet": (BLUE, "o", "CorrectNet"),
+    ANEW: (GREEN, "^", "CorrectNet, trained anew for each σ"),
+}
+SENSITIVITY_STYLE = {
+    "pretrain": (ORANGE, "original network"),
+    "suppress": (GREEN, "Lipschitz regularisation alone"),
+    "compensate": (BLUE, "CorrectNet"),
+}
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "svg.hashsalt": "correctnet",  # the same data give the same file
+    "figure.constrained_layout.use": True,
+    # Names and labels are shown as they are written, "$" and "\\" too.
+    "text.parse_math": False,
+    "text.usetex": False,
+}
+
+
+def draw(
+    name: str,
+    files: Sequence[Path],
+    out: Path,
+    labels: Mapping[str, str] | None = None,
+    only: Sequence[str] = (),
+    sigma: float | None = None,
+) -> None:
+    """Draw a figure (a key of FIGURES) from files, as PNG (`out`) and SVG (beside it); `out` may name either of them.
+
+    `labels` and `only` are those of `rows`; `sigma` is Table I's, for those that show it (AT_SIGMA).
+    """
+    if sigma is not None and name not in AT_SIGMA:
+        raise UserError(f"--sigma: figure {name} does not show one of several")
+    for option, given in (("--label", labels), ("--only", only)):
+        if given and name != "rows":
+            raise UserError(f"{option}: figure {name} names no rows")
+    if out.suffix.lower() in (".pdf", ".eps", ".ps", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"):
+        raise UserError(f"--out {out}: a PNG and an SVG are written; end the name with .png")
+    paths = {kind: storage.beside(out, kind, (".png", ".svg")) for kind in (".png", ".svg")}
+    for path in paths.values():
+        storage.check_writable(path)
+    storage.check_distinct(paths.values(), files)
+    with plt.rc_context(STYLE):
+        at = {"sigma": sigma} if name in AT_SIGMA else {}
+        figure = rows(files, labels, only, **at) if name == "rows" else FIGURES[name](files, **at)
+        for kind, metadata in ((".png", None), (".svg", {"Date": None})):
+            with storage.replacing(paths[kind]) as temporary:
+                figure.savefig(temporary, format=kind[1:], dpi=160, metadata=metadata)
+        plt.close(figure)
+
+
+def _panels(titles: Sequence[str]) -> tuple[plt.Figure, list[Axes]]:
+    columns = min(2, len(titles))
+    rows = -(-len(titles) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.1 * rows), squeeze=False)
+    for ax in axes.flat[len(titles) :]:
+        ax.remove()
+    for ax, title in zip(axes.flat, titles, strict=False):
+        ax.set_title(_wrapped(title, 48))
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    return figure, list(axes.flat[: len(titles)])
+
+
+def folder_name(path: Path, above: int) -> str:
+    """The name of the folder `above` levels over that of a file, its pair in the workflow; "" where there is none."""
+    folders = path.absolute().parents
+    return folders[above].name if above < len(folders) else ""
+
+
+def _wrapped(text: str, width: int) -> str:
+    """A text in lines of at most `width` letters, three of them at most."""
+    return "\n".join(textwrap.wrap(text, width, max_lines=3, placeholder=" …"))
+
+
+def _curve(ax: Axes, of_row: pd.DataFrame, colour: str, marker: str, label: str) -> None:
+    """Mean over sigma with the standard deviation as a band."""
+    by_sigma = of_row.groupby("sigma")["accuracy"]
+    mean, std = by_sigma.mean(), by_sigma.std().fillna(0.0)
+    ax.plot(mean.index, mean, color=colour, marker=marker, markersize=4, label=label)
+    ax.fill_between(mean.index, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
+
+
+def _counts(table: pd.DataFrame) -> str:
+    varied = table[table["sigma"] > 0]
+    chips = (table if varied.empty else varied).groupby(["row", "sigma"]).size()
+    images = "/".join(str(n) for n in sorted(table["images"].unique()))
+    low, high = chips.min(), chips.max()
+    return f"{_chips(low) if low == high else f'{low} to {high} chips'}, {images} images"
+
+
+def _chips(count: int) -> str:
+    """How many chips, and that one of them has no spread."""
+    return tables.NO_INTERVAL if count == 1 else f"{count} chips"
+
+
+def figure2(files: Sequence[Path]) -> plt.Figure:
+    """Accuracy of the unprotected networks over sigma: mean and standard deviation over chips."""
+    samples = tables.read_samples(files)
+    return _over_sigma(samples, ["unprotected"])
+
+
+def figure7(files: Sequence[Path], sigma: float | None = None) -> plt.Figure:
+    """Accuracy of CorrectNet, trained once at its own sigma, and of the unprotected network, over sigma.
+
+    Rows named "correctnet-sigma-S" are CorrectNet trained for S: each gives the point at S of a curve of its own.
+    """
+    samples = tables.read_samples(files)
+    trained_for = samples["row"].map(_trained_for)
+    anew = samples["row"].str.startswith(ANEW) & (samples["sigma"] == trained_for)
+    # The one of Table I is the one that was trained for the table's own sigma.
+    of_table = samples["pair"].map({pair: table_sigma(of_pair, sigma) for pair, of_pair in samples.groupby("pair")})
+    own = (samples["row"] == "correctnet") & (samples["sigma"] == of_table)
+    with_anew = samples["pair"].isin(samples["pair"][anew].unique())
+    curve = samples[(anew | own) & with_anew].assign(row=ANEW)
+    return _over_sigma(pd.concat([samples, curve]), ["correctnet"], ["unprotected", ANEW])
+
+
+def _trained_for(row: str) -> float:
+    """S of a row "correctnet-sigma-S"; NaN for any other row."""
+    try:
+        return float(row.removeprefix(ANEW)) if row.startswith(ANEW) else float("nan")
+    except ValueError:
+        return float("nan")
+
+
+def table_sigma(of_pair: pd.DataFrame, given: float | None = None) -> float:
+    """The sigma of Table I, of a pair's samples: the one that is given, else the largest that every row has."""
+    pair = of_pair["pair"].iloc[0]
+    if given is not None:
+        if given not in set(of_pair["sigma"]):
+            raise UserError(f"figure: pair {pair} has no results at sigma {exact(given)}")
+        return given
+    rows = of_pair.groupby("sigma")["row"].nunique()
+    common = rows.index[rows == of_pair["row"].nunique()]
+    if common.empty:
+        raise UserError(f"figure: pair {pair} has no sigma at which all of its rows have results; give --sigma")
+    return common.max()
+
+
+def _over_sigma(samples: pd.DataFrame, rows: Sequence[str], optional: Sequence[str] = ()) -> plt.Figure:
+    pairs = list(samples["pair"].unique())
+    figure, axes = _panels(pairs)
+    for ax, pair in zip(axes, pairs, strict=True):
+        of_pair = samples[(samples["pair"] == pair) & samples["row"].isin([*rows, *optional])]
+        for row in [*rows, *optional]:
+            of_row = of_pair[of_pair["row"] == row]
+            if of_row.empty:
+                if row in optional:
+                    continue
+                raise UserError(f"figure: pair {pair} has no row {row!r}")
+            colour, marker, label = ROW_STYLE[row]
+            _curve(ax, of_row, colour, marker, label)
+            _paper_point(ax, of_row, row, colour)
+        ax.set(xlabel="σ of the weights' logarithm", ylabel="accuracy", ylim=(0, 1.02))
+        ax.text(0.02, 0.02, _counts(of_pair), transform=ax.transAxes, fontsize=7, color=GREY)
+        ax.legend(loc="lower left", bbox_to_anchor=(0, 0.08))
+    return figure
+
+
+def _paper_point(ax: Axes, of_row: pd.DataFrame, row: str, colour: str) -> None:
+    style = {"marker": "*", "s": 90, "facecolor": "none", "edgecolor": colour, "zorder": 3}
+    if (mean := tables.paper_mean(of_row, row)) is not None:
+        ax.scatter([tables.PAPER_SIGMA], [mean], **style, label=f"paper, {ROW_STYLE[row][2]}")
+    key = (of_row["network"].iloc[0], of_row["dataset"].iloc[0])
+    if row == "unprotected" and key in tables.PAPER_CLEAN:
+        ax.scatter([0], [tables.PAPER_CLEAN[key]], **style, label="paper, clean")
+
+
+def figure9(files: Sequence[Path]) -> plt.Figure:
+    """Accuracy of the suppressed network with variation from layer i to the last, on validation images."""
+    figure, axes = _panels([folder_name(path, 1) for path in files])
+    for ax, path in zip(axes, files, strict=True):
+        table = read_table(path, ["layer", "accuracy", "original", "threshold", "images"])
+        by_layer = table.groupby("layer")["accuracy"]
+        mean, std = by_layer.mean(), by_layer.std().fillna(0.0)
+        ax.plot(mean.index, mean, color=BLUE, marker="o", markersize=4, label="without compensation")
+        ax.fill_between(mean.index, mean - std, mean + std, color=BLUE, alpha=0.2, linewidth=0)
+        line = table["original"].iloc[0] * table["threshold"].iloc[0]
+        label = f"{table['threshold'].iloc[0]:.0%} of the original accuracy"
+        ax.axhline(line, color=ORANGE, linestyle="--", label=label)
+        below = mean.index[mean < line]
+        if len(below):
+            ax.axvspan(0.5, below.max() + 0.5, color=ORANGE, alpha=0.1, linewidth=0, label="candidates")
+        text = f"{_chips(by_layer.size().iloc[0])}, {table['images'].iloc[0]} validation images"
+        ax.text(0.98, 0.02, text, transform=ax.transAxes, fontsize=7, color=GREY, ha="right")
+        ax.set(xlabel="first layer with variation", ylabel="accuracy", xticks=mean.index)
+        ax.legend(loc="lower right", bbox_to_anchor=(1, 0.08))
+    return figure
+
+
+def figure10(files: Sequence[Path]) -> plt.Figure:
+    """The states that the search explored: overhead and validation accuracy, a ring around what each search chose."""
+    by_pair: dict[str, list[Path]] = {}
+    for path in files:
+        by_pair.setdefault(folder_name(path, 2), []).append(path)
+    figure, axes = _panels(list(by_pair))
+    for ax, logs in zip(axes, by_pair.values(), strict=True):
+        for k, path in enumerate(logs):
+            colour, marker = SEARCH_COLOURS[k % len(SEARCH_COLOURS)], "osD^"[k % 4]
+            table = read_table(path, ["overhead", "mean", "std"]).dropna(subset=["mean"])
+            if table.empty:  # nothing was searched
+                continue
+            x, name = 100 * table["overhead"], path.parent.name.replace("limit-", "limit ")
+            ax.errorbar(x, table["mean"], table["std"], fmt=marker, color=colour, alpha=0.6, markersize=4, label=name)
+            best = table.index[tables.best_state(list(table["mean"]), list(table["overhead"]))]
+            ring = {"s": 110, "facecolor": "none", "edgecolor": colour, "linewidth": 1.5, "zorder": 3}
+            ax.scatter([x[best]], [table["mean"][best]], **ring)
+        ax.set(xlabel="overhead, % of the network's parameters", ylabel="validation accuracy")
+        if ax.containers:
+            ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
+        else:
+            ax.text(0.5, 0.5, "no search", transform=ax.transAxes, color=GREY, ha="center")
+    return figure
+
+
+def yield_curve(files: Sequence[Path], sigma: float | None = None) -> plt.Figure:
+    """The fraction of chips at or above an accuracy, for every row of Table I at its sigma."""
+    samples = tables.read_samples(files)
+    pairs = list(samples["pair"].unique())
+    figure, axes = _panels(pairs)
+    for ax, pair in zip(axes, pairs, strict=True):
+        of_pair = samples[samples["pair"] == pair]
+        at = table_sigma(of_pair, sigma)
+        tables.check_comparable(pair, of_pair, at, "figure")
+        varied = of_pair[of_pair["sigma"] == at]
+        colours = itertools.chain((GREEN, PINK, YELLOW, SKY), itertools.cycle(plt.cm.tab20.colors))
+        for row in varied["row"].unique():
+            accuracies = np.sort(varied["accuracy"][varied["row"] == row].to_numpy())
+            # Behind the accuracy before it and up to the n-th lowest (n from 0), N - n of the N chips are at or above.
+            fraction = 1 - np.arange(len(accuracies)) / len(accuracies)
+            x = np.concatenate([accuracies, accuracies[-1:]])
+            style = {"color": ROW_STYLE[row][0], "linewidth": 2} if row in ROW_STYLE else {"color": next(colours)}
+            ax.step(x, np.append(fraction, 0.0), where="pre", label=row, **style)
+        ax.set(xlabel="accuracy", ylabel="chips at or above it", ylim=(0, 1.02))
+        ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        chips = varied.groupby("row").size()
+        ax.text(
+            0.02, 0.02, f"σ = {varied['sigma'].iloc[0]:g}, {_chips(chips.min())}", transform=ax.transAxes, fontsize=7
+        )
+        ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
+    return figure
+
+
+def rows(
+    files: Sequence[Path],
+    labels: Mapping[str, str] | None = None,
+    only: Sequence[str] = (),
+    sigma: float | None = None,
+) -> plt.Figure:
+    """Every row of Table I at its sigma: its clean accuracy, its chips, their mean with its 95 % interval.
+
+    A dotted line goes through the first row's mean, a star stands for the paper's mean where that is known. `labels`
+    says what rows are called; `only` leaves all rows out but these.
+
+    Raises:
+        UserError: no pair has a row of `only`.
+    """
+    samples = tables.read_samples(files)
+    for row in only:
+        if row not in set(samples["row"]):
+            raise UserError(f"figure: no row {row!r} (rows: {', '.join(samples['row'].unique())})")
+    sigmas = {pair: table_sigma(of_pair, sigma) for pair, of_pair in samples.groupby("pair")}
+    if only:
+        samples = samples[samples["row"].isin(only)]
+    pairs = list(samples["pair"].unique())
+    counts = samples.groupby("pair")["row"].nunique()
+    heights = [0.8 + 0.28 * counts[pair] for pair in pairs]
+    size = (8, 0.6 + sum(heights))
+    figure, axes = plt.subplots(len(pairs), 1, figsize=size, squeeze=False, height_ratios=heights)
+    stars = False
+    for ax, pair in zip(axes.flat, pairs, strict=True):
+        of_pair = samples[samples["pair"] == pair]
+        tables.check_comparable(pair, of_pair, sigmas[pair], "figure")
+        varied = of_pair[of_pair["sigma"] == sigmas[pair]]
+        names = list(varied["row"].unique())
+        lone = varied.groupby("row").size() == 1
+        texts = []
+        for name in names:
+            text = _wrapped((labels or {}).get(name, name), 48)
+            texts.append(f"{text}\n({tables.NO_INTERVAL})" if lone[name] else text)
+        ax.axvline(varied[varied["row"] == names[0]]["accuracy"].mean(), color=GREY, linewidth=0.8, linestyle=":")
+        for y, row in enumerate(names):
+            result = Result(varied[varied["row"] == row])
+            interval, colour = result.interval(), ROW_STYLE[row][0] if row in ROW_STYLE else GREEN
+            ax.plot(result.accuracies, np.full(result.chips, y), "|", color=colour, alpha=0.15, markersize=9)
+            error = None if lone[row] else [[result.mean - interval.low], [interval.high - result.mean]]
+            ax.errorbar([result.mean], [y], xerr=error, fmt="o", color=colour, markersize=5, capsize=3)
+            clean = of_pair[(of_pair["row"] == row) & (of_pair["sigma"] == 0)]["accuracy"]
+            ax.plot(clean, np.full(len(clean), y), "D", color=colour, markerfacecolor="none", markersize=5)
+            published = tables.paper_mean(varied, row)
+            if published is not None and sigmas[pair] == tables.PAPER_SIGMA:
+                ax.plot([published], [y], "*", color="black", markerfacecolor="none", markersize=9)
+                stars = True
+        ax.set(title=_wrapped(pair, 72), yticks=range(len(names)), yticklabels=texts, ylim=(len(names) - 0.4, -0.6))
+        ax.tick_params(axis="y", labelsize=8)
+        ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes[-1, 0].set(xlabel="accuracy")
+    marks = [("|", GREY, "a chip"), ("o", GREY, "their mean, 95 % interval"), ("D", "none", "without variation")]
+    marks += [("*", "none", "the paper's mean")] if stars else []
+    key = [
+        Line2D([], [], color=GREY, marker=marker, linestyle="", markerfacecolor=face, markersize=5, label=text)
+        for marker, face, text in marks
+    ]
+    figure.legend(handles=key, fontsize=7, loc="outside lower center", ncols=len(key))
+    return figure
+
+
+def sensitivity(files: Sequence[Path]) -> plt.Figure:
+    """Points of accuracy that variation in one layer alone costs, by layer and network, on validation images."""
+    by_pair: dict[str, list[Path]] = {}
+    for path in files:
+        by_pair.setdefault(folder_name(path, 1), []).append(path)
+    figure, axes = _panels(list(by_pair))
+    for ax, paths in zip(axes, by_pair.values(), strict=True):
+        for k, path in enumerate(paths):
+            table = read_table(path, ["layer", "name", "accuracy", "clean", "stage", "images"])
+            stage = table["stage"].iloc[0]
+            colour, label = SENSITIVITY_STYLE.get(stage, (GREY, stage))
+            drop = (table["clean"] - table["accuracy"]).groupby(table["layer"])
+            mean, error = drop.mean(), drop.sem().fillna(0.0)
+            x = mean.index + 0.26 * (k - (len(paths) - 1) / 2)
+            ax.bar(x, mean, 0.24, yerr=error, color=colour, label=label, error_kw={"linewidth": 0.8})
+        ax.axhline(0, color=GREY, linewidth=0.8)
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+        ax.set(xlabel="the layer with variation", ylabel="accuracy lost, points", xticks=mean.index)
+        chips = _chips(table.groupby("layer").size().iloc[0])
+        text = f"{chips}, {table['images'].iloc[0]} validation images"
+        ax.text(0.98, 0.98, text, transform=ax.transAxes, fontsize=7, color=GREY, ha="right", va="top")
+        ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
+    return figure
+
+
+def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """A CSV with at least these columns. Raises UserError, with the line, where it is not one, or is cut or edited."""
+    read = checked.read(path, columns)
+    if {"correct", "images", "accuracy"} <= set(read.table):
+        check_accuracies(read)
+    return read.table
+
+
+def chip_histogram(result: Result, ax: Axes | None = None, label: str | None = None) -> Axes:
+    """Histogram of the chips' accuracies, with the mean and its 95 % confidence interval; one chip has none."""
+    if ax is None:
+        _, ax = plt.subplots()
+    _, _, patches = ax.hist(result.accuracies, bins="auto", alpha=0.5, label=label)
+    interval, colour = result.interval(), patches[0].get_facecolor()[:3]
+    ax.axvline(result.mean, color=colour)
+    if result.chips > 1:
+        ax.axvspan(interval.low, interval.high, color=colour, alpha=0.3, linewidth=0)
+    else:
+        ax.text(0.02, 0.98, tables.NO_INTERVAL, transform=ax.transAxes, fontsize=7, va="top")
+    ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=int(np.ptp(result.accuracies) < 0.05)))
+    ax.set(xlabel="accuracy", ylabel="chips")
+    if label:
+        ax.legend()
+    return ax
+
+
+FIGURES: dict[str, Callable[..., plt.Figure]] = {
+    "2": figure2,
+    "7": figure7,
+    "9": figure9,
+    "10": figure10,
+    "rows": rows,
+    "yield": yield_curve,
+    "sensitivity": sensitivity,
+}
+AT_SIGMA = ("7", "rows", "yield")

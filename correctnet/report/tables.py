@@ -1,0 +1,225 @@
+"""Table I of the paper from per-sample results, beside the paper's numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from correctnet.errors import UserError
+from correctnet.evaluation.results import COLUMNS, Result, missing_chip, read_chips
+from correctnet.pipeline.config import exact
+
+# What the paper states (Section IV), as fractions, by (network, data set): clean accuracy, and by row at sigma 0.5
+# (mean, standard deviation). Table I itself is not legible in the copies at hand; these are the values of its text.
+# VGG16-CIFAR100's clean accuracy is not stated: 67.01 % is "more than 95 %" of it, so it is at most 70.54 %.
+PAPER_CLEAN = {("lenet5", "cifar10"): 0.8089}
+PAPER_CLEAN_AT_MOST = {("vgg16", "cifar100"): 0.7054}
+PAPER = {
+    ("vgg16", "cifar100"): {
+        "unprotected": (0.0169, None),
+        "correctnet": (0.6701, 0.0087),
+        "all-candidates": (0.6714, 0.0083),
+    },
+    ("lenet5", "cifar10"): {"correctnet": (0.749, None)},
+}
+PAPER_SIGMA = 0.5
+
+NO_INTERVAL = "1 chip, no interval"
+KEYS = ["pair", "row", "network", "dataset", "split", "sigma", "centre", "overhead", "layers", "epochs"]
+
+
+def paper_mean(samples: pd.DataFrame, row: str) -> float | None:
+    """The paper's mean of a row at PAPER_SIGMA, for the network and data set of a pair's samples; None: not stated."""
+    key = (samples["network"].iloc[0], samples["dataset"].iloc[0])
+    return PAPER.get(key, {}).get(row, (None,))[0]
+
+
+def best_state(means: Sequence[float], overheads: Sequence[float]) -> int:
+    """The position of the state that a search chooses: the best mean accuracy, of equals the least overhead.
+
+    Of states that are equal in both, the first.
+    """
+    return max(range(len(means)), key=lambda i: (means[i], -overheads[i]))
+
+
+def read_samples(files: Iterable[Path]) -> pd.DataFrame:
+    """Per-sample results of several files as one table.
+
+    Raises UserError for a file that is not one, and for a chip of a row that comes twice.
+    """
+    tables = []
+    for path in files:
+        table = read_chips(path, by=("pair", "row", "sigma"))
+        missing = [c for c in [*KEYS, *COLUMNS] if c not in table.columns]
+        if missing:
+            raise UserError(f"{path}: no column {missing[0]!r}; evaluate with --note {missing[0]}=...")
+        tables.append(table)
+    samples = pd.concat(tables, ignore_index=True)
+    twice = samples.duplicated(["pair", "row", "sigma", "seed", "sample"])
+    if twice.any():
+        first = samples[twice].iloc[0]
+        raise UserError(
+            f"chip {first['sample']} of row {first['row']} of {first['pair']} at sigma "
+            f"{exact(first['sigma'])} comes twice"
+        )
+    return samples
+
+
+def table1(samples: pd.DataFrame, sigma: float, labels: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """One row a (pair, row): accuracies at `sigma` against the clean accuracy of the pair's unprotected network.
+
+    Columns: pair, row, label, centre, clean (of the row's own network), mean, std, ci_low, ci_high (95 % t interval),
+    ratio (mean / clean accuracy, on the same images, of the row `unprotected`, or else of the pair's first row; none
+    where that is not known: a row with fewer images has the first ones, on which `correctnet evaluate --sigma 0
+    --prefix N` counts), overhead, layers, chips, images, epochs, seed, paper (its mean
+    at sigma 0.5, where it is known), difference. `labels` names the rows for people. One chip has no std and no
+    interval.
+
+    Raises:
+        UserError: a row lacks its clean accuracy or a chip between its first and its last, or rows of a pair differ in
+            data set, split, seed or first chip and must not stand in one table. They may differ in how many chips and
+            images they have: each says it, and a smaller number of them is the first of the larger one.
+    """
+    rows = []
+    for pair, of_pair in samples.groupby("pair", sort=False):
+        varied = of_pair[of_pair["sigma"] == sigma]
+        if varied.empty:
+            raise UserError(f"table: pair {pair} has no results at sigma {exact(sigma)}")
+        check_comparable(pair, of_pair, sigma)
+        nominal = of_pair[of_pair["sigma"] == 0].groupby("row").first()
+        clean = nominal["accuracy"]
+        names = list(varied["row"].unique())
+        if left_out := [row for row in of_pair["row"].unique() if row not in names]:
+            raise UserError(f"table: row {left_out[0]} of {pair} has no results at sigma {exact(sigma)}")
+        if missing := [row for row in names if row not in clean.index]:
+            raise UserError(f"table: row {missing[0]} of {pair} has no results at sigma 0")
+        reference = "unprotected" if "unprotected" in names else names[0]  # files may come in any order
+        for row, of_row in varied.groupby("row", sort=False):
+            result, first = Result(of_row), of_row.iloc[0]
+            interval = result.interval()
+            reference_clean = _clean_on(nominal.loc[reference], result.images)
+            paper = paper_mean(of_row, row) if sigma == PAPER_SIGMA else None
+            rows.append(
+                {
+                    "pair": pair,
+                    "row": row,
+                    "label": (labels or {}).get(row, row),
+                    "centre": first["centre"],
+                    "clean": clean[row],
+                    "mean": result.mean,
+                    "std": result.std if result.chips > 1 else None,
+                    "ci_low": interval.low,
+                    "ci_high": interval.high,
+                    "ratio": None if reference_clean is None else result.mean / reference_clean,
+                    "overhead": first["overhead"],
+                    "layers": int(first["layers"]),
+                    "chips": result.chips,
+                    "images": result.images,
+                    "epochs": first["epochs"],
+                    "seed": first["seed"],
+                    "paper": paper,
+                    "difference": None if paper is None else result.mean - paper,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def check_comparable(pair: str, of_pair: pd.DataFrame, sigma: float, what: str = "table") -> None:
+    """Raise a UserError where rows of a pair must not stand side by side at `sigma`.
+
+    They are on other images, of another seed, begin with another chip, or lack one between their first and last.
+    """
+    varied = of_pair[of_pair["sigma"] == sigma]
+    shape = varied.groupby("row", sort=False).apply(_shape, include_groups=False)
+    if shape.nunique() != 1:
+        listed = "; ".join(f"{row}: {text}" for row, text in shape.items())
+        raise UserError(f"{what}: rows of {pair} are not comparable ({listed})")
+    _check_images(pair, of_pair[of_pair["sigma"].isin([0, sigma])], what)
+    for row, of_row in varied.groupby("row", sort=False):
+        _check_chips(pair, row, of_row, what)
+
+
+def _escaped(text: str) -> str:
+    """A text in a cell of a Markdown table, shown as it is written: no line, column or markup more."""
+    text = re.sub(r"[\\`*\[\]<>|~$&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", text)
+    return "<br>".join(text.splitlines())
+
+
+def _shape(rows: pd.DataFrame) -> str:
+    seeds = "/".join(str(n) for n in sorted(rows["seed"].unique()))
+    images = f"{rows['split'].iloc[0]} images of {rows['dataset'].iloc[0]}"
+    return f"chips from {rows['sample'].min()} on, {images}, seed {seeds}"
+
+
+def _check_images(pair: str, of_pair: pd.DataFrame, what: str) -> None:
+    """Raise a UserError where results of a pair are on other images, as far as they say it, than the others."""
+    sources = (of_pair["split"] + " images of " + of_pair["dataset"]).unique()
+    if len(sources) > 1:
+        raise UserError(f"{what}: rows of {pair} are not comparable: they are on {', and on '.join(sources)}")
+    if "data" not in of_pair:
+        return
+    known = of_pair[of_pair["data"].notna() & (of_pair["data"] != "")]
+    for images, digests in known.groupby("images")["data"]:
+        if digests.nunique() > 1:
+            first = known.loc[digests.index].drop_duplicates("data")
+            listed = ", ".join(f"{row} at sigma {exact(sigma)}" for row, sigma in first[["row", "sigma"]].to_numpy())
+            raise UserError(f"{what}: rows of {pair} are not comparable: other {images} images ({listed})")
+
+
+def _check_chips(pair: str, row: str, of_row: pd.DataFrame, what: str) -> None:
+    """Raise a UserError where a chip between the first and the last is missing."""
+    for _, samples in of_row.groupby("seed")["sample"]:
+        if (missing := missing_chip(samples)) is not None:
+            raise UserError(f"{what}: row {row} of {pair} lacks chip {missing} and has chip {samples.max()}")
+
+
+def _clean_on(nominal: pd.Series, images: int) -> float | None:
+    """The accuracy of a nominal network on the first `images` images, by its row at sigma 0; None: not known."""
+    if nominal["images"] == images:
+        return nominal["accuracy"]
+    counted = nominal.get("prefixes")
+    if not isinstance(counted, str):
+        return None
+    try:
+        prefixes = {int(n): int(correct) for n, correct in (part.split(":") for part in counted.split())}
+    except ValueError as error:
+        raise UserError(f"table: prefixes {counted!r}: IMAGES:CORRECT ... is expected") from error
+    if any(not 0 <= correct <= n < nominal["images"] or n == 0 for n, correct in prefixes.items()):
+        raise UserError(f"table: prefixes {counted!r}: more correct than images, or more images than there are")
+    correct = prefixes.get(images)
+    return None if correct is None else correct / images
+
+
+def markdown(table: pd.DataFrame, sigma: float) -> str:
+    """The table for people, percentages with the confidence interval and the paper's number."""
+    lines = [
+        f"Accuracies in %; sigma = {exact(sigma)}; mean ± standard deviation over chips, [95 % confidence interval of "
+        "the mean]; ratio: mean / clean accuracy, on the same images, of the row unprotected, or else of the pair's "
+        "first row (–: not known).",
+        "",
+        "| pair | row | clean | mean ± std | 95 % CI | ratio | overhead | layers | chips × images | epochs | seed "
+        "| paper | difference |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---|---:|---:|---:|",
+    ]
+    for r in table.to_dict("records"):
+        paper = "" if pd.isna(r["paper"]) else f"{r['paper']:.2%}"
+        ratio = "–" if pd.isna(r["ratio"]) else f"{r['ratio']:.2%}"
+        difference = "" if pd.isna(r["difference"]) else f"{100 * r['difference']:+.2f}"
+        lines.append(
+            f"| {_escaped(r['pair'])} | {_escaped(r['label'])} | {r['clean']:.2%} "
+            f"| {_mean(r)} | {_interval(r)} | {ratio} | {r['overhead']:.2%} "
+            f"| {r['layers']} | {r['chips']} × {r['images']} | {r['epochs']} | {r['seed']} | {paper} | {difference} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _mean(row: dict[str, Any]) -> str:
+    return f"{row['mean']:.2%}" if row["chips"] == 1 else f"{row['mean']:.2%} ± {100 * row['std']:.2f}"
+
+
+def _interval(row: dict[str, Any]) -> str:
+    return NO_INTERVAL if row["chips"] == 1 else f"[{100 * row['ci_low']:.2f}, {100 * row['ci_high']:.2f}]"
