@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from correctnet import LogNormalVariation, convert
 from correctnet.crossbar.layers import analog_layers
-from correctnet.engine.engine import engine
+from correctnet.engine import engine
 from correctnet.noise import core as native
 
 SIGMA, SIZE, IMAGES, RUNS = 0.5, 64, 8, 8

@@ -4,7 +4,7 @@
         'learning_rate=1e-3 epochs=4' 'learning_rate=1e-3 batch=128 epochs=4' --out trials.csv
 
 MODEL is what a stage wrote (suppress, pretrain, inject). Each quoted argument is a trial: fields of
-`correctnet.pipeline.config.Compensate`. Seed 0, sigma 0.5; chips and images of all trials are the same. The first row of the
+`correctnet.settings.Compensate`. Seed 0, sigma 0.5; chips and images of all trials are the same. The first row of the
 CSV is the model as it is.
 """
 
@@ -24,8 +24,8 @@ from correctnet.datasets import data
 from correctnet.files.storage import training_data, write_csv
 from correctnet.methods import compensation
 from correctnet.noise import streams
-from correctnet.pipeline.config import Compensate, validate
 from correctnet.pipeline.stages import read_network
+from correctnet.settings import Compensate, validate
 from correctnet.training.loop import fit
 
 

@@ -23,7 +23,7 @@ from scipy import stats
 from correctnet.files import storage
 from correctnet.methods import search as searching
 from correctnet.methods.search import Filters, Problem, search
-from correctnet.pipeline.config import Search
+from correctnet.settings import Search
 
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SIX = (64, 64, 128, 128, 256, 256)

@@ -12,8 +12,8 @@ from torch import nn
 
 from correctnet import precision as arithmetic
 from correctnet.datasets.data import Split
-from correctnet.pipeline.config import Training
 from correctnet.precision import available, products, weight_gradient
+from correctnet.settings import Training
 from correctnet.training.loop import fit
 
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from correctnet.bench.cpu import cpu as bench
-from correctnet.bench.cpu import gpu as bench_gpu
+from correctnet.bench import cpu as bench
+from correctnet.bench import gpu as bench_gpu
 from correctnet.cli.commands import main
 from correctnet.errors import UserError
 from correctnet.files import storage

@@ -25,8 +25,8 @@ from correctnet.noise import core as native
 from correctnet.noise import device as cuda
 from correctnet.noise import streams
 from correctnet.pipeline import stages
-from correctnet.pipeline.config import READS
-from correctnet.training.loop import loop as training
+from correctnet.settings import READS
+from correctnet.training import loop as training
 
 FAST = ["--quiet", "--threads", "1", "--batch", "64"]
 # Stages that train with variation, and what each begins with.
@@ -415,7 +415,7 @@ def test_the_engine_does_not_say_again_that_there_are_no_kernels(tmp_path):
     reason = cuda.status().reason
     code = f"""
 import warnings
-from correctnet.cli.commands import commands as cli
+from correctnet.cli import commands as cli
 from correctnet.evaluation.montecarlo import EngineWarning
 warnings.showwarning = lambda message, *_, **__: print(message)
 cli._say_without_kernels()

@@ -21,7 +21,7 @@ from correctnet.methods import compensation
 from correctnet.methods.compensation import Compensated, compensate
 from correctnet.networks import models
 from correctnet.noise import streams
-from correctnet.pipeline.config import Training
+from correctnet.settings import Training
 from correctnet.training.loop import fit
 
 

@@ -12,7 +12,8 @@ from pydantic import BaseModel
 
 from correctnet.datasets import data
 from correctnet.errors import UserError
-from correctnet.pipeline.config import READS, RULES, SIZES, VERSIONS, Config, Settings, exact, lineage
+from correctnet.pipeline.config import RULES, SIZES, Config, lineage
+from correctnet.settings import READS, VERSIONS, Settings, exact
 
 ROOT = Path(__file__).parents[1]
 # Through JSON, so that sections that the file shares between pairs can be changed one at a time.

@@ -341,7 +341,7 @@ def test_what_cannot_run_at_all_says_why() -> None:
 
 
 def test_a_misread_network_gives_no_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
-    from correctnet.engine.engine import lowering
+    from correctnet.engine import lowering
 
     monkeypatch.setattr(lowering, "_bias", lambda layer: 1.0)
     with pytest.raises(Unsupported, match="outputs differ from torch's"):

@@ -24,8 +24,8 @@ from correctnet.errors import UserError
 from correctnet.files import storage
 from correctnet.noise import core as native
 from correctnet.pipeline import provenance
-from correctnet.pipeline.config import exact
 from correctnet.report import figures, pages, tables
+from correctnet.settings import exact
 
 ROOT = Path(__file__).parents[1]
 # Markup of mathtext, LaTeX, Markdown and HTML, a quote of each kind, letters beyond Latin-1, and a second line.
@@ -87,7 +87,7 @@ def no_work(monkeypatch):
 
     for module, name in ((tables, "read_samples"), (pages, "search_scatter"), (provenance, "jobs"), (plt, "subplots")):
         monkeypatch.setattr(module, name, work)
-    from correctnet.bench.cpu import cpu as bench
+    from correctnet.bench import cpu as bench
     from correctnet.evaluation import results
     from correctnet.pipeline import stages
 

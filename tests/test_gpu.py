@@ -22,8 +22,8 @@ from correctnet import LogNormalVariation, convert, evaluate
 from correctnet.crossbar.layers import analog_layers, program, programmed
 from correctnet.datasets.data import Split
 from correctnet.devices.lognormal import Variation
+from correctnet.engine import operators as ops
 from correctnet.engine.engine import Engine, full_float32
-from correctnet.engine.engine import operators as ops
 from correctnet.engine.lowering import METHODS
 from correctnet.errors import UserError
 from correctnet.evaluation.montecarlo import EngineWarning
@@ -31,7 +31,7 @@ from correctnet.methods import compensation
 from correctnet.networks import models
 from correctnet.noise import core as native
 from correctnet.noise import device as cuda
-from correctnet.pipeline.config import Training
+from correctnet.settings import Training
 from correctnet.training.loop import fit
 
 MODELLED = cuda.status().usable and not torch.cuda.is_available()

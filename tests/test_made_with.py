@@ -16,7 +16,7 @@ from correctnet.errors import UserError
 from correctnet.evaluation.montecarlo import clean_accuracy
 from correctnet.files import storage
 from correctnet.pipeline import stages
-from correctnet.pipeline.config import Settings, merge, validate
+from correctnet.settings import Settings, merge, validate
 
 FAST = ["--quiet", "--threads", "1", "--epochs", "0"]
 QUIET = ["--quiet", "--threads", "1"]

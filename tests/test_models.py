@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch import nn
 
+from correctnet import settings as config
 from correctnet.crossbar.layers import crossbar_layers
 from correctnet.errors import UserError
 from correctnet.methods import compensation
 from correctnet.networks import models
-from correctnet.pipeline import config
 
 
 def test_lenet5_has_the_published_number_of_parameters():

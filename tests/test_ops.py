@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
-from correctnet.engine.engine import operators as ops
+from correctnet.engine import operators as ops
 from correctnet.engine.operators import noisy_conv2d, noisy_linear
 from correctnet.noise import core as native
 from correctnet.noise import device as cuda
@@ -649,7 +649,7 @@ def test_without_the_core_the_values_are_the_same(tmp_path: Path) -> None:
 sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]
 import torch
 from correctnet.noise import core as native
-from correctnet.engine.engine import operators as ops
+from correctnet.engine import operators as ops
 assert not native.status().built
 y = ops.noisy_linear(torch.eye(3), torch.ones(2, 3), seed=1, layer=2, samples=[5], sigma=0.5)
 print(y[0].T.flatten().tolist())

@@ -13,8 +13,8 @@ import pytest
 from correctnet.errors import UserError
 from correctnet.methods.search import COLUMNS, Problem, search
 from correctnet.pipeline import provenance
-from correctnet.pipeline.config import Search
 from correctnet.report import figures, pages, tables
+from correctnet.settings import Search
 
 pytest.importorskip("bokeh", reason="the workflow extra is not installed")
 

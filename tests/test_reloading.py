@@ -21,7 +21,7 @@ import correctnet
 from correctnet import LogNormalVariation, convert, errors, evaluate
 from correctnet.crossbar import layers as analog
 from correctnet.evaluation import montecarlo
-from correctnet.engine.engine import operators as ops
+from correctnet.engine import operators as ops
 from correctnet.devices import lognormal as variation
 
 modules = {n: importlib.import_module("correctnet." + n) for n in %r}

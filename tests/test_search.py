@@ -18,7 +18,7 @@ from correctnet.methods import compensation
 from correctnet.methods import search as searching
 from correctnet.methods.search import Explored, Log, Pending, Policy, Problem, read_log, reward, search
 from correctnet.networks import models
-from correctnet.pipeline.config import Search, search_rounds
+from correctnet.settings import Search, search_rounds
 
 WIDTHS = (64, 64, 128, 128, 256, 256)
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -18,7 +18,7 @@ from correctnet.files import storage
 from correctnet.methods import compensation
 from correctnet.noise import streams
 from correctnet.pipeline import stages
-from correctnet.training.loop import loop as training
+from correctnet.training import loop as training
 
 
 def test_a_seed_is_the_hash_of_where_it_is_used():

@@ -16,9 +16,9 @@ from correctnet.errors import UserError
 from correctnet.methods import suppression as lipschitz
 from correctnet.networks import models
 from correctnet.noise import streams
-from correctnet.pipeline.config import Training
+from correctnet.settings import Training
+from correctnet.training import loop as training
 from correctnet.training.loop import Checkpoint, Hooks, fit
-from correctnet.training.loop import loop as training
 
 
 def section(**changes):

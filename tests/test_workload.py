@@ -1,7 +1,7 @@
 import pytest
 
-from correctnet.pipeline.config import Settings
 from correctnet.pipeline.workload import Costs, stage_seconds
+from correctnet.settings import Settings
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "suppress"])

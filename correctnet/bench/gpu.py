@@ -32,7 +32,7 @@ from correctnet.errors import UserError, one_line
 from correctnet.methods import compensation
 from correctnet.networks import models
 from correctnet.noise import device as cuda
-from correctnet.pipeline.config import Compensate
+from correctnet.settings import Compensate
 from correctnet.training.loop import train_only
 
 DEVICE = "cuda"  # the tests' is the CPU: all but the graphs and the times

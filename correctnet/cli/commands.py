@@ -23,7 +23,8 @@ import click
 from correctnet.errors import UserError, one_line
 from correctnet.files import storage
 from correctnet.files.yamlfile import json_values
-from correctnet.pipeline.config import READS, Config, Section, Settings, Stage, exact, merge, unprintable, validate
+from correctnet.pipeline.config import Config
+from correctnet.settings import READS, Section, Settings, Stage, exact, merge, unprintable, validate
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -871,7 +872,7 @@ def bench(
     import matplotlib
 
     matplotlib.use("Agg")  # no window, no display
-    from correctnet.bench.cpu import cpu as benchmark
+    from correctnet.bench import cpu as benchmark
     from correctnet.pipeline.stages import available_cpus, set_threads
 
     if json_file is not None:
@@ -883,7 +884,7 @@ def bench(
         click.echo(text, err=True)
 
     if device == "cuda":
-        from correctnet.bench.cpu import gpu as bench_gpu
+        from correctnet.bench import gpu as bench_gpu
 
         if plot is not None or scaling:
             raise UserError("bench --device cuda: --plot and --scaling are for the CPU's measurements")

@@ -31,7 +31,7 @@ from correctnet.evaluation.montecarlo import evaluate
 from correctnet.files import storage
 from correctnet.networks.models import Block, parameter_count
 from correctnet.noise import streams
-from correctnet.pipeline.config import JUDGED_CHIPS, Compensate, validate
+from correctnet.settings import JUDGED_CHIPS, Compensate, validate
 from correctnet.training.loop import Hooks, fit
 
 # From so many images on `fit_compensators` holds out every tenth, if it is given none for validation.
@@ -293,7 +293,7 @@ def compensation_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def trained_parameters(model: nn.Module, section: Any) -> list[nn.Parameter]:
-    """What is trained with `section`, a `correctnet.pipeline.config.Compensate`: the compensation's parameters, and with
+    """What is trained with `section`, a `correctnet.settings.Compensate`: the compensation's parameters, and with
     `batchnorm: affine` the scales and shifts of BatchNorm; nothing where no layer is compensated."""
     parameters = compensation_parameters(model)
     if parameters and section.batchnorm == "affine":
@@ -318,7 +318,7 @@ def prepare(
     Args:
         model: the digital network, suppressed or not.
         filters: generator filters by layer name.
-        section: a `correctnet.pipeline.config.Compensate` section.
+        section: a `correctnet.settings.Compensate` section.
         variation: the device model.
         seed: of the chips and of the initial weights.
         stage: what trains them, "compensate", "search" or "fit_compensators"; see `correctnet.noise.streams`.
@@ -409,7 +409,7 @@ def fit_compensators(
             trained on; of fewer than 20 images none is held out, and the comparison is on the training images.
         seed: of the batches, the chips, the initial weights and the images that are held out.
         quiet: no progress bar.
-        settings: fields of `correctnet.pipeline.config.Compensate`, e.g. epochs=5, learning_rate=1e-3.
+        settings: fields of `correctnet.settings.Compensate`, e.g. epochs=5, learning_rate=1e-3.
 
     Returns:
         The compensated network, in evaluation mode.

@@ -36,8 +36,8 @@ from tqdm import tqdm
 from correctnet.errors import UserError, one_line
 from correctnet.files import storage
 from correctnet.noise.streams import global_generators, numpy_generator, torch_generator
-from correctnet.pipeline.config import search_rounds
 from correctnet.report.tables import best_state
+from correctnet.settings import search_rounds
 
 Filters = tuple[int, ...]
 COLUMNS = ["evaluation", "episode", "filters", "ratios", "layers", "overhead", "mean", "std", "reward", "seconds"]
@@ -399,7 +399,7 @@ def search(
 
     Args:
         problem: what is searched.
-        settings: a `correctnet.pipeline.config.Search` section; `strategy` "reinforce" or "random".
+        settings: a `correctnet.settings.Search` section; `strategy` "reinforce" or "random".
         seed: of the policy and its draws.
         log_path: CSV to write as the search goes; if it exists, the search is resumed from it.
         progress: show a progress bar.

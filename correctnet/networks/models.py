@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from torch import nn
 
+from correctnet import settings as config
 from correctnet.errors import UserError
 from correctnet.noise import streams
-from correctnet.pipeline import config
 
 LENET5_WIDTHS = (6, 16, 120, 84)
 VGG16_WIDTHS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512, 512)
@@ -89,7 +89,7 @@ def vgg16(
         parts[f"conv{i + 1}"] = block(nn.Conv2d(channels, width, 3, padding=1), width)
         channels = width
         if i in VGG16_POOLED:
-            # Rounded up, so that maps of smaller images (correctnet.pipeline.config.Pretrain.sizes) do not vanish.
+            # Rounded up, so that maps of smaller images (correctnet.settings.Pretrain.sizes) do not vanish.
             parts[f"pool{VGG16_POOLED.index(i) + 1}"] = nn.MaxPool2d(2, ceil_mode=True)
     parts["flatten"] = nn.Flatten()
     parts["linear1"] = block(nn.Linear(channels, widths[-1]), widths[-1])

@@ -18,9 +18,10 @@ from correctnet.engine.engine import Engine, Unsupported
 from correctnet.errors import UserError
 from correctnet.networks import models
 from correctnet.noise import streams
-from correctnet.pipeline.config import Config, Settings, Stage, lineage
+from correctnet.pipeline.config import Config, lineage
 from correctnet.pipeline.workload import Costs, stage_seconds
 from correctnet.precision import Precision, products
+from correctnet.settings import Settings, Stage
 
 
 def _seconds(work: Callable[[], object], at_least: float = 0.2) -> float:

@@ -42,8 +42,9 @@ from correctnet.methods import search as searching
 from correctnet.methods import suppression as lipschitz
 from correctnet.networks import models
 from correctnet.noise import streams
-from correctnet.pipeline.config import SEARCHING, Settings, Stage, exact, network_mistake, sizes_mistake
+from correctnet.pipeline.config import network_mistake, sizes_mistake
 from correctnet.report.tables import best_state
+from correctnet.settings import SEARCHING, Settings, Stage, exact
 from correctnet.training.loop import Checkpoint, Hooks, fit
 
 # Simulated chips over which BatchNorm's statistics are estimated.

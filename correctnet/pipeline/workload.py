@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from correctnet.pipeline.config import JUDGED_CHIPS, SEARCHING, SIZES, Settings, Stage
+from correctnet.pipeline.config import SIZES
+from correctnet.settings import JUDGED_CHIPS, SEARCHING, Settings, Stage
 
 SIDE = 32  # pixels; all data sets are brought to it
 

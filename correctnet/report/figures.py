@@ -18,8 +18,8 @@ from correctnet.errors import UserError
 from correctnet.evaluation.results import Result, check_accuracies
 from correctnet.files import csvfile as checked
 from correctnet.files import storage
-from correctnet.pipeline.config import exact
 from correctnet.report import tables
+from correctnet.settings import exact
 
 # Okabe and Ito's palette, which people with any kind of colour blindness can tell apart.
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"

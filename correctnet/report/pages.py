@@ -14,9 +14,9 @@ from typing import Any
 
 import pandas as pd
 
-from correctnet.pipeline.config import exact
 from correctnet.report import tables
 from correctnet.report.figures import SEARCH_COLOURS, folder_name, read_table
+from correctnet.settings import exact
 
 STYLE = """
 :root { color-scheme: light; }

@@ -166,7 +166,7 @@ def fit(
     Args:
         model: any module whose output is (N, classes).
         train: (N, ...) inputs and (N,) labels, on the model's device.
-        settings: a `correctnet.pipeline.config.Training` section.
+        settings: a `correctnet.settings.Training` section.
         seed: of the batches, the augmentation and dropout.
         stage: what the training is part of; with the same seed each has batches of its own (`correctnet.noise.streams`).
         parameters: what is trained; all others are frozen. None: all that require a gradient.

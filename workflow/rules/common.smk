@@ -11,7 +11,8 @@ from typing import get_args
 
 from snakemake.exceptions import WorkflowError
 
-from correctnet.pipeline.config import SEARCHING, Config, Stage, lineage, exact, search_rounds
+from correctnet.pipeline.config import Config, lineage
+from correctnet.settings import SEARCHING, Stage, exact, search_rounds
 from correctnet.errors import UserError
 
 try:

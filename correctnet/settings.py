@@ -1,0 +1,498 @@
+"""Settings of the stages and methods: one section each, checked before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import math
+import unicodedata
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from correctnet.errors import UserError, one_line
+from correctnet.files.yamlfile import json_values
+
+Stage = Literal[
+    "pretrain", "suppress", "inject", "sweep", "search", "compensate", "finetune", "evaluate", "sensitivity"
+]
+# The stages whose model a row of Table I can evaluate.
+Weights = Literal["pretrain", "suppress", "inject", "compensate", "finetune"]
+# Those whose model can be swept, searched and compensated.
+Base = Literal["pretrain", "suppress", "inject"]
+
+
+class Section(BaseModel):
+    """A group of settings; unknown keys are errors, and so are values of another kind than the setting's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _kind(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what pydantic would convert: `yes` for 1, "5" for 5, 1 for true."""
+        number, several, truth = _expected(cls.model_fields[info.field_name].annotation)  # type: ignore[index]
+        if truth and not isinstance(value, bool):
+            raise ValueError("true or false is expected")
+        if not number:
+            return value
+        values = (value,) if not several else value if isinstance(value, list | tuple) else ()
+        for single in values:
+            if isinstance(single, bool):
+                raise ValueError("a number is expected")
+            if isinstance(single, str) and (meant := _as_number(single)):
+                raise ValueError(f"a number is expected (write {meant})")
+        return value
+
+
+@functools.cache
+def _expected(annotation: Any) -> tuple[bool, bool, bool]:
+    """Whether a setting is a number (or empty), several numbers, and a truth value."""
+    kinds = get_args(annotation) or (annotation,)
+    return int in kinds or float in kinds, get_origin(annotation) is tuple, annotation is bool
+
+
+def _as_number(text: str) -> str | None:
+    """How YAML writes the number that a text looks like, e.g. 1.0e-4 for "1e-4"; None: no (finite) number."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    if not math.isfinite(value):
+        return None
+    return exact(value) if "e" not in repr(value) else yaml.safe_dump(value).split()[0]
+
+
+def exact(value: float) -> str:
+    """A number in letters, as paths, options and messages name it: the shortest text that reads back as the same float.
+
+    0.5 is "0.5", 1.0 is "1" and 1e-05 is "1e-05"; `float` is the way back.
+    """
+    return repr(float(value) + 0.0).removesuffix(".0")  # + 0.0: no "-0"
+
+
+class Data(Section):
+    """What the network is trained and judged on."""
+
+    dataset: Literal["digits", "mnist", "cifar10", "cifar100"] = "digits"
+    """data set"""
+    validation: float = Field(0.1, gt=0, lt=1)
+    """fraction of the training data held out for every choice (sweep, search)"""
+    augment: Literal["none", "crop", "crop-flip"] = "none"
+    """while training: random crop after padding by 4 pixels, and horizontal flip"""
+
+
+class Network(Section):
+    """Which network."""
+
+    name: Literal["lenet5", "vgg16"] = "lenet5"
+    """architecture"""
+    widths: tuple[int, ...] = ()
+    """outputs of each layer but the last: LeNet-5's two convolutions and two linear layers (empty: 6, 16, 120, 84), or
+    VGG16's thirteen convolutions and its linear layer (empty: 64 to 512)"""
+    batchnorm: Literal["before", "after", "none"] = "before"
+    """VGG16's BatchNorm: before ReLU, after it (the Keras network), or none"""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """fraction of each hidden layer's outputs that is dropped while the network trains"""
+
+    @field_validator("widths")
+    @classmethod
+    def _widths(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if value and min(value) < 1:
+            raise ValueError("positive widths are expected")
+        return value
+
+
+class VariationSettings(Section):
+    """The device variation, (1) and (2) of the paper: w = w_nominal exp(theta), theta ~ N(0, sigma^2)."""
+
+    model: Literal["lognormal"] = "lognormal"
+    """device model"""
+    on: Literal["weight"] = "weight"
+    """the quantity that varies"""
+    sigma: float = Field(0.5, ge=0, le=3)
+    """standard deviation of the weight's logarithm"""
+    centre: Literal["median", "mean"] = "median"
+    """what the programmed weight equals: the median of its distribution (the paper) or its mean"""
+    resample: Literal["chip"] = "chip"
+    """when the variation is drawn anew"""
+
+
+class Training(Section):
+    """One training run."""
+
+    epochs: int = Field(10, ge=0)
+    """passes over the training data"""
+    batch: int = Field(128, ge=1)
+    """images a step"""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with Nesterov momentum 0.9"""
+    learning_rate: float = Field(1e-3, gt=0)
+    """peak learning rate of the one-cycle schedule (linear warm-up, then cosine to zero)"""
+    weight_decay: float = Field(0.0, ge=0)
+    """weight decay"""
+    warmup: float = Field(0.1, ge=0, lt=1)
+    """fraction of the steps over which the learning rate rises"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """arithmetic of forward and backward (bfloat16: autocast, weights stay float32; float32 on a CPU without it)"""
+    clip: float | None = Field(None, gt=0)
+    """largest norm of a step's gradient, a longer one is scaled down to it; empty: any"""
+
+
+class Resized(Training):
+    """A training whose first epochs may see smaller images."""
+
+    sizes: tuple[int, ...] = ()
+    """progressive resizing: the side of the images in the first epochs, a value an epoch; later ones see them whole.
+    An epoch at half the side takes about a quarter of the time"""
+
+    @field_validator("sizes")
+    @classmethod
+    def _sizes(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(not 1 <= n <= 32 for n in value):
+            raise ValueError("sides between 1 and 32 pixels are expected")
+        return value
+
+
+class Pretrain(Resized):
+    """Training of the original network."""
+
+
+class Suppress(Resized):
+    """Error suppression: training under the modified Lipschitz regulariser, (10) and (11)."""
+
+    beta: float = Field(1e-4, ge=0)
+    """weight of the regulariser in the loss"""
+    k: float = Field(1.0, gt=0)
+    """Lipschitz constant that each layer is to keep; the paper's is 1"""
+    form: Literal["orthogonal", "one-sided"] = "orthogonal"
+    """all singular values equal to lambda, as (11) is printed, or only those above it pulled down, as (9) asks"""
+    start: Literal["pretrained", "scratch"] = "pretrained"
+    """weights to start from"""
+    ramp: float = Field(0.0, ge=0, lt=1)
+    """fraction of the steps over which beta rises from 0"""
+    fold_batchnorm: bool = False
+    """regularise each weight times its BatchNorm's scale, the matrix whose norm is the layer's Lipschitz constant"""
+    temperature: float = Field(1.0, gt=0)
+    """the logits are divided by this in the loss; below 1 it makes up for the small logits of suppressed networks"""
+
+
+class Inject(Training):
+    """Training with variation injected into all weights, a fresh chip sample each batch (a rival, after [11])."""
+
+    batchnorm: Literal["updated", "frozen"] = "updated"
+    """normalise with each batch, which is one chip's, and update the statistics, or keep those of pre-training and
+    normalise with them, as a chip without statistics of its own does"""
+
+
+class Sweep(Section):
+    """Candidate layers: variation from the last layer backwards to the i-th."""
+
+    threshold: float = Field(0.95, gt=0, le=1)
+    """fraction of the original accuracy below which the first i layers become candidates; the paper's is 0.95"""
+    chips: int = Field(50, ge=1, le=2**28)
+    """chip samples a layer"""
+    images: int | None = Field(None, ge=1)
+    """validation images; empty: all"""
+
+
+class Compensate(Training):
+    """Generators and compensators (Fig. 5), trained with everything else frozen."""
+
+    batch: int = Field(32, ge=1)
+    """images a step; few, as a step sees one chip: many chips teach more than many images of one"""
+    learning_rate: float = Field(1e-2, gt=0)
+    """peak learning rate of the one-cycle schedule; ten times a network's own, as the new layers are few"""
+    activation: Literal["none", "relu"] = "relu"
+    """activation behind the generator"""
+    init: Literal["identity", "random"] = "identity"
+    """start as the identity, or from torch's default initialisation"""
+    place: Literal["layer", "block"] = "layer"
+    """behind the analog layer itself, or behind its BatchNorm and ReLU"""
+    pool: Literal["adaptive", "kernel"] = "adaptive"
+    """average pooling of the layer's input to its output's size: adaptive, or with the layer's own window"""
+    batchnorm: Literal["frozen", "updated", "affine"] = "frozen"
+    """while the compensators train: keep the statistics and normalise with them, normalise with each batch and update
+    them, or keep them and train scale and shift (digital, there already: no overhead) with the compensators"""
+    chips_per_batch: int = Field(1, ge=1)
+    """fresh chip samples a batch, over which the gradient is averaged"""
+
+
+# Chip samples on which trained compensators are compared with none, see `correctnet.methods.compensation.keep_better`.
+JUDGED_CHIPS = 10
+
+
+class Finetune(Inject):
+    """Training of a compensated network in full, analog weights and compensators, with variation in the former: beyond
+    the paper, which trains the compensators alone."""
+
+    batch: int = Field(32, ge=1)
+    """images a step; few, as a step sees one chip"""
+    batchnorm: Literal["updated", "frozen"] = "frozen"
+    """as for `inject`"""
+
+
+class Search(Section):
+    """Where to compensate and with how many filters: REINFORCE over the candidates, reward (12)."""
+
+    strategy: Literal["reinforce", "random", "greedy", "all"] = "reinforce"
+    """REINFORCE with an LSTM policy, or random states; without a search, the candidates in their order, each with the
+    largest S that the largest limit still has room for, or every candidate with the largest S, whatever the limit"""
+    limits: tuple[float, ...] = (0.01, 0.02, 0.03)
+    """overhead limits, a search each; the most accurate result of all is taken"""
+    ratios: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """values that S, generator filters / layer filters, can take"""
+    evaluations: int = Field(24, ge=1)
+    """states trained and evaluated, at most; the one without compensation, which trains nothing, is not counted"""
+    episodes: int = Field(100, ge=1)
+    """updates of the policy, at most"""
+    rollouts: int = Field(4, ge=1)
+    """states drawn an episode"""
+    population: int | None = Field(None, ge=1)
+    """new states an episode: it goes on drawing until it has so many. The workflow then trains each in a job of its
+    own, so that a cluster works on a population at a time. Empty: as many as the rollouts hold, all in one job"""
+    learning_rate: float = Field(0.1, gt=0)
+    """of the policy (Adam)"""
+    entropy: float = Field(0.3, ge=0)
+    """weight of the policy's entropy, against settling too early; the rewards beside it are in standard deviations"""
+    baseline: float = Field(0.8, ge=0, lt=1)
+    """decay of the moving average of the rewards"""
+    train_epochs: int = Field(1, ge=1)
+    """epochs of compensator training a state"""
+    train_images: int | None = Field(None, ge=1)
+    """training images a state; empty: all"""
+    chips: int = Field(20, ge=2, le=2**28)
+    """chip samples a state's accuracy is taken over"""
+    images: int | None = Field(None, ge=1)
+    """validation images; empty: all"""
+
+    @field_validator("limits")
+    @classmethod
+    def _limits(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or min(value) <= 0 or max(value) > 1:
+            raise ValueError("limits are fractions above 0 and at most 1, at least one")
+        if len(set(value)) != len(value):
+            raise ValueError("each limit once")
+        return value
+
+    @field_validator("ratios")
+    @classmethod
+    def _ratios(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if 0.0 not in value or max(value) <= 0:
+            raise ValueError("ratios need 0 (no compensation) and a positive value")
+        if min(value) < 0 or max(value) > 10:
+            raise ValueError("ratios are numbers from 0 to 10 (0.5, not 50)")
+        if len(set(value)) != len(value):
+            raise ValueError("each ratio once")
+        return value
+
+
+# The strategies that train states.
+SEARCHING = ("reinforce", "random")
+
+
+def search_rounds(search: Any) -> int:
+    """How many populations a search trains, at most, behind the state without compensation; 0 without populations."""
+    return math.ceil(search.evaluations / search.population) if search.population else 0
+
+
+class MonteCarlo(Section):
+    """How chip samples are simulated, wherever they are: in the sweep, the search and the evaluation."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """of weights and activations in the C++ core (sums are float32)"""
+    gpu_method: Literal["auto", "fused", "materialise", "library"] = "auto"
+    """how a GPU gets at a chip's noisy weights: while a kernel loads them, in memory for the same kernels (the same
+    bits), or in memory for cuBLAS and cuDNN (other bits). Of no effect on a CPU"""
+
+
+class Evaluate(Section):
+    """Monte Carlo evaluation."""
+
+    chips: int = Field(250, ge=1, le=2**28)
+    """chip samples of a Table I row"""
+    split: Literal["test", "validation"] = "test"
+    """images that are classified; "validation" for everything that is still to be chosen"""
+    images: int | None = Field(None, ge=1)
+    """how many of them; empty: all"""
+    sigmas: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4)
+    """further sigmas for the curves of Figures 2 and 7"""
+    curve_chips: int = Field(50, ge=1, le=2**28)
+    """chip samples at each of those"""
+    curve_images: int | None = Field(None, ge=1)
+    """images at each of those; empty: as many as at the row's own sigma"""
+    chunk: int = Field(125, ge=1)
+    """chip samples a job"""
+    recalibrate: Literal["none", "simulated", "chip"] = "none"
+    """BatchNorm statistics: as trained, estimated once over simulated chips, or anew on each chip"""
+    recalibrate_images: int = Field(512, ge=2)
+    """training images for that"""
+
+    @field_validator("sigmas")
+    @classmethod
+    def _sigmas(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0 < s <= 3 for s in value):
+            raise ValueError("sigmas lie above 0 and at most 3 (0 is always evaluated)")
+        return value
+
+
+class Sensitivity(Section):
+    """Variation in one layer alone, for every layer: what each costs by itself."""
+
+    chips: int = Field(20, ge=1, le=2**28)
+    """chip samples a layer"""
+    images: int | None = Field(500, ge=1)
+    """validation images; empty: all"""
+
+
+class Settings(Section):
+    """All that a row of one pair needs."""
+
+    seed: int = Field(0, ge=0, lt=2**63)
+    """seed of everything that is drawn"""
+    data: Data = Data()
+    network: Network = Network()
+    variation: VariationSettings = VariationSettings()
+    base: Base = "suppress"
+    """the stage whose network is swept, searched and compensated; the paper's is suppress"""
+    pretrain: Pretrain = Pretrain()
+    suppress: Suppress = Suppress()
+    inject: Inject = Inject()
+    sweep: Sweep = Sweep()
+    search: Search = Search()
+    compensate: Compensate = Compensate()
+    finetune: Finetune = Finetune()
+    montecarlo: MonteCarlo = MonteCarlo()
+    evaluate: Evaluate = Evaluate()
+    sensitivity: Sensitivity = Sensitivity()
+
+    def of(self, stage: Stage) -> SimpleNamespace:
+        """The settings that `stage` reads, and nothing else: reading another key is an AttributeError."""
+        return _namespace(self._read_by(stage))
+
+    def canonical(self, stage: Stage) -> str:
+        """`of(stage)` as one JSON string with sorted keys: equal strings, equal results."""
+        return json.dumps({"version": VERSIONS[stage], **self._read_by(stage)}, sort_keys=True)
+
+    def _read_by(self, stage: Stage) -> dict[str, Any]:
+        everything, cut = self.model_dump(mode="json"), {}
+        for key in READS[stage]:
+            *groups, leaf = key.split(".")
+            source, target = everything, cut
+            for group in groups:
+                source, target = source[group], target.setdefault(group, {})
+            target[leaf] = source[leaf]
+        return cut
+
+    @classmethod
+    def from_canonical(cls, text: str, stage: Stage) -> Settings:
+        """The inverse of `canonical`; keys that the stage does not read keep their defaults."""
+        try:
+            values = json_values(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"--settings: not JSON ({one_line(error)})") from error
+        if not isinstance(values, dict):
+            raise UserError("--settings: a JSON object is expected")
+        version = values.pop("version", VERSIONS[stage])
+        if version != VERSIONS[stage]:
+            raise UserError(f"--settings: made for version {version} of the {stage} stage, this is {VERSIONS[stage]}")
+        return validate(cls, values, "--settings")
+
+
+# Which keys each stage reads. A key that is not here cannot make the stage run again.
+READS: dict[Stage, tuple[str, ...]] = {
+    "pretrain": ("seed", "data", "network", "pretrain"),
+    "suppress": ("seed", "data", "variation", "suppress"),
+    "inject": ("seed", "data", "variation", "inject"),
+    "sweep": ("seed", "data.dataset", "data.validation", "variation", "montecarlo", "sweep"),
+    "search": (
+        "seed",
+        "data",
+        "variation",
+        *(f"compensate.{k}" for k in Compensate.model_fields if k != "epochs"),  # its own are search.train_epochs
+        "montecarlo",
+        *(f"search.{k}" for k in Search.model_fields if k != "limits"),
+    ),
+    "compensate": ("seed", "data", "variation", "compensate"),
+    "finetune": ("seed", "data", "variation", "finetune"),
+    "evaluate": (
+        "seed",
+        "data.dataset",
+        "data.validation",
+        "variation",
+        "montecarlo",
+        "evaluate.split",
+        "evaluate.images",
+        "evaluate.recalibrate",
+        "evaluate.recalibrate_images",
+    ),
+    "sensitivity": ("seed", "data.dataset", "data.validation", "variation", "montecarlo", "sensitivity"),
+}
+# Raised when a stage's code changes what it computes.
+VERSIONS: dict[Stage, int] = dict.fromkeys(get_args(Stage), 3) | {"pretrain": 4, "suppress": 5, "search": 5}
+
+
+def unprintable(text: str) -> bool:
+    """Whether a text has control characters (line breaks and tabs apart) or lone surrogates, which no file can show."""
+    return any(unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\n\t" for letter in text)
+
+
+def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`under` with the values of `over` in their place, mappings merged key by key."""
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def _namespace(values: Any) -> Any:
+    if isinstance(values, dict):
+        return SimpleNamespace(**{k: _namespace(v) for k, v in values.items()})
+    return tuple(_namespace(v) for v in values) if isinstance(values, list) else values
+
+
+def suggest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(known)})"
+
+
+def validate(model: type[Section], values: Any, source: str, prefix: str = "") -> Any:
+    """`model(**values)`; mistakes become a UserError with one line each: source, the key's path, what is wrong."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines = [_line(model, e, source, prefix) for e in error.errors()]
+        raise UserError("\n".join(lines)) from error
+
+
+def _line(model: type[BaseModel], error: Any, source: str, prefix: str) -> str:
+    path = [str(p) for p in error["loc"]]
+    where = ".".join([*([prefix] if prefix else []), *path]) or "(top)"
+    if error["type"] == "extra_forbidden":
+        return f"{source}: {where}: unknown key{suggest(path[-1], _fields_at(model, path[:-1]))}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing":
+        return f"{source}: {where}: missing"
+    return f"{source}: {where}: {message}, not {error['input']!r}"
+
+
+def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        field = model.model_fields.get(part)
+        if field is None:
+            break
+        # A field is a section, or a mapping from names to sections.
+        nested = [t for t in (field.annotation, *get_args(field.annotation)) if _is_section(t)]
+        if not nested:
+            break
+        model = nested[0]
+    return list(model.model_fields)
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
