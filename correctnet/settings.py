@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import difflib
 import functools
-import json
 import math
 import unicodedata
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from correctnet.errors import UserError, one_line
-from correctnet.files.yamlfile import json_values
+from correctnet.datasets import DATASETS
+from correctnet.errors import UserError
+from correctnet.networks import NETWORKS
 
-Stage = Literal[
-    "pretrain", "suppress", "inject", "sweep", "search", "compensate", "finetune", "evaluate", "sensitivity"
-]
-# The stages whose model a row of Table I can evaluate.
-Weights = Literal["pretrain", "suppress", "inject", "compensate", "finetune"]
-# Those whose model can be swept, searched and compensated.
-Base = Literal["pretrain", "suppress", "inject"]
+# Names of the registries, so that a mistake in one is found when settings are read.
+DataSetName = Literal[tuple(DATASETS)]
+NetworkName = Literal[tuple(NETWORKS)]
 
 
 class Section(BaseModel):
@@ -78,7 +73,7 @@ def exact(value: float) -> str:
 class Data(Section):
     """What the network is trained and judged on."""
 
-    dataset: Literal["digits", "mnist", "cifar10", "cifar100"] = "digits"
+    dataset: DataSetName = "digits"
     """data set"""
     validation: float = Field(0.1, gt=0, lt=1)
     """fraction of the training data held out for every choice (sweep, search)"""
@@ -89,7 +84,7 @@ class Data(Section):
 class Network(Section):
     """Which network."""
 
-    name: Literal["lenet5", "vgg16"] = "lenet5"
+    name: NetworkName = "lenet5"
     """architecture"""
     widths: tuple[int, ...] = ()
     """outputs of each layer but the last: LeNet-5's two convolutions and two linear layers (empty: 6, 16, 120, 84), or
@@ -357,7 +352,7 @@ class Settings(Section):
     data: Data = Data()
     network: Network = Network()
     variation: VariationSettings = VariationSettings()
-    base: Base = "suppress"
+    base: Literal["pretrain", "suppress", "inject"] = "suppress"
     """the stage whose network is swept, searched and compensated; the paper's is suppress"""
     pretrain: Pretrain = Pretrain()
     suppress: Suppress = Suppress()
@@ -369,71 +364,6 @@ class Settings(Section):
     montecarlo: MonteCarlo = MonteCarlo()
     evaluate: Evaluate = Evaluate()
     sensitivity: Sensitivity = Sensitivity()
-
-    def of(self, stage: Stage) -> SimpleNamespace:
-        """The settings that `stage` reads, and nothing else: reading another key is an AttributeError."""
-        return _namespace(self._read_by(stage))
-
-    def canonical(self, stage: Stage) -> str:
-        """`of(stage)` as one JSON string with sorted keys: equal strings, equal results."""
-        return json.dumps({"version": VERSIONS[stage], **self._read_by(stage)}, sort_keys=True)
-
-    def _read_by(self, stage: Stage) -> dict[str, Any]:
-        everything, cut = self.model_dump(mode="json"), {}
-        for key in READS[stage]:
-            *groups, leaf = key.split(".")
-            source, target = everything, cut
-            for group in groups:
-                source, target = source[group], target.setdefault(group, {})
-            target[leaf] = source[leaf]
-        return cut
-
-    @classmethod
-    def from_canonical(cls, text: str, stage: Stage) -> Settings:
-        """The inverse of `canonical`; keys that the stage does not read keep their defaults."""
-        try:
-            values = json_values(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"--settings: not JSON ({one_line(error)})") from error
-        if not isinstance(values, dict):
-            raise UserError("--settings: a JSON object is expected")
-        version = values.pop("version", VERSIONS[stage])
-        if version != VERSIONS[stage]:
-            raise UserError(f"--settings: made for version {version} of the {stage} stage, this is {VERSIONS[stage]}")
-        return validate(cls, values, "--settings")
-
-
-# Which keys each stage reads. A key that is not here cannot make the stage run again.
-READS: dict[Stage, tuple[str, ...]] = {
-    "pretrain": ("seed", "data", "network", "pretrain"),
-    "suppress": ("seed", "data", "variation", "suppress"),
-    "inject": ("seed", "data", "variation", "inject"),
-    "sweep": ("seed", "data.dataset", "data.validation", "variation", "montecarlo", "sweep"),
-    "search": (
-        "seed",
-        "data",
-        "variation",
-        *(f"compensate.{k}" for k in Compensate.model_fields if k != "epochs"),  # its own are search.train_epochs
-        "montecarlo",
-        *(f"search.{k}" for k in Search.model_fields if k != "limits"),
-    ),
-    "compensate": ("seed", "data", "variation", "compensate"),
-    "finetune": ("seed", "data", "variation", "finetune"),
-    "evaluate": (
-        "seed",
-        "data.dataset",
-        "data.validation",
-        "variation",
-        "montecarlo",
-        "evaluate.split",
-        "evaluate.images",
-        "evaluate.recalibrate",
-        "evaluate.recalibrate_images",
-    ),
-    "sensitivity": ("seed", "data.dataset", "data.validation", "variation", "montecarlo", "sensitivity"),
-}
-# Raised when a stage's code changes what it computes.
-VERSIONS: dict[Stage, int] = dict.fromkeys(get_args(Stage), 3) | {"pretrain": 4, "suppress": 5, "search": 5}
 
 
 def unprintable(text: str) -> bool:
@@ -448,12 +378,6 @@ def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = merge(merged[key], value) if both else value
     return merged
-
-
-def _namespace(values: Any) -> Any:
-    if isinstance(values, dict):
-        return SimpleNamespace(**{k: _namespace(v) for k, v in values.items()})
-    return tuple(_namespace(v) for v in values) if isinstance(values, list) else values
 
 
 def suggest(word: str, known: Any) -> str:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from correctnet import precision as arithmetic
 from correctnet.files.storage import write_csv
-from correctnet.networks import models
+from correctnet.networks.building import build
 from correctnet.noise import core as native
 
 BATCH = 128
@@ -28,7 +28,7 @@ BATCH = 128
 def step(size: int, channels_last: bool, ours: bool, precision: arithmetic.Precision) -> Callable[[], None]:
     """A step, ready to run."""
     order = torch.channels_last if channels_last else torch.contiguous_format
-    model = models.build("vgg16", 100, 3).to(memory_format=order)
+    model = build("vgg16", 100, 3).to(memory_format=order)
     images = torch.randn(BATCH, 3, size, size).contiguous(memory_format=order)
     labels = torch.arange(BATCH) % 100
 

@@ -20,11 +20,11 @@ import pandas as pd
 import torch
 
 from correctnet import LogNormalVariation, convert, evaluate
-from correctnet.datasets import data
+from correctnet.datasets import loading
 from correctnet.files.storage import training_data, write_csv
 from correctnet.methods import compensation
 from correctnet.noise import streams
-from correctnet.pipeline.stages import read_network
+from correctnet.pipeline.models import read_network
 from correctnet.settings import Compensate, validate
 from correctnet.training.loop import fit
 
@@ -68,7 +68,7 @@ def main(
     if made.get("dataset", dataset) != dataset:
         raise click.UsageError(f"--dataset {dataset}: {model} was trained on {made['dataset']}")
     # What it was not trained on is what was held out for it.
-    loaded = data.load(dataset, validation=made.get("validation", 0.1), seed=made.get("seed", 0))
+    loaded = loading.load(dataset, validation=made.get("validation", 0.1), seed=made.get("seed", 0))
     train, judged = loaded.train.take(images), loaded.validation.take(validation)
     plan = {name: int(m) for name, m in (item.split("=") for item in filters)}
     variation = LogNormalVariation(0.5)

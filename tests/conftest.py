@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, settings
 from torch import nn
 from workflows import prepare, snakemake
 
-from correctnet.datasets.data import Split
-from correctnet.networks import models
+from correctnet.datasets.base import Split
+from correctnet.networks.blocks import Block
+from correctnet.networks.building import build
 from correctnet.noise import core as native
 
 
@@ -50,7 +51,7 @@ def _one_thread() -> None:
 
 @pytest.fixture
 def lenet() -> nn.Module:
-    return models.build("lenet5", classes=10, channels=1, seed=1).eval()
+    return build("lenet5", classes=10, channels=1, seed=1).eval()
 
 
 @pytest.fixture
@@ -58,10 +59,10 @@ def tiny() -> nn.Module:
     """A small network with a convolution, BatchNorm and two linear layers."""
     torch.manual_seed(0)
     return nn.Sequential(
-        models.Block(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)),
+        Block(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)),
         nn.AdaptiveAvgPool2d(4),
         nn.Flatten(),
-        models.Block(nn.Linear(64, 8)),
+        Block(nn.Linear(64, 8)),
         nn.Linear(8, 3),
     ).eval()
 

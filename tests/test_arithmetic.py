@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from correctnet import precision as arithmetic
-from correctnet.datasets.data import Split
+from correctnet.datasets.base import Split
 from correctnet.precision import available, products, weight_gradient
 from correctnet.settings import Training
 from correctnet.training.loop import fit

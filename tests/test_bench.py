@@ -17,13 +17,13 @@ from correctnet.bench import gpu as bench_gpu
 from correctnet.cli.commands import main
 from correctnet.errors import UserError
 from correctnet.files import storage
-from correctnet.networks import models
+from correctnet.networks.lenet import lenet5
 from correctnet.noise import core as native
 
 needs_core = pytest.mark.skipif(not native.status().built, reason="the C++ core was not built")
 
 KINDS = ("float32", "autocast", "bf16")
-TINY = bench.Work("tiny", models.lenet5, (1, 32, 32), 3, 70)
+TINY = bench.Work("tiny", lenet5, (1, 32, 32), 3, 70)
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_limit_counts_operations_and_weights(lenet):
     """LeNet-5 without padding: 2 * 416,520 FLOP an image; 61,470 weights a chip, drawn once for each 1,024 images."""
     machine = bench.Machine.__new__(bench.Machine)
     machine.threads, machine.peak, machine.weights = 4, {"float32": 1e9}, {"float32": 1e6}
-    work = bench.Work("w", models.lenet5, (1, 32, 32), 10, 3000)
+    work = bench.Work("w", lenet5, (1, 32, 32), 10, 3000)
     analog = bench.convert(lenet, bench.LogNormalVariation(0.5))
     multiplications = 28 * 28 * 6 * 25 + 10 * 10 * 16 * 150 + 400 * 120 + 120 * 84 + 84 * 10
     wanted = 10 * 3000 * 2 * multiplications / 1e9 + 10 * 3 * 61470 / (4 * 1e6)
@@ -364,7 +364,7 @@ def test_ways_of_training_are_measured(on_the_cpu, monkeypatch) -> None:
 @needs_core
 @pytest.mark.parametrize("noise", ["kernels", "torch"])
 def test_a_step_of_training_is_on_a_fresh_chip_and_trains_compensators_alone(on_the_cpu, lenet, noise) -> None:
-    x, y = bench.Work("t", models.lenet5, (1, 32, 32), 1, 8).data(0)
+    x, y = bench.Work("t", lenet5, (1, 32, 32), 1, 8).data(0)
     trainer = bench_gpu.Trainer(lenet, {"conv1.layer": 3}, x, y, bench_gpu.Way(noise), seed=9)
     before = [p.detach().clone() for p in trainer.parameters]
     drawn = [w.detach().clone() for w in trainer.weights]

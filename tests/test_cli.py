@@ -14,8 +14,9 @@ import pytest
 import torch
 from by_hand import every_stage, run, succeed
 
+from correctnet import machine
 from correctnet.crossbar.layers import convert
-from correctnet.datasets import data
+from correctnet.datasets import DATASETS, loading
 from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.evaluation.montecarlo import clean_accuracy, evaluate
 from correctnet.files import storage
@@ -25,7 +26,11 @@ from correctnet.noise import core as native
 from correctnet.noise import device as cuda
 from correctnet.noise import streams
 from correctnet.pipeline import stages
-from correctnet.settings import READS
+from correctnet.pipeline.models import read_network
+from correctnet.pipeline.specs import STAGES
+from correctnet.pipeline.stages import evaluation as evaluation_stages
+from correctnet.pipeline.stages import searching as searching_stages
+from correctnet.pipeline.stages import training as training_stages
 from correctnet.training import loop as training
 
 FAST = ["--quiet", "--threads", "1", "--batch", "64"]
@@ -52,13 +57,13 @@ def chain(tmp_path_factory):
 
 
 def test_help_names_every_setting_with_its_default():
-    for stage in READS:
+    for stage in STAGES:
         text = succeed(stage, "--help").output
         assert "--seed" in text
         assert "default:" in text
     text = " ".join(succeed("suppress", "--help").output.split())
     assert "--beta FLOAT weight of the regulariser in the loss [suppress.beta; default: 0.0001]" in text
-    for name in (*READS, "table", "figure", "merge", "collect", "fetch", "check", "show"):
+    for name in (*STAGES, "table", "figure", "merge", "collect", "fetch", "check", "show"):
         assert name in succeed("--help").output
 
 
@@ -68,7 +73,7 @@ def test_training_with_variation_keeps_or_updates_batchnorm(
     chain, tmp_path, monkeypatch, stage, given, before, batchnorm
 ):
     passed = []
-    monkeypatch.setattr(stages, "fit", lambda *_, hooks, **__: passed.append(hooks.update_batchnorm) or [])
+    monkeypatch.setattr(training_stages, "fit", lambda *_, hooks, **__: passed.append(hooks.update_batchnorm) or [])
     succeed(stage, *FAST, "--batchnorm", batchnorm, given, chain / before, "--out", tmp_path / "out")
     assert passed == [batchnorm == "updated"]
 
@@ -104,12 +109,12 @@ def test_the_chain_leaves_what_it_says(chain):
     assert [h["epochs"] for h in description["history"]] == [4, 1, 1]
     judged = description["history"][-1]["judged"]
     assert judged["kept"] == ("with" if judged["with"] >= judged["without"] else "without")
-    assert (judged["chips"], judged["images"]) == (10, len(data.load("digits").validation))
+    assert (judged["chips"], judged["images"]) == (10, len(loading.load("digits").validation))
     log = pd.read_csv(chain / "search" / "log.csv")
     best = json.loads((chain / "search" / "best.json").read_text())
     assert best["mean"] == log["mean"].max()
     assert best["overhead"] <= 0.02
-    model, _ = stages.read_network(chain / "compensate")
+    model, _ = read_network(chain / "compensate")
     assert description["compensation"]["filters"] == {"conv1.layer": 6, "conv2.layer": 16}
     expected = sum(p.numel() for p in compensation.compensation_parameters(model)) / 61706
     assert description["overhead"] == pytest.approx(expected)
@@ -129,21 +134,21 @@ def test_fine_tuning_trains_the_network_and_its_compensators(chain):
     assert (tuned["compensation"], tuned["overhead"]) == (described["compensation"], described["overhead"])
     assert all(not torch.equal(after[k], v) for k, v in before.items())
     assert {"conv1.layer.original.weight", "conv1.layer.generator.weight", "linear3.layer.weight"} <= set(after)
-    stages.read_network(chain / "finetune")
+    read_network(chain / "finetune")
 
 
 @pytest.mark.parametrize(("stage", "given", "before"), WITH_VARIATION)
 def test_training_with_variation_programs_a_chip_a_batch(chain, tmp_path, monkeypatch, stage, given, before):
     chips = []
-    monkeypatch.setattr(stages, "program", lambda analog, sample: chips.append(sample))
+    monkeypatch.setattr(training_stages, "program", lambda analog, sample: chips.append(sample))
     succeed(stage, *FAST, "--batch", 500, "--epochs", 1, given, chain / before, "--out", tmp_path / "out")
     assert chips == list(streams.chips(f"train-{stage}", 3))
 
 
 def test_the_sweep_is_about_validation_images(chain):
     summary = storage.read_json(chain / "sweep" / "candidates.json")
-    model, _ = stages.read_network(chain / "pretrain")
-    validation = data.load("digits").validation.take(50)
+    model, _ = read_network(chain / "pretrain")
+    validation = loading.load("digits").validation.take(50)
     with torch.no_grad():
         correct = model(validation.images).argmax(1) == validation.labels
     assert summary["original"] == correct.sum().item() / 50
@@ -176,7 +181,7 @@ def test_chunks_of_an_evaluation_merge_to_the_whole(chain):
         (["--config", "config.yaml"], "error: --config and --pair"),
         (["--dataset", "mnits"], "'mnits' is not one of"),
         (["--pretrained", "nowhere"], "nowhere/model.json: no such file"),
-        (["--sizes", "16"], "error: suppress.sizes: LeNet-5's linear layers fit images of 32 x 32 pixels only"),
+        (["--sizes", "16"], "error: suppress.sizes: lenet5 takes images of 32 x 32 pixels only"),
     ],
 )
 def test_bad_options(chain, tmp_path, arguments, line):
@@ -218,7 +223,7 @@ def test_files_of_another_stage(chain, tmp_path):
 
 @pytest.mark.parametrize("name", ["sigma", "split", "sample", "chips", "seed"])
 def test_notes_of_a_name_that_is_taken(chain, tmp_path, name, monkeypatch):
-    monkeypatch.setattr(stages, "evaluate", lambda *a, **k: pytest.fail("chips were evaluated"))
+    monkeypatch.setattr(evaluation_stages, "evaluate", lambda *a, **k: pytest.fail("chips were evaluated"))
     given = ["--model", chain / "pretrain", "--quiet", "--out", tmp_path / "e.csv", "--note", f"{name}=0.5"]
     if name == "chips":  # no column of an evaluation
         monkeypatch.undo()
@@ -242,7 +247,7 @@ def test_missing_and_truncated_data(tmp_path, monkeypatch):
     assert "CORRECTNET_DATA" in line
     folder = tmp_path / "MNIST" / "raw"
     folder.mkdir(parents=True)
-    for file in (*data.SOURCES["mnist"].train, *data.SOURCES["mnist"].test):
+    for file in (*DATASETS["mnist"].source().train, *DATASETS["mnist"].source().test):
         (folder / file.name).write_bytes(b"\0" * 1000)
     assert "train-images-idx3-ubyte: 1000 bytes, 47040016 expected" in fail("pretrain", *options)
     assert not (tmp_path / "out").exists()
@@ -318,7 +323,7 @@ def test_only_what_kept_its_work_promises_to_go_on(chain, tmp_path, monkeypatch,
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(30)
 
-    for module in (stages, sweep):
+    for module in (evaluation_stages, sweep):
         monkeypatch.setattr(module, "evaluate", stopped)
     models = {"evaluate": ["--model", chain / "pretrain"]}
     models["sweep"] = ["--pretrained", chain / "pretrain", "--base", chain / "suppress"]
@@ -352,7 +357,7 @@ def test_threads_stay_within_the_process_s_cpus(monkeypatch, quota, wanted):
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
     for threads in (64, 2, 0):
-        stages.set_threads(threads)
+        machine.set_threads(threads)
     assert asked == wanted
 
 
@@ -363,7 +368,7 @@ def test_cuda_that_is_not_there(tmp_path, monkeypatch):
 
 def test_the_way_of_a_gpu_reaches_every_stage_that_simulates_chips(chain, tmp_path, monkeypatch):
     seen = []
-    for module in (stages, sweep):
+    for module in (evaluation_stages, searching_stages, sweep):
 
         def evaluate(*args, evaluate=module.evaluate, **kwargs):
             seen.append(kwargs.pop("gpu_method"))
@@ -384,7 +389,7 @@ def test_the_way_of_a_gpu_reaches_every_stage_that_simulates_chips(chain, tmp_pa
     assert len(seen) > 11
 
 
-@pytest.mark.parametrize("stage", READS)
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("built", [True, False])
 def test_a_gpu_without_kernels_is_said_once(stage, built, tmp_path, monkeypatch):
     class Kernels:
@@ -455,7 +460,7 @@ def test_choices_are_evaluated_on_validation_images(chain):
     succeed("evaluate", *options, "--split", "validation", "--out", chain / "v.csv")
     table = pd.read_csv(chain / "v.csv")
     assert set(table["split"]) == {"validation"}
-    assert table["images"][0] == len(data.load("digits").validation)
+    assert table["images"][0] == len(loading.load("digits").validation)
     options = ["--quiet", "--threads", "1", "--model", chain / "pretrain", "--images", 20, "--split", "validation"]
     succeed("evaluate", *options, "--chips", 2, "--start", 3, "--out", chain / "v.csv")
     assert list(pd.read_csv(chain / "v.csv")["sample"]) == list(streams.chips("validation", 2, 3))
@@ -488,7 +493,7 @@ def test_what_may_be_empty_can_be_said_to_be(tmp_path, monkeypatch):
     assert [len(s.network.widths) for s in seen] == [14, 0]
     assert [s.pretrain.clip for s in seen] == [1.0, None]
     monkeypatch.undo()
-    assert "four are expected" in fail("pretrain", "--widths", "8,8", "--out", tmp_path)
+    assert "4 are expected" in fail("pretrain", "--widths", "8,8", "--out", tmp_path)
 
 
 def test_suppression_from_scratch_may_begin_on_smaller_images(tmp_path, monkeypatch):
@@ -537,8 +542,8 @@ def test_compensators_that_lose_accuracy_are_not_kept(chain, tmp_path):
     entry = storage.read_json(tmp_path / "out" / "model.json")["history"][-1]
     assert entry["judged"]["with"] < entry["judged"]["without"]
     assert entry["judged"]["kept"] == "without"
-    before, after = (stages.read_network(path)[0] for path in (chain / "suppress", tmp_path / "out"))
-    validation = data.load("digits").validation
+    before, after = (read_network(path)[0] for path in (chain / "suppress", tmp_path / "out"))
+    validation = loading.load("digits").validation
     with torch.no_grad():
         torch.testing.assert_close(after(validation.images), before(validation.images))
     # The first number is that of the network without compensators, on chips for this comparison alone.
@@ -554,7 +559,7 @@ def test_suppression_from_scratch_goes_on_whatever_weights_were_pretrained(chain
     other = [*FAST, "--dataset", "digits", "--epochs", 0]  # other weights, trained on the same split
     succeed("pretrain", *other, "--out", tmp_path / "other")
     succeed("pretrain", *other, "--widths", "5,16,120,84", "--out", tmp_path / "narrow")
-    monkeypatch.setattr(stages, "Checkpoint", lambda path, identity: names.append(identity) or sys.exit(0))
+    monkeypatch.setattr(training_stages, "Checkpoint", lambda path, identity: names.append(identity) or sys.exit(0))
     for start in ("scratch", "pretrained"):
         for network in (chain / "pretrain", tmp_path / "other", tmp_path / "narrow"):
             options = [*FAST, "--start", start, "--pretrained", network, "--work", tmp_path / "work"]

@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from correctnet.crossbar.layers import AnalogLayer, convert, crossbar_layers
-from correctnet.datasets.data import Split
+from correctnet.datasets.base import Split
 from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.errors import UserError
 from correctnet.evaluation.montecarlo import evaluate
 from correctnet.methods import compensation
 from correctnet.methods.compensation import Compensated, compensate
-from correctnet.networks import models
+from correctnet.networks.blocks import Block
+from correctnet.networks.building import build
+from correctnet.networks.lenet import lenet5
 from correctnet.noise import streams
 from correctnet.settings import Training
 from correctnet.training.loop import fit
@@ -88,7 +90,7 @@ def test_ratios_become_filters(lenet):
 
 
 def test_lenet5_with_both_convolutions_costs_little():
-    network = models.lenet5()
+    network = lenet5()
     assert 0.016 < compensation.overhead(network, compensation.filters_of(network, [1, 1])) < 0.017
 
 
@@ -106,13 +108,13 @@ def test_saved_and_loaded_as_a_plain_module(lenet, tmp_path):
     compensation.save(compensated, tmp_path)
     plan = {"filters": filters, "place": "block", "activation": "none", "pool": "kernel"}
     assert compensation.plan_of(compensated) == plan
-    loaded = compensation.load(models.lenet5(), tmp_path).eval()
+    loaded = compensation.load(lenet5(), tmp_path).eval()
     assert isinstance(loaded, nn.Module)
     x = torch.randn(3, 1, 32, 32)
     assert torch.equal(loaded(x), compensated(x))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
     with pytest.raises(UserError, match="made for another network"):
-        compensation.load(models.lenet5(widths=(3, 4, 5, 6)), tmp_path)
+        compensation.load(lenet5(widths=(3, 4, 5, 6)), tmp_path)
 
 
 @pytest.mark.parametrize("options", [{}, {"activation": "none"}, {"pool": "kernel"}, {"place": "block"}])
@@ -123,7 +125,7 @@ def test_a_saved_network_computes_what_it_did(lenet, tmp_path, filters, options)
     compensated = compensate(lenet, filters, init="random", **options).eval()
     compensation.save(compensated, tmp_path)
     x = torch.randn(2, 1, 32, 32)
-    assert torch.equal(compensation.load(models.lenet5(), tmp_path).eval()(x), compensated(x))
+    assert torch.equal(compensation.load(lenet5(), tmp_path).eval()(x), compensated(x))
 
 
 def test_models_of_names_that_differ_behind_a_dot_are_saved_and_loaded_apart(lenet, tmp_path):
@@ -315,7 +317,7 @@ def test_a_layer_with_several_names_is_compensated_at_all_places(tmp_path):
 
 @pytest.mark.parametrize(
     ("network", "name", "place"),
-    [(nn.Linear(4, 3), "", "layer"), (models.Block(nn.Linear(4, 3)), "layer", "block")],
+    [(nn.Linear(4, 3), "", "layer"), (Block(nn.Linear(4, 3)), "layer", "block")],
 )
 def test_a_network_that_is_one_layer(network, name, place, tmp_path):
     compensated = compensate(network, {name: 2}, place=place).eval()
@@ -328,7 +330,7 @@ def test_a_network_that_is_one_layer(network, name, place, tmp_path):
 
 def test_a_layer_in_two_blocks_is_not_half_compensated():
     shared = nn.Linear(4, 4)
-    network = nn.Sequential(models.Block(shared), models.Block(shared))
+    network = nn.Sequential(Block(shared), Block(shared))
     with pytest.raises(UserError, match=r"layer '0\.layer' is used outside of its Block, too"):
         compensate(network, {"0.layer": 2}, place="block")
     assert isinstance(compensate(network, {"0.layer": 2})[1].layer, Compensated)
@@ -650,7 +652,7 @@ def test_filters_that_are_none(tiny, blobs, filters, line):
 
 
 def test_a_network_and_its_generators_begin_with_unrelated_weights():
-    network = models.build("lenet5", 10, 1, seed=0, widths=(64, 64, 32, 32))
+    network = build("lenet5", 10, 1, seed=0, widths=(64, 64, 32, 32))
     compensated = compensate(network, dict.fromkeys(["conv1.layer", "conv2.layer"], 64), seed=0, init="random")
     weights = [network.conv1.layer.weight, network.conv2.layer.weight]
     for name in ("conv1", "conv2"):

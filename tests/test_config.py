@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from correctnet.datasets import data
+from correctnet.datasets import DATASETS, loading
 from correctnet.errors import UserError
-from correctnet.pipeline.config import RULES, SIZES, Config, lineage
-from correctnet.settings import READS, VERSIONS, Settings, exact
+from correctnet.pipeline.config import RULES, Config
+from correctnet.pipeline.specs import STAGES, lineage
+from correctnet.settings import Settings, exact
 
 ROOT = Path(__file__).parents[1]
 # Through JSON, so that sections that the file shares between pairs can be changed one at a time.
@@ -83,16 +84,16 @@ def test_a_row_that_the_search_would_judge_otherwise_than_its_evaluation():
             "pairs.lenet5-digits: data.validation: 0.9999 of the 1438 training images leaves one part empty",
         ),
         ("pairs/lenet5-mnist/network/name", "lenet", "pairs.lenet5-mnist.network.name: Input should be 'lenet5'"),
-        ("pairs/lenet5-mnist/network/widths", [1, 2], "pairs.lenet5-mnist: network.widths: four are expected"),
-        ("pairs/vgg16-cifar10/network/widths", [8] * 4, "network.widths: fourteen are expected for vgg16"),
+        ("pairs/lenet5-mnist/network/widths", [1, 2], "pairs.lenet5-mnist: network.widths: 4 are expected"),
+        ("pairs/vgg16-cifar10/network/widths", [8] * 4, "network.widths: 14 are expected for vgg16"),
         ("pairs/vgg16-cifar10/network/widths", [0] * 14, "network.widths: positive widths are expected"),
         ("runs/paper", ["lenet5-mnits"], "runs.paper: no pair 'lenet5-mnits' (did you mean 'lenet5-mnist'?)"),
         ("runs/paper", [], "runs.paper: one pair or more is expected"),
         ("pairs/lenet5-mnist/rows", ["unprotected", "corectnet"], "no row 'corectnet' (did you mean 'correctnet'?)"),
         ("pairs/lenet5-mnist/rows", ["correctnet"], "the first row must evaluate the original network"),
         ("pairs/lenet5-mnist/rows", ["unprotected", "recalibrated"], "'recalibrated' recalibrates BatchNorm"),
-        ("pairs/lenet5-mnist/pretrain", {"sizes": [16]}, "pretrain.sizes: LeNet-5's linear layers fit"),
-        ("pairs/lenet5-mnist/suppress/sizes", [16], "suppress.sizes: LeNet-5's linear layers fit"),
+        ("pairs/lenet5-mnist/pretrain", {"sizes": [16]}, "pretrain.sizes: lenet5 takes images of 32"),
+        ("pairs/lenet5-mnist/suppress/sizes", [16], "suppress.sizes: lenet5 takes images of 32"),
         ("pairs/vgg16-cifar10/pretrain/sizes", [0], "sides between 1 and 32 pixels"),
         ("pairs/lenet5-mnist/rows", 3, "pairs.lenet5-mnist.rows: a list of rows, or a mapping"),
         (
@@ -129,10 +130,10 @@ SMALL = "a name of lower-case letters, digits, '-' and '.' is expected"
             "pairs:\n  p:\n    evaluate: {chips: 10}\n    seed: 1\n    evaluate: {images: 9}",
             "pairs.p.evaluate: stands there",
         ),
-        ("pairs: {p: {evaluate: {chips: 1, 'chips': 2}}}", "pairs.p.evaluate.chips: stands there twice"),
-        ("pairs: {p: {}}\npairs: {q: {}}", "pairs: stands there twice"),
-        ("pairs: {p: &a {seed: 1}, q: {<<: *a, seed: 2, seed: 3}}", "pairs.q.seed: stands there twice"),
-        ("pairs: {p: &a {seed: 1}, q: {<<: *a, <<: *a}}", "pairs.q.<<: stands there twice"),
+        ("pairs: {p: {evaluate: {chips: 1, 'chips': 2}}}", "pairs.p.evaluate.chips: is listed twice"),
+        ("pairs: {p: {}}\npairs: {q: {}}", "pairs: is listed twice"),
+        ("pairs: {p: &a {seed: 1}, q: {<<: *a, seed: 2, seed: 3}}", "pairs.q.seed: is listed twice"),
+        ("pairs: {p: &a {seed: 1}, q: {<<: *a, <<: *a}}", "pairs.q.<<: is listed twice"),
         ("pairs: {a: &a {seed: 1}, b: &b {seed: 2}, p: {<<: [*a, *b]}}", "pairs.p.<<: seed stands in several"),
         ("pairs: {a: &a {seed: 1}, b: &b {<<: *a}, p: {<<: [*a, *b]}}", "pairs.p.<<: seed stands in several"),
         # what YAML reads as something else
@@ -353,8 +354,8 @@ def test_a_configuration_in_json(tmp_path):
     with pytest.raises(UserError) as caught:
         Config.load(path)
     assert str(caught.value).splitlines() == [
-        f"{path}: pairs.p.seed: stands there twice",
-        f"{path}: pairs.p.suppress.k: stands there twice",
+        f"{path}: pairs.p.seed: is listed twice",
+        f"{path}: pairs.p.suppress.k: is listed twice",
     ]
 
 
@@ -387,14 +388,14 @@ def test_files_that_are_no_configuration(tmp_path, text):
         Config.load(tmp_path)
 
 
-@pytest.mark.parametrize("stage", READS)
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_gets_what_it_reads_and_nothing_else(stage):
     settings = Settings()
-    text = settings.canonical(stage)
+    text = STAGES[stage].canonical(settings)
     values = json.loads(text)
-    assert values.pop("version") == VERSIONS[stage]
-    assert Settings.from_canonical(text, stage).canonical(stage) == text
-    view = settings.of(stage)
+    assert values.pop("version") == STAGES[stage].version
+    assert STAGES[stage].canonical(STAGES[stage].parse(text, stage)) == text
+    view = STAGES[stage].read(settings)
     for section in ("data", "network", "variation", "pretrain", "suppress", "search", "compensate", "evaluate"):
         assert hasattr(view, section) == (section in values)
 
@@ -403,9 +404,11 @@ def test_a_stage_s_string_changes_with_what_it_reads_only():
     config = Config.check(SHIPPED)
     before = config.settings("lenet5-mnist", "correctnet")
     after = Config.check(changed("pairs/lenet5-mnist/suppress/beta", 0.5)).settings("lenet5-mnist", "correctnet")
-    assert {s for s in READS if before.canonical(s) != after.canonical(s)} == {"suppress"}
+    assert {s for s in STAGES if STAGES[s].canonical(before) != STAGES[s].canonical(after)} == {"suppress"}
     after = Config.check(changed("defaults/variation/sigma", 0.4)).settings("lenet5-mnist", "correctnet")
-    assert {s for s in READS if before.canonical(s) != after.canonical(s)} == set(READS) - {"pretrain"}
+    assert {s for s in STAGES if STAGES[s].canonical(before) != STAGES[s].canonical(after)} == set(STAGES) - {
+        "pretrain"
+    }
 
 
 def test_a_pair_can_change_a_row():
@@ -450,7 +453,7 @@ def test_folders_are_named_by_what_differs_whatever_other_rows_there_are():
                 variant = config.variant(pair, row, stage)
                 assert re.fullmatch(r"(@[A-Za-z0-9._+-]{1,130})?", variant)
                 assert variant == alone.variant(pair, row, stage)
-                made_with = " ".join(settings.canonical(s) for s in lineage(settings, stage))
+                made_with = " ".join(STAGES[s].canonical(settings) for s in lineage(settings, stage))
                 if stage in ("compensate", "finetune"):
                     made_with += f" {settings.search.limits}"
                 assert names.setdefault(f"{stage}{variant}", made_with) == made_with, "one name, one run"
@@ -476,18 +479,18 @@ def test_a_name_that_stands_twice_is_a_mistake():
     config = changed("runs/quick", ["lenet5-digits", "lenet5-digits"], config)
     with pytest.raises(UserError) as caught:
         Config.check(config)
-    assert "pairs.lenet5-mnist.rows: 'suppressed' stands there twice" in str(caught.value)
-    assert "runs.quick: 'lenet5-digits' stands there twice" in str(caught.value)
+    assert "pairs.lenet5-mnist.rows: 'suppressed' is listed twice" in str(caught.value)
+    assert "runs.quick: 'lenet5-digits' is listed twice" in str(caught.value)
 
 
 # Which stages read what, by hand: a setting in a stage's own section is its own; these are shared.
 SHARED = {
-    "seed": set(READS),
-    "data.dataset": set(READS),
-    "data.validation": set(READS),
+    "seed": set(STAGES),
+    "data.dataset": set(STAGES),
+    "data.validation": set(STAGES),
     "data.augment": {"pretrain", "suppress", "inject", "search", "compensate", "finetune"},
     "network": {"pretrain"},
-    "variation": set(READS) - {"pretrain"},
+    "variation": set(STAGES) - {"pretrain"},
     "montecarlo": {"sweep", "search", "evaluate", "sensitivity"},
     "compensate": {"search", "compensate"},
     "compensate.epochs": {"compensate"},  # a state of the search trains for search.train_epochs
@@ -537,21 +540,21 @@ def test_every_setting_is_read_by_exactly_the_stages_that_depend_on_it(key, fiel
     for part in reversed(key.split(".")):
         nested = {part: nested}
     before, after = Settings(), Settings.model_validate(nested)
-    found = {stage for stage in READS if before.canonical(stage) != after.canonical(stage)}
+    found = {stage for stage in STAGES if STAGES[stage].canonical(before) != STAGES[stage].canonical(after)}
     section = key.split(".")[0]
     assert found == SHARED.get(key, SHARED.get(section, {section}))
 
 
 def test_swapped_numbers_are_noticed():
-    a = Settings.model_validate({"suppress": {"beta": 0.1, "k": 0.2}}).canonical("suppress")
-    b = Settings.model_validate({"suppress": {"beta": 0.2, "k": 0.1}}).canonical("suppress")
+    a = STAGES["suppress"].canonical(Settings.model_validate({"suppress": {"beta": 0.1, "k": 0.2}}))
+    b = STAGES["suppress"].canonical(Settings.model_validate({"suppress": {"beta": 0.2, "k": 0.1}}))
     assert a != b
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "[" * 100000, '{"version": 99}', '{"sweep": {"chip": 3}}'])
 def test_bad_settings_strings(text):
     with pytest.raises(UserError, match="--settings"):
-        Settings.from_canonical(text, "sweep")
+        STAGES["sweep"].parse(text, "sweep")
 
 
 @pytest.mark.parametrize(
@@ -559,18 +562,18 @@ def test_bad_settings_strings(text):
     [('{"seed": 1, "seed": 2}', "seed"), ('{"sweep": {"chips": 5, "images": 3, "chips": 9}}', "sweep.chips")],
 )
 def test_a_settings_string_says_each_key_once(text, where):
-    with pytest.raises(UserError, match=rf"--settings: not JSON \({where}: stands there twice\)"):
-        Settings.from_canonical(text, "sweep")
+    with pytest.raises(UserError, match=rf"--settings: not JSON \({where}: is listed twice\)"):
+        STAGES["sweep"].parse(text, "sweep")
 
 
-@pytest.mark.parametrize("name", ["digits", *data.SOURCES])
+@pytest.mark.parametrize("name", [*DATASETS])
 def test_the_numbers_of_training_images_are_those_of_the_files(name):
     if name == "digits":
-        assert len(data.load(name, validation=0.5).train) * 2 == SIZES[name][0]
+        assert len(loading.load(name, validation=0.5).train) * 2 == DATASETS[name].train
         return
     record = {"mnist": 28 * 28, "cifar10": 1 + 3 * 32 * 32, "cifar100": 2 + 3 * 32 * 32}[name]
-    files = [file for file in data.SOURCES[name].train if "labels" not in file.name]
-    assert sum(file.size // record for file in files) == SIZES[name][0]
+    files = [file for file in DATASETS[name].source().train if "labels" not in file.name]
+    assert sum(file.size // record for file in files) == DATASETS[name].train
 
 
 @pytest.mark.parametrize(

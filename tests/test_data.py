@@ -14,15 +14,21 @@ import pytest
 import torch
 from PIL import Image
 
-from correctnet.datasets import data
+from correctnet.datasets import DATASETS, cifar, files, loading, transforms
 from correctnet.errors import UserError
 
 REAL = os.environ.get("CORRECTNET_DATA", "data")
 
 
+def put(patch, name, source):
+    """Have `source` be that of a data set."""
+    module, attribute = DATASETS[name].where.split(":")
+    patch.setattr(f"correctnet.datasets.{module}.{attribute}", source)
+
+
 def need(name):
     """Skip the test where the real files of a data set are absent."""
-    source = data.SOURCES[name]
+    source = DATASETS[name].source()
     if not all((Path(REAL) / source.folder / f.name).exists() for f in (*source.train, *source.test)):
         pytest.skip(f"no {name} under {REAL} (CORRECTNET_DATA says where)")
 
@@ -30,7 +36,7 @@ def need(name):
 def real(name):
     """The real data set, or a skip where its files are absent."""
     need(name)
-    return data.load(name, REAL)
+    return loading.load(name, REAL)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +72,7 @@ def content(images, labels):
 def taken_for(patch, name, train, test):
     """Have (images, labels) of the right shapes taken for the data set `name`."""
     digests = {"train": content(*train), "test": content(*test)}
-    patch.setitem(data.SOURCES, name, dataclasses.replace(data.SOURCES[name], digests=digests))
+    put(patch, name, dataclasses.replace(DATASETS[name].source(), digests=digests))
 
 
 def stored_mnist(folder, prefix, n):
@@ -84,8 +90,8 @@ def as_mnist(mnist_files):
         parts.append((np.pad(images, ((0, 0), (2, 2), (2, 2))), labels))
     with pytest.MonkeyPatch.context() as patch:
         taken_for(patch, "mnist", *parts)
-        source = data.SOURCES["mnist"]
-    return lambda patch: patch.setitem(data.SOURCES, "mnist", source)
+        source = DATASETS["mnist"].source()
+    return lambda patch: put(patch, "mnist", source)
 
 
 def rows(split):
@@ -104,7 +110,7 @@ def equal(a, b):
 def mnist(mnist_files, as_mnist):
     with pytest.MonkeyPatch.context() as patch:
         as_mnist(patch)
-        return data.load("mnist", mnist_files, 0.1, seed=3)
+        return loading.load("mnist", mnist_files, 0.1, seed=3)
 
 
 def test_shapes_types_and_sizes(mnist):
@@ -131,14 +137,14 @@ def test_a_copy_in_another_order_gives_the_same_splits(mnist_files, mnist, as_mn
         order = rng.permutation(n)
         parts.append((images[order], labels[order]))
     write_mnist(tmp_path, *parts)
-    copy = data.load("mnist", tmp_path, 0.1, seed=3)
+    copy = loading.load("mnist", tmp_path, 0.1, seed=3)
     for name in ("train", "validation", "test"):
         assert equal(getattr(mnist, name), getattr(copy, name)), name
 
 
 def test_the_seed_moves_the_validation_split_and_not_the_test_set(mnist_files, mnist, as_mnist, monkeypatch):
     as_mnist(monkeypatch)
-    other = data.load("mnist", mnist_files, 0.1, seed=4)
+    other = loading.load("mnist", mnist_files, 0.1, seed=4)
     assert equal(mnist.test, other.test)
     assert rows(mnist.validation) != rows(other.validation)
     assert rows(mnist.validation) | rows(mnist.train) == rows(other.validation) | rows(other.train)
@@ -154,9 +160,9 @@ def test_normalisation_and_padding(mnist_files, mnist):
 
 
 def test_digits_are_scikit_learn_s():
-    digits = data.load("digits", validation=0.1)
+    digits = loading.load("digits", validation=0.1)
     assert len(digits.train) + len(digits.validation) + len(digits.test) == 1797
-    assert equal(digits.test, data.load("digits", validation=0.3, seed=5).test)
+    assert equal(digits.test, loading.load("digits", validation=0.3, seed=5).test)
     labels = torch.cat([s.labels for s in (digits.train, digits.validation, digits.test)])
     # scikit-learn's documentation: about 180 a class.
     assert labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
@@ -212,7 +218,7 @@ def test_damaged_files_are_refused_by_name(mnist_files, tmp_path, file, damage, 
         else:
             (raw / source.name).symlink_to(source)
     with pytest.raises(UserError) as caught:
-        data.load("mnist", tmp_path)
+        loading.load("mnist", tmp_path)
     assert str(raw / file) in str(caught.value)
     assert message in str(caught.value)
 
@@ -229,22 +235,22 @@ def test_cifar_records_and_labels(tmp_path, monkeypatch):
         records.tofile(folder / name)
         parts.append((records[:, 2:], records[:, 1]))
     taken_for(monkeypatch, "cifar100", *parts)
-    cifar = data.load("cifar100", tmp_path)
+    cifar = loading.load("cifar100", tmp_path)
     assert set(cifar.test.labels.bincount().tolist()) == {100}, "the fine label, not the coarse one"
     pixel = records[7, 2:].reshape(3, 32, 32)
-    mean, std = torch.tensor(data.SOURCES["cifar100"].mean), torch.tensor(data.SOURCES["cifar100"].std)
+    mean, std = torch.tensor(DATASETS["cifar100"].source().mean), torch.tensor(DATASETS["cifar100"].source().std)
     wanted = (torch.tensor(pixel) / 255 - mean[:, None, None]) / std[:, None, None]
     assert (cifar.test.images - wanted).abs().amax((1, 2, 3)).min() < 1e-5
     records[5, 1] = 100
     records.tofile(folder / "test.bin")
     with pytest.raises(UserError, match=r"test\.bin: label 100 where labels are below 100"):
-        data.load("cifar100", tmp_path)
+        loading.load("cifar100", tmp_path)
 
 
 def copied(name, folder, **changed):
     """The real files of a data set, linked into `folder`, some of them replaced by other bytes."""
     need(name)
-    source = data.SOURCES[name]
+    source = DATASETS[name].source()
     (folder / source.folder).mkdir(parents=True)
     for file in (*source.train, *source.test):
         path = folder / source.folder / file.name
@@ -257,12 +263,12 @@ def copied(name, folder, **changed):
 
 def stored(name, file):
     need(name)
-    return np.fromfile(Path(REAL) / data.SOURCES[name].folder / file, np.uint8)
+    return np.fromfile(Path(REAL) / DATASETS[name].source().folder / file, np.uint8)
 
 
 def refused(name, folder):
     with pytest.raises(UserError) as caught:
-        data.load(name, folder)
+        loading.load(name, folder)
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
 
@@ -298,7 +304,7 @@ def test_a_batch_that_stands_there_twice(tmp_path):
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_one_pixel_is_enough(tmp_path, name):
-    file = data.SOURCES[name].test[0].name
+    file = DATASETS[name].source().test[0].name
     raw = stored(name, file)
     raw[-1] ^= 1
     folder = copied(name, tmp_path, **{file: raw})
@@ -320,11 +326,11 @@ def test_the_same_labels_in_another_order_are_other_records(tmp_path):
 
 
 def test_a_data_set_is_known_by_a_digest_of_its_own(mnist):
-    assert data.load("digits").digest == data.digest("digits")
-    assert len({data.digest(name) for name in data.NAMES}) == len(data.NAMES)
+    assert loading.load("digits").digest == loading.digest("digits")
+    assert len({loading.digest(name) for name in DATASETS}) == len(DATASETS)
     cifar = real("cifar100")
-    assert cifar.digest == data.digest("cifar100") == cifar.to("cpu").digest
-    assert mnist.digest != data.digest("mnist")
+    assert cifar.digest == loading.digest("cifar100") == cifar.to("cpu").digest
+    assert mnist.digest != loading.digest("mnist")
 
 
 def test_files_and_folders_that_are_closed_to_this_user(mnist_files, tmp_path, monkeypatch):
@@ -341,7 +347,7 @@ def test_files_and_folders_that_are_closed_to_this_user(mnist_files, tmp_path, m
 
         return lambda patch: patch.setattr(owner, function, refusing)
 
-    for place, call in ((forbid(np, "fromfile"), data.load), (forbid(Path, "stat"), data.fetch)):
+    for place, call in ((forbid(np, "fromfile"), loading.load), (forbid(Path, "stat"), loading.fetch)):
         with monkeypatch.context() as patch:
             place(patch)
             with pytest.raises(UserError) as caught:
@@ -355,7 +361,7 @@ def test_a_folder_that_may_not_be_written_to(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pooch, "retrieve", closed)
     with pytest.raises(UserError, match=r"downloads: cannot be written: Permission denied$"):
-        data.fetch("cifar10", tmp_path)
+        loading.fetch("cifar10", tmp_path)
 
 
 def test_no_network_is_one_line_that_says_what_to_do(tmp_path, monkeypatch):
@@ -364,7 +370,7 @@ def test_no_network_is_one_line_that_says_what_to_do(tmp_path, monkeypatch):
 
     monkeypatch.setattr(pooch, "retrieve", no_network)
     with pytest.raises(UserError) as caught:
-        data.load("cifar10", tmp_path)
+        loading.load("cifar10", tmp_path)
     text = str(caught.value)
     assert len(text.splitlines()) == 1
     for part in ("data_batch_1.bin", "test_batch.bin", str(tmp_path), "data_dir", "CORRECTNET_DATA"):
@@ -396,15 +402,15 @@ def small_archive(monkeypatch):
             info.size = 2 * 3074
             archive.addfile(info, io.BytesIO(bytes(2 * 3074)))
     content = buffer.getvalue()
-    md5 = {data.CIFAR100_ARCHIVE: hashlib.md5(content).hexdigest()}
-    changed = {**data.SOURCES["cifar100"].__dict__, "archives": md5}
-    monkeypatch.setitem(data.SOURCES, "cifar100", data.Source(**changed))
+    md5 = {cifar.CIFAR100_ARCHIVE: hashlib.md5(content).hexdigest()}
+    changed = {**DATASETS["cifar100"].source().__dict__, "archives": md5}
+    put(monkeypatch, "cifar100", files.FileSource(**changed))
     return content
 
 
 def test_a_download_is_unpacked_into_the_publisher_s_layout(tmp_path, monkeypatch):
     served(monkeypatch, small_archive(monkeypatch))
-    assert data.fetch("cifar100", tmp_path) == tmp_path / "cifar-100-binary"
+    assert loading.fetch("cifar100", tmp_path) == tmp_path / "cifar-100-binary"
     assert sorted(p.name for p in (tmp_path / "cifar-100-binary").iterdir()) == ["test.bin", "train.bin"]
     assert (tmp_path / "cifar-100-binary" / "test.bin").stat().st_size == 2 * 3074
     assert list((tmp_path / "downloads").iterdir()) == []
@@ -413,7 +419,7 @@ def test_a_download_is_unpacked_into_the_publisher_s_layout(tmp_path, monkeypatc
 def test_a_download_with_a_wrong_checksum_leaves_nothing(tmp_path, monkeypatch):
     served(monkeypatch, small_archive(monkeypatch)[:-7])
     with pytest.raises(UserError, match="cannot be had"):
-        data.fetch("cifar100", tmp_path)
+        loading.fetch("cifar100", tmp_path)
     assert not (tmp_path / "cifar-100-binary").exists()
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == []
 
@@ -421,15 +427,15 @@ def test_a_download_with_a_wrong_checksum_leaves_nothing(tmp_path, monkeypatch):
 def test_gzipped_downloads(tmp_path, monkeypatch):
     path = tmp_path / "x.gz"
     path.write_bytes(gzip.compress(b"payload"))
-    file = data.SOURCES["mnist"].train[0]
-    assert data._extract(path, data.SOURCES["mnist"], file) == b"payload"
+    file = DATASETS["mnist"].source().train[0]
+    assert files._extract(path, DATASETS["mnist"].source(), file) == b"payload"
 
 
 def test_files_directly_under_data_dir(mnist_files, tmp_path, mnist, as_mnist, monkeypatch):
     as_mnist(monkeypatch)
     for source in (mnist_files / "MNIST" / "raw").iterdir():
         (tmp_path / source.name).symlink_to(source)
-    assert equal(data.load("mnist", tmp_path, 0.1, seed=3).test, mnist.test)
+    assert equal(loading.load("mnist", tmp_path, 0.1, seed=3).test, mnist.test)
 
 
 @pytest.mark.parametrize(
@@ -444,13 +450,13 @@ def test_files_directly_under_data_dir(mnist_files, tmp_path, mnist, as_mnist, m
 )
 def test_bad_calls(arguments, message):
     with pytest.raises(UserError, match=message):
-        data.load(**arguments)
+        loading.load(**arguments)
 
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_augmentation_is_a_crop_and_a_flip_of_each_image(flip):
     images = torch.randn(40, 3, 32, 32)
-    found = data.augment(images, torch.Generator().manual_seed(1), padding=4, flip=flip)
+    found = transforms.augment(images, torch.Generator().manual_seed(1), padding=4, flip=flip)
     padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
     seen = set()
     for image, got in zip(padded, found, strict=True):
@@ -465,15 +471,15 @@ def test_augmentation_is_a_crop_and_a_flip_of_each_image(flip):
         seen.add(next(k for k, v in options.items() if v))
     assert len(seen) > 25, "each image has a crop of its own"
     assert {s[2] for s in seen} == ({False, True} if flip else {False})
-    again = data.augment(images, torch.Generator().manual_seed(1), padding=4, flip=flip)
+    again = transforms.augment(images, torch.Generator().manual_seed(1), padding=4, flip=flip)
     assert torch.equal(found, again)
 
 
 def test_resizing_averages_the_pixels_that_a_smaller_one_covers():
     # PIL's bilinear filter with its support scaled by the reduction is the independent reference.
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    found = data.resize(images, 16)
+    found = transforms.resize(images, 16)
     for image, small in zip(images.flatten(0, 1), found.flatten(0, 1), strict=True):
         expected = Image.fromarray(image.numpy(), mode="F").resize((16, 16), Image.Resampling.BILINEAR)
         torch.testing.assert_close(small, torch.from_numpy(np.array(expected)), rtol=0, atol=1e-5)
-    assert data.resize(images, 32) is images
+    assert transforms.resize(images, 32) is images

@@ -22,7 +22,8 @@ from correctnet.engine.trace import Unsupported
 from correctnet.errors import UserError
 from correctnet.evaluation.montecarlo import EngineWarning
 from correctnet.methods.compensation import compensate
-from correctnet.networks import models
+from correctnet.networks.lenet import lenet5
+from correctnet.networks.vgg import vgg16
 from correctnet.noise import core as native
 from correctnet.noise import specification as reference
 
@@ -88,24 +89,24 @@ def check(model: nn.Module, x: torch.Tensor, first_layer: int = 0, samples: tupl
 
 
 PAPER = {
-    "lenet5": (lambda: models.lenet5(), (40, 1, 32, 32)),
+    "lenet5": (lambda: lenet5(), (40, 1, 32, 32)),
     "lenet5, compensated": (
-        lambda: compensate(models.lenet5(), {"conv1.layer": 6, "conv2.layer": 8}, init="random"),
+        lambda: compensate(lenet5(), {"conv1.layer": 6, "conv2.layer": 8}, init="random"),
         (33, 1, 32, 32),
     ),
     "lenet5, behind ReLU": (
-        lambda: compensate(models.lenet5(), {"conv1.layer": 5}, place="block", pool="kernel", activation="none"),
+        lambda: compensate(lenet5(), {"conv1.layer": 5}, place="block", pool="kernel", activation="none"),
         (17, 1, 32, 32),
     ),
     "lenet5, linear compensated": (
-        lambda: compensate(models.lenet5(), {"linear1.layer": 3}, init="random"),
+        lambda: compensate(lenet5(), {"linear1.layer": 3}, init="random"),
         (9, 1, 32, 32),
     ),
-    "vgg16": (lambda: models.vgg16(), (3, 3, 32, 32)),
-    "vgg16, BatchNorm behind ReLU": (lambda: models.vgg16(100, batchnorm="after"), (3, 3, 32, 32)),
-    "vgg16 without BatchNorm": (lambda: models.vgg16(batchnorm="none"), (3, 3, 32, 32)),
+    "vgg16": (lambda: vgg16(), (3, 3, 32, 32)),
+    "vgg16, BatchNorm behind ReLU": (lambda: vgg16(100, batchnorm="after"), (3, 3, 32, 32)),
+    "vgg16 without BatchNorm": (lambda: vgg16(batchnorm="none"), (3, 3, 32, 32)),
     "vgg16, compensated": (
-        lambda: compensate(models.vgg16(), {"conv1.layer": 16, "conv3.layer": 9}, init="random"),
+        lambda: compensate(vgg16(), {"conv1.layer": 16, "conv3.layer": 9}, init="random"),
         (3, 3, 32, 32),
     ),
 }
@@ -124,7 +125,7 @@ def test_networks_of_the_paper_are_fused_whole(name: str) -> None:
 
 @pytest.mark.parametrize("first_layer", [1, 3, 4, 5])
 def test_layers_in_front_of_the_first_varied_one(first_layer: int) -> None:
-    engine = check(models.lenet5(), inputs(70, 1, 32, 32), first_layer)
+    engine = check(lenet5(), inputs(70, 1, 32, 32), first_layer)
     shared, sampled, weights = engine.cost
     assert shared > 0
     counts = [150, 2400, 48000, 10080, 840]
@@ -213,7 +214,7 @@ def test_in_place_functions_do_not_leak_into_the_next_chip() -> None:
 
 
 def test_hooks_are_run() -> None:
-    model = models.lenet5().eval()
+    model = lenet5().eval()
     analog = convert(model, VARIATION, SEED)
     analog.conv2.layer.register_forward_hook(lambda module, args, output: output * 2)
     x = inputs(5, 1, 32, 32)
@@ -231,7 +232,7 @@ def test_other_device_models_run_through_torch() -> None:
         def describe(self):
             return {}
 
-    analog = convert(models.lenet5().eval(), Doubling(), SEED)
+    analog = convert(lenet5().eval(), Doubling(), SEED)
     x = inputs(5, 1, 32, 32)
     engine = Engine(analog, x)
     assert len(engine.report.unfused) == 5
@@ -254,10 +255,10 @@ def test_every_instruction_set(isa: str, monkeypatch: pytest.MonkeyPatch) -> Non
     before = _native.isa()
     _native.select_isa(isa)
     try:
-        check(models.lenet5(), inputs(35, 1, 32, 32))
+        check(lenet5(), inputs(35, 1, 32, 32))
         check(Residual(), inputs(18, 3, 9, 9))
         x = inputs(20, 1, 32, 32)
-        analog = convert(models.lenet5().eval(), VARIATION, SEED)
+        analog = convert(lenet5().eval(), VARIATION, SEED)
         low = Engine(analog, x, precision="bfloat16").outputs(x, [5])[0]
         full = Engine(analog, x).outputs(x, [5])[0]
         assert (low - full).abs().max() <= 0.02 * full.abs().max()
@@ -292,14 +293,14 @@ def test_a_chip_is_the_same_in_any_company(precision: str, threads) -> None:
 
 def test_as_many_weights_are_drawn_as_there_are() -> None:
     x = inputs(64, 1, 32, 32)
-    plan = Engine(convert(models.lenet5(), VARIATION, SEED), x)._whole.plan
+    plan = Engine(convert(lenet5(), VARIATION, SEED), x)._whole.plan
     labels = np.zeros(64, np.int64)
     for samples in ([3], list(range(7))):
         _, drawn, _ = plan.count_correct(x.numpy(), labels, seed=1, samples=samples, threads=1)
         assert drawn == len(samples) * 61470
     _, drawn, _ = plan.count_correct(x.numpy(), labels, seed=1, samples=list(range(8)), threads=2)
     assert drawn == 8 * 61470
-    vgg = Engine(convert(models.vgg16(), VARIATION, SEED), inputs(2, 3, 32, 32))._whole.plan
+    vgg = Engine(convert(vgg16(), VARIATION, SEED), inputs(2, 3, 32, 32))._whole.plan
     _, drawn, _ = vgg.count_correct(
         inputs(40, 3, 32, 32).numpy(), labels[:40], seed=1, samples=[0, 1], keep_bytes=64 << 20
     )
@@ -308,13 +309,13 @@ def test_as_many_weights_are_drawn_as_there_are() -> None:
 
 def test_memory_is_bounded() -> None:
     x = inputs(2, 3, 32, 32)
-    engine = Engine(convert(models.vgg16(), VARIATION, SEED), x)
+    engine = Engine(convert(vgg16(), VARIATION, SEED), x)
     plan = engine._whole.plan
     size = engine.block(10_000, 250)
     assert 16 <= size <= 1024
     assert plan.bytes(size, 250, threads=torch.get_num_threads()) <= 2 << 30
     with pytest.raises(UserError, match="more than the 1 MiB allowed"):
-        Engine(convert(models.vgg16(), VARIATION, SEED), x, memory=1 << 20)
+        Engine(convert(vgg16(), VARIATION, SEED), x, memory=1 << 20)
 
 
 class Untraceable(nn.Module):
@@ -345,7 +346,7 @@ def test_a_misread_network_gives_no_accuracy(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(lowering, "_bias", lambda layer: 1.0)
     with pytest.raises(Unsupported, match="outputs differ from torch's"):
-        Engine(convert(models.lenet5(), VARIATION), inputs(4, 1, 32, 32))
+        Engine(convert(lenet5(), VARIATION), inputs(4, 1, 32, 32))
 
 
 @pytest.mark.parametrize("generation", ["old", "new", "all"])
@@ -387,7 +388,7 @@ def labelled(images: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_evaluate_counts_what_torch_counts() -> None:
-    analog = convert(randomised(models.lenet5()), VARIATION, SEED)
+    analog = convert(randomised(lenet5()), VARIATION, SEED)
     data = labelled(300)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -402,7 +403,7 @@ def test_evaluate_counts_what_torch_counts() -> None:
 
 
 def test_an_interrupted_evaluation_loses_at_most_a_chunk(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    analog = convert(randomised(models.lenet5()), VARIATION, SEED)
+    analog = convert(randomised(lenet5()), VARIATION, SEED)
     data, save = labelled(50), tmp_path / "chips.csv"
     whole = evaluate(analog, data, chips=20, progress=False)
     evaluated, original = [], Engine.count
@@ -445,7 +446,7 @@ def test_an_interrupted_evaluation_loses_at_most_a_chunk(tmp_path, monkeypatch: 
 )
 def test_bad_arguments_are_named(call, words: str) -> None:
     x = inputs(4, 1, 32, 32)
-    engine = Engine(convert(models.lenet5(), VARIATION), x)
+    engine = Engine(convert(lenet5(), VARIATION), x)
     with pytest.raises((UserError, ValueError), match=words):
         call(engine, x)
 

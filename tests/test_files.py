@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tables_figures import complete, log_of_a_search
 
-from correctnet.datasets import data
+from correctnet.datasets import DATASETS
 from correctnet.errors import UserError
 from correctnet.files import storage
 from correctnet.noise import core as native
@@ -212,7 +212,7 @@ def test_files_of_somebody_else(kind, tmp_path):
 def test_data_of_somebody_else(closed, tmp_path):
     folder = tmp_path / "MNIST" / "raw"
     folder.mkdir(parents=True)
-    source = data.SOURCES["mnist"]
+    source = DATASETS["mnist"].source()
     for file in (*source.train, *source.test):
         with open(folder / file.name, "wb") as empty:
             empty.truncate(file.size)  # sparse: of the right size, and of nothing

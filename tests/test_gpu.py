@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from correctnet import LogNormalVariation, convert, evaluate
 from correctnet.crossbar.layers import analog_layers, program, programmed
-from correctnet.datasets.data import Split
+from correctnet.datasets.base import Split
 from correctnet.devices.lognormal import Variation
 from correctnet.engine import operators as ops
 from correctnet.engine.engine import Engine, full_float32
@@ -28,7 +28,7 @@ from correctnet.engine.lowering import METHODS
 from correctnet.errors import UserError
 from correctnet.evaluation.montecarlo import EngineWarning
 from correctnet.methods import compensation
-from correctnet.networks import models
+from correctnet.networks.building import build
 from correctnet.noise import core as native
 from correctnet.noise import device as cuda
 from correctnet.settings import Training
@@ -78,13 +78,13 @@ def residual() -> nn.Module:
 
 
 def compensated() -> nn.Module:
-    network = models.build("lenet5", 10, 1, seed=2)
+    network = build("lenet5", 10, 1, seed=2)
     made = compensation.compensate(network, {"conv1.layer": 3, "conv2.layer": 5}, seed=1, init="random")
     return made
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
-    "lenet5": (lambda: models.build("lenet5", 10, 1, seed=1), (1, 32, 32)),
+    "lenet5": (lambda: build("lenet5", 10, 1, seed=1), (1, 32, 32)),
     "residual": (residual, (3, 13, 13)),
     "compensated": (compensated, (1, 32, 32)),
     "linear": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 7), nn.ReLU(), nn.Linear(7, 3)), (3, 2, 2)),

@@ -11,7 +11,7 @@ from torch import Tensor
 from correctnet import LogNormalVariation, convert
 from correctnet.engine.engine import Engine
 from correctnet.errors import UserError
-from correctnet.networks import models
+from correctnet.networks.building import build
 from correctnet.noise import device as cuda
 
 MODELLED = cuda.status().usable and not torch.cuda.is_available()
@@ -83,7 +83,7 @@ def test_more_chips_than_a_grid_counts() -> None:
 
 
 def analog() -> torch.nn.Module:
-    return convert(models.build("lenet5", 10, 1), LogNormalVariation(0.5)).eval().to(DEVICE)
+    return convert(build("lenet5", 10, 1), LogNormalVariation(0.5)).eval().to(DEVICE)
 
 
 @pytest.mark.parametrize(

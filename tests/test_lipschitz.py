@@ -8,7 +8,9 @@ from correctnet.crossbar.layers import convert, crossbar_layers, program
 from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.errors import UserError
 from correctnet.methods import suppression as lipschitz
-from correctnet.networks import models
+from correctnet.networks.blocks import Block
+from correctnet.networks.building import build
+from correctnet.networks.lenet import lenet5
 
 
 def test_lambda_of_the_paper_s_setting():
@@ -118,7 +120,7 @@ def test_penalty_sums_over_layers_and_vanishes_at_its_minimum():
 
 
 def test_minimising_it_brings_spectral_norms_to_lambda():
-    network = models.build("lenet5", 10, 1, seed=0)
+    network = build("lenet5", 10, 1, seed=0)
     weights = lipschitz.analog_weights(network)
     optimizer = torch.optim.Adam(weights, lr=0.01)
     for _ in range(200):
@@ -131,14 +133,14 @@ def test_minimising_it_brings_spectral_norms_to_lambda():
 
 
 def test_spectral_norm_of_a_convolution_is_that_of_its_matrix():
-    network = models.build("lenet5", 10, 1, seed=0)
+    network = build("lenet5", 10, 1, seed=0)
     kernel = network.conv2.layer.weight.detach().numpy().reshape(16, -1).astype(np.float64)
     assert lipschitz.spectral_norms(network)["conv2.layer"] == pytest.approx(np.linalg.norm(kernel, 2), rel=1e-5)
 
 
 @pytest.mark.parametrize("batchnorm", ["before", "after"])
 def test_folded_weights_are_the_matrices_that_the_layers_apply(batchnorm):
-    model = models.build("vgg16", classes=10, channels=3, seed=0, batchnorm=batchnorm).eval()
+    model = build("vgg16", classes=10, channels=3, seed=0, batchnorm=batchnorm).eval()
     generator = torch.Generator().manual_seed(1)
     for name, value in model.state_dict().items():
         if "norm" in name and value.is_floating_point():
@@ -229,8 +231,8 @@ def varied(model):
         (lambda: chain(C(), B(), nn.ReLU(), C()), {"0": "1"}),
         (lambda: chain(nn.Flatten(), nn.Linear(256, 8), nn.BatchNorm1d(8, affine=False)), {"1": "2"}),
         (lambda: chain(chain(C()), B()), {"0.0": "1"}),
-        (lambda: chain(models.Block(C(), B()), C(), B()), {"0.layer": "0.norm", "1": "2"}),
-        (lambda: chain(models.Block(C(), B(), norm_first=False)), {"0.layer": "0.norm"}),
+        (lambda: chain(Block(C(), B()), C(), B()), {"0.layer": "0.norm", "1": "2"}),
+        (lambda: chain(Block(C(), B(), norm_first=False)), {"0.layer": "0.norm"}),
         (Residual, {"conv1": "bn1", "conv2": "bn2", "downsample.0": "downsample.1"}),
         (lambda: Residual(conv_of_shortcut=False), {"conv1": "bn1", "conv2": "bn2"}),
         (Untraceable, {"downsample.0": "downsample.1"}),
@@ -270,7 +272,7 @@ def test_batchnorm_directly_behind_a_layer_is_found_in_any_network(make, folded)
         ReadTwice,
         lambda: Shared(2, 1),
         lambda: Shared(1, 2),
-        lambda: models.build("lenet5", 10, 1),
+        lambda: build("lenet5", 10, 1),
     ],
 )
 def test_a_network_without_batchnorm_directly_behind_a_layer_is_refused(make):
@@ -281,7 +283,7 @@ def test_a_network_without_batchnorm_directly_behind_a_layer_is_refused(make):
     assert all(w is layer.weight for w, layer in zip(lipschitz.analog_weights(model), layers, strict=True))
 
 
-@pytest.mark.parametrize("network", [models.lenet5, lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=2))])
+@pytest.mark.parametrize("network", [lenet5, lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=2))])
 def test_a_programmed_chip_changes_nothing(network):
     model = network()
     analog = convert(model, LogNormalVariation(0.5))

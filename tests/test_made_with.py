@@ -11,11 +11,12 @@ from by_hand import run, succeed
 from test_cli import fail
 from workflows import configuration, prepare, short, snakemake
 
-from correctnet.datasets import data
+from correctnet.datasets import digits, loading
 from correctnet.errors import UserError
 from correctnet.evaluation.montecarlo import clean_accuracy
 from correctnet.files import storage
-from correctnet.pipeline import stages
+from correctnet.pipeline import models, runtime, stages
+from correctnet.pipeline.stages import searching, training
 from correctnet.settings import Settings, merge, validate
 
 FAST = ["--quiet", "--threads", "1", "--epochs", "0"]
@@ -105,8 +106,8 @@ def test_a_search_and_its_compensators_refuse_other_images_too(made, tmp_path):
 
 def test_another_seed_changes_chips_and_not_the_split(made, tmp_path):
     """The accuracy of the nominal network says on which images it was judged."""
-    network, _ = stages.read_network(made / "suppress")
-    held_out = data.load("digits", validation=0.2, seed=3).validation
+    network, _ = models.read_network(made / "suppress")
+    held_out = loading.load("digits", validation=0.2, seed=3).validation
     torch.manual_seed(0)
     for seed in (3, 9):
         options = ["--split", "validation", "--sigma", 0, "--seed", seed, "--out", tmp_path / f"{seed}.csv"]
@@ -163,7 +164,7 @@ def test_a_description_that_was_edited_is_refused_by_key(made, tmp_path, change,
     description = {k: v for k, v in description.items() if k not in ("format", "sha256")}
     storage.write_model(tmp_path, tensors, {**description, **change})
     with pytest.raises(UserError) as caught:
-        stages.read_network(tmp_path)
+        models.read_network(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path}")
     assert message in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
@@ -176,17 +177,17 @@ STATE = {"filters": [2, 0], "mean": 0.5, "std": 0.1, "seconds": 3.5}
 @pytest.mark.parametrize(
     ("read", "good", "change", "message"),
     [
-        (stages._read_best, BEST, {"mean": 50}, "mean: a fraction between 0 and 1, or null is expected, not 50"),
-        (stages._read_best, BEST, {"mean": "0.5"}, "mean: a fraction"),
-        (stages._read_best, BEST, {"overhead": None}, "overhead: a number"),
-        (stages._read_best, BEST, {"overhead": float("nan")}, "overhead: a number"),
-        (stages._read_best, BEST, {"filters": {"conv1.layer": 2.7}}, "filters: a number of filters"),
-        (stages._read_best, BEST, {"filters": ["conv1.layer"]}, "filters: a number of filters"),
-        (lambda path: stages._read_states([path]), STATE, {"filters": [2.7, 0]}, "filters: a list of numbers"),
-        (lambda path: stages._read_states([path]), STATE, {"filters": [True, 0]}, "filters: a list of numbers"),
-        (lambda path: stages._read_states([path]), STATE, {"mean": 50.0}, "mean: a fraction between 0 and 1"),
-        (lambda path: stages._read_states([path]), STATE, {"std": None}, "std: a fraction between 0 and 1"),
-        (lambda path: stages._read_states([path]), STATE, {"seconds": -1}, "seconds: a number"),
+        (training._read_best, BEST, {"mean": 50}, "mean: a fraction between 0 and 1, or null is expected, not 50"),
+        (training._read_best, BEST, {"mean": "0.5"}, "mean: a fraction"),
+        (training._read_best, BEST, {"overhead": None}, "overhead: a number"),
+        (training._read_best, BEST, {"overhead": float("nan")}, "overhead: a number"),
+        (training._read_best, BEST, {"filters": {"conv1.layer": 2.7}}, "filters: a number of filters"),
+        (training._read_best, BEST, {"filters": ["conv1.layer"]}, "filters: a number of filters"),
+        (lambda path: searching._read_states([path]), STATE, {"filters": [2.7, 0]}, "filters: a list of numbers"),
+        (lambda path: searching._read_states([path]), STATE, {"filters": [True, 0]}, "filters: a list of numbers"),
+        (lambda path: searching._read_states([path]), STATE, {"mean": 50.0}, "mean: a fraction between 0 and 1"),
+        (lambda path: searching._read_states([path]), STATE, {"std": None}, "std: a fraction between 0 and 1"),
+        (lambda path: searching._read_states([path]), STATE, {"seconds": -1}, "seconds: a number"),
     ],
 )
 def test_what_a_search_found_is_read_with_suspicion(tmp_path, read, good, change, message):
@@ -206,28 +207,28 @@ def test_candidates_are_layers_of_the_network_each_named_once(tmp_path, names):
     path = tmp_path / "c.json"
     path.write_text(json.dumps({"candidates": names}))
     with pytest.raises(UserError, match=r"c\.json: "):
-        stages._candidate_names(path, {"conv1.layer": None, "conv2.layer": None})
+        searching._candidate_names(path, {"conv1.layer": None, "conv2.layer": None})
 
 
 def test_what_is_resumed_is_of_the_same_settings_network_images_and_inputs(made, tmp_path, monkeypatch):
     description = storage.read_json(made / "pretrain" / "model.json")
     weights = storage.model_files(made / "pretrain")[0]
     settings = validate(Settings, merge(Settings().model_dump(), {"data": {"validation": 0.2}, "seed": 3}), "test")
-    seen = [stages._identity("suppress", settings, description, weights)]
+    seen = [runtime.stage_identity("suppress", settings, description, weights)]
     for path, value in ((("data", "seed"), 4), (("data", "validation"), 0.3), (("network", "classes"), 9)):
         other = copy.deepcopy(description)
         other[path[0]][path[1]] = value
-        seen.append(stages._identity("suppress", settings, other, weights))
-    seen.append(stages._identity("suppress", settings, description, storage.model_files(made / "suppress")[1]))
-    seen.append(stages._identity("inject", settings, description, weights))
-    monkeypatch.setitem(data.__dict__, "DIGITS", "00")
-    seen.append(stages._identity("suppress", settings, description, weights))
+        seen.append(runtime.stage_identity("suppress", settings, other, weights))
+    seen.append(runtime.stage_identity("suppress", settings, description, storage.model_files(made / "suppress")[1]))
+    seen.append(runtime.stage_identity("inject", settings, description, weights))
+    monkeypatch.setattr(digits, "DIGITS", digits.Digits(digest="00"))
+    seen.append(runtime.stage_identity("suppress", settings, description, weights))
     assert len(set(seen)) == len(seen)
 
 
 def test_from_scratch_the_pre_trained_weights_are_no_input(made, tmp_path, monkeypatch):
     inputs = []
-    monkeypatch.setattr(stages, "_train", lambda *arguments: inputs.append(arguments[-1]))
+    monkeypatch.setattr(training, "_train", lambda *arguments: inputs.append(arguments[-1]))
     for start in ("scratch", "pretrained"):
         succeed("suppress", *FAST, "--start", start, "--pretrained", made / "pretrain", "--out", tmp_path / start)
     assert inputs == [[], [storage.model_files(made / "pretrain")[0]]]

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from test_cli import succeed
 
-from correctnet.datasets import data
+from correctnet.datasets import DATASETS
 from correctnet.evaluation.results import Result
 from correctnet.files import storage
 
 ROOT = Path(os.environ.get("CORRECTNET_DATA", "data"))
-FILES = [ROOT / "MNIST" / "raw" / f.name for f in (*data.SOURCES["mnist"].train, *data.SOURCES["mnist"].test)]
+FILES = [ROOT / "MNIST" / "raw" / f.name for f in (*DATASETS["mnist"].source().train, *DATASETS["mnist"].source().test)]
 
 
 @pytest.mark.slow

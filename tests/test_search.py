@@ -17,7 +17,8 @@ from correctnet.errors import UserError
 from correctnet.methods import compensation
 from correctnet.methods import search as searching
 from correctnet.methods.search import Explored, Log, Pending, Policy, Problem, read_log, reward, search
-from correctnet.networks import models
+from correctnet.networks.blocks import parameter_count
+from correctnet.networks.vgg import vgg16
 from correctnet.settings import Search, search_rounds
 
 WIDTHS = (64, 64, 128, 128, 256, 256)
@@ -358,7 +359,7 @@ def test_greedy_takes_the_first_layers_as_far_as_the_limit_goes():
     # VGG16 for 100 classes, counted by hand from Fig. 5: generator (in + out) m + m, compensator (out + m) out + out
     # parameters. Five convolutions in full are 382,400 of 15,038,116; a sixth and the wide ones behind it take more
     # than is left of 3 %, and the last layer has room for 0.75: 75 filters.
-    network = models.vgg16(100)
+    network = vgg16(100)
     layers = dict(crossbar_layers(network))
     widths = tuple(layer.weight.shape[0] for layer in layers.values())
     problem = Problem(
@@ -368,7 +369,7 @@ def test_greedy_takes_the_first_layers_as_far_as_the_limit_goes():
     last = 612 * 75 + 75 + 175 * 100 + 100
     filters = searching.greedy(problem)
     assert filters == (64, 64, 128, 128, 256, *[0] * 9, 75)
-    assert problem.overhead(filters) == pytest.approx((first + last) / models.parameter_count(network))
+    assert problem.overhead(filters) == pytest.approx((first + last) / parameter_count(network))
 
 
 @given(limit=st.floats(0.0, 0.1))

@@ -17,7 +17,8 @@ from correctnet.evaluation import montecarlo
 from correctnet.files import storage
 from correctnet.methods import compensation
 from correctnet.noise import streams
-from correctnet.pipeline import stages
+from correctnet.pipeline.stages import evaluation, searching
+from correctnet.pipeline.stages import training as training_stages
 from correctnet.training import loop as training
 
 
@@ -127,7 +128,7 @@ class Record:
         self._patch.setattr(streams, "seed_of", seeds)
         self._patch.setattr(LogNormalVariation, "sample", through_torch)
         self._patch.setattr(torch, "randperm", permuted)
-        for module in (stages, compensation):
+        for module in (training_stages, searching, compensation):
             self._patch.setattr(module, "fit", fitted)
         for name in ("outputs", "count"):
             self._patch.setattr(Engine, name, self._through_core(getattr(Engine, name)))
@@ -208,7 +209,7 @@ def test_simulated_chips_of_recalibration_are_its_own(tmp_path, monkeypatch):
         programmed.append(set(record.chips["evaluate"]))
         return outputs(*args, **kwargs)
 
-    monkeypatch.setattr(stages, "evaluate", evaluated)
+    monkeypatch.setattr(evaluation, "evaluate", evaluated)
     options = ["--recalibrate", "simulated", "--recalibrate-images", 4, "--images", 4, "--chips", 2]
     by_hand.succeed("evaluate", *few, *options, "--model", tmp_path / "pretrain", "--out", tmp_path / "e.csv")
     recalibrated = {n for _, n in programmed[0]} - {0}  # that variation reaches all layers is looked at on chip 0

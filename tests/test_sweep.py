@@ -6,13 +6,13 @@ import torch
 from torch import nn
 
 from correctnet.crossbar.layers import convert, crossbar_layers
-from correctnet.datasets.data import Split
+from correctnet.datasets.base import Split
 from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.errors import UserError
 from correctnet.evaluation.montecarlo import clean_accuracy, evaluate
 from correctnet.evaluation.results import COLUMNS, Result
 from correctnet.methods.candidates import Sweep, executed, sensitivity, sweep
-from correctnet.networks import models
+from correctnet.networks.building import build
 
 
 def curve(accuracies, threshold=0.95, original=1.0):
@@ -93,7 +93,7 @@ def test_layers_are_counted_as_they_are_run_and_keep_their_addresses(blobs):
 
 @pytest.mark.parametrize("name", ["lenet5", "vgg16"])
 def test_the_built_in_networks_run_their_layers_as_they_are_registered(name):
-    model = models.build(name, 10, 3).train()
+    model = build(name, 10, 3).train()
     images = torch.rand(4, 3, 32, 32)
     for data in ((images, torch.zeros(4)), [(images, torch.zeros(4))], Split(images, torch.zeros(4))):
         assert executed(model, data) == [n for n, _ in crossbar_layers(model)]

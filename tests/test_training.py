@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from correctnet.crossbar.layers import convert, program
-from correctnet.datasets.data import Split
+from correctnet.datasets.base import Split
 from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.errors import UserError
 from correctnet.methods import suppression as lipschitz
-from correctnet.networks import models
+from correctnet.networks.building import build
 from correctnet.noise import streams
 from correctnet.settings import Training
 from correctnet.training import loop as training
@@ -220,7 +220,7 @@ def test_a_loss_that_is_not_finite_is_an_error(tiny, blobs):
 @pytest.mark.parametrize("form", ["orthogonal", "one-sided"])
 def test_a_regulariser_that_diverges_is_an_error(form):
     """LAPACK's own, "the algorithm failed to converge", would say nothing of the cause."""
-    model = models.build("lenet5", 10, 1, seed=0)
+    model = build("lenet5", 10, 1, seed=0)
     images = Split(torch.rand(64, 1, 32, 32), torch.randint(0, 10, (64,)))
     hooks = Hooks(
         penalty=lambda: lipschitz.penalty(lipschitz.analog_weights(model), 0.34, form), penalty_weight=lambda done: 1e6

@@ -183,7 +183,7 @@ REFUSED = {
     "a key that stands twice": (
         "    search:",
         "    variation: {}\n    search:",
-        "pairs.p.1_a.variation: stands there twice",
+        "pairs.p.1_a.variation: is listed twice",
     ),
     "no default run": ("runs: {paper: [p.1_a], ", "runs: {", "runs.paper: missing"),
 }

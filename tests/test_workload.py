@@ -1,6 +1,7 @@
 import pytest
 
-from correctnet.pipeline.workload import Costs, stage_seconds
+from correctnet.pipeline.specs import STAGES
+from correctnet.pipeline.workload import Costs
 from correctnet.settings import Settings
 
 
@@ -9,7 +10,7 @@ def test_epochs_on_smaller_images_take_their_share_of_pixels(stage):
     settings = Settings.model_validate(
         {"data": {"dataset": "cifar10", "validation": 0.1}, stage: {"epochs": 4, "sizes": [16, 24]}}
     )
-    seconds = stage_seconds(stage, settings, Costs(train=0.01, test=0, sample=0, layers=15))
+    seconds = STAGES[stage].seconds(settings, Costs(train=0.01, test=0, sample=0, layers=15), None)
     assert seconds == pytest.approx((16**2 / 32**2 + 24**2 / 32**2 + 2) * 45_000 * 0.01)
 
 
@@ -18,7 +19,7 @@ def test_more_sizes_than_epochs_are_not_counted(stage):
     settings = Settings.model_validate(
         {"data": {"dataset": "cifar10", "validation": 0.1}, stage: {"epochs": 1, "sizes": [16] * 3}}
     )
-    seconds = stage_seconds(stage, settings, Costs(train=0.01, test=0, sample=0, layers=15))
+    seconds = STAGES[stage].seconds(settings, Costs(train=0.01, test=0, sample=0, layers=15), None)
     assert seconds == pytest.approx(0.25 * 45_000 * 0.01)
 
 
@@ -26,5 +27,5 @@ def test_compensators_are_trained_and_judged_on_ten_chips_with_and_without():
     settings = Settings.model_validate(
         {"data": {"dataset": "cifar10", "validation": 0.1}, "compensate": {"epochs": 2, "batch": 32}}
     )
-    seconds = stage_seconds("compensate", settings, Costs(train=0.01, test=1e-4, sample=0.32, layers=5))
+    seconds = STAGES["compensate"].seconds(settings, Costs(train=0.01, test=1e-4, sample=0.32, layers=5), None)
     assert seconds == pytest.approx(2 * 45_000 * (0.01 + 0.01) + 2 * 10 * 5_000 * 1e-4)

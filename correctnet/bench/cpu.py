@@ -36,7 +36,8 @@ from correctnet.engine.engine import Engine
 from correctnet.errors import UserError, one_line
 from correctnet.evaluation.montecarlo import evaluate
 from correctnet.files import storage
-from correctnet.networks import models
+from correctnet.networks.lenet import lenet5
+from correctnet.networks.vgg import vgg16
 from correctnet.noise import core as native
 from correctnet.noise import streams
 from correctnet.precision import Precision
@@ -80,9 +81,9 @@ class Work:
 WORKS = {
     work.name: work
     for work in (
-        Work("lenet5-250x10000", models.lenet5, (1, 32, 32), 250, 10000),
-        Work("vgg16-8x2000", models.vgg16, (3, 32, 32), 8, 2000),
-        Work("vgg16-64x64", models.vgg16, (3, 32, 32), 64, 64),  # a search's reward
+        Work("lenet5-250x10000", lenet5, (1, 32, 32), 250, 10000),
+        Work("vgg16-8x2000", vgg16, (3, 32, 32), 8, 2000),
+        Work("vgg16-64x64", vgg16, (3, 32, 32), 64, 64),  # a search's reward
     )
 }
 

@@ -30,7 +30,8 @@ from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.engine.engine import MEMORY, Engine
 from correctnet.errors import UserError, one_line
 from correctnet.methods import compensation
-from correctnet.networks import models
+from correctnet.networks.lenet import lenet5
+from correctnet.networks.vgg import vgg16
 from correctnet.noise import device as cuda
 from correctnet.settings import Compensate
 from correctnet.training.loop import train_only
@@ -41,9 +42,9 @@ BATCHES = (250, 1000, 2500, 10000)
 WORKS = {
     work.name: work
     for work in (
-        Work("lenet5-250x10000", models.lenet5, (1, 32, 32), 250, 10000),
-        Work("vgg16-64x64", models.vgg16, (3, 32, 32), 64, 64),
-        Work("vgg16-250x10000", models.vgg16, (3, 32, 32), 250, 10000),
+        Work("lenet5-250x10000", lenet5, (1, 32, 32), 250, 10000),
+        Work("vgg16-64x64", vgg16, (3, 32, 32), 64, 64),
+        Work("vgg16-250x10000", vgg16, (3, 32, 32), 250, 10000),
     )
 }
 PLAIN_SECONDS = 5.0  # that a plain loop takes a round, about
@@ -273,7 +274,7 @@ def _work_rows(work: Work, peaks: dict[str, float], rounds: int, seed: int, comp
 
 def crossover_rows(seed: int, rounds: int, say: Say, chips: int = 32) -> list[Row]:
     """VGG16 in bfloat16 by each method over the number of images a chip."""
-    work = Work("crossover", models.vgg16, (3, 32, 32), chips, max(CROSSOVER_IMAGES))
+    work = Work("crossover", vgg16, (3, 32, 32), chips, max(CROSSOVER_IMAGES))
     x, y = (t.to(DEVICE) for t in work.data(seed))
     analog = convert(work.network(seed), LogNormalVariation(SIGMA), seed).to(DEVICE)
     engines = {m: Engine(analog, x[:2], precision="bfloat16", method=m, memory=memory()) for m in METHODS}
@@ -402,7 +403,7 @@ def training_rows(
 ) -> list[Row]:
     """Training VGG16's compensators (six convolutions, S = 1), a fresh chip each batch: each way with the kernels'
     noise against the fastest with torch's. "fit" is what `correctnet.training.loop.fit` does."""
-    work = Work("training", models.vgg16, (3, 32, 32), 1, batch)
+    work = Work("training", vgg16, (3, 32, 32), 1, batch)
     x, y = work.data(seed)
     network = work.network(seed)
     filters = {f"conv{i}.layer": network.get_submodule(f"conv{i}.layer").out_channels for i in range(1, 7)}

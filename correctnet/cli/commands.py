@@ -24,12 +24,13 @@ from correctnet.errors import UserError, one_line
 from correctnet.files import storage
 from correctnet.files.yamlfile import json_values
 from correctnet.pipeline.config import Config
-from correctnet.settings import READS, Section, Settings, Stage, exact, merge, unprintable, validate
+from correctnet.pipeline.specs import STAGES, Stage
+from correctnet.settings import Section, Settings, exact, merge, unprintable, validate
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-    from correctnet.pipeline.stages import Runtime
+    from correctnet.pipeline.runtime import Runtime
 
 
 class FilePath(click.Path):
@@ -53,7 +54,7 @@ PATH = FilePath()
 
 def leaves(stage: Stage) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
     """(path, field) of every single setting that a stage reads, e.g. (("suppress", "beta"), ...)."""
-    for key in READS[stage]:
+    for key in STAGES[stage].reads:
         path = tuple(key.split("."))
         section: type[Section] = Settings
         for part in path[:-1]:
@@ -99,7 +100,7 @@ def settings_options(stage: Stage) -> Callable[[Callable[..., Any]], Callable[..
     fraction held out, augmentation, seed), then the single options.
     """
     taken: dict[str, tuple[str, ...]] = {}
-    # The stage's own section last in READS has the first claim on a short name.
+    # The stage's own section last in `reads` has the first claim on a short name.
     order = sorted(leaves(stage), key=lambda leaf: leaf[0][0] != stage)
     names = {path: option_name(path, taken) for path, _ in order}
 
@@ -169,7 +170,7 @@ def _settings(
         raise UserError("--config and --pair (and --row with them) go together")
     base = Settings()
     if settings is not None:
-        base = Settings.from_canonical(settings, stage)
+        base = STAGES[stage].parse(settings, stage)
     elif config is not None and pair is not None:
         loaded = Config.load(config)
         if pair not in loaded.pairs:
@@ -305,8 +306,9 @@ WRITTEN = {"sweep": ("accuracy.csv", "candidates.json"), "search": ("best.json",
 def _runtime(data_dir: Path | None, device: str, threads: int | None, memory: int, work: Path, quiet: bool) -> Runtime:
     import torch
 
+    from correctnet.machine import available_cpus, set_threads
     from correctnet.pipeline import provenance
-    from correctnet.pipeline.stages import Runtime, available_cpus, set_threads
+    from correctnet.pipeline.runtime import Runtime
 
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu")
@@ -767,9 +769,9 @@ def provenance_page(
 @data_option
 def fetch(name: str, data_dir: Path | None) -> None:
     """Make sure that a data set is there; download it if not."""
-    from correctnet.datasets import data
+    from correctnet.datasets import loading
 
-    data.fetch(name, data_dir)
+    loading.fetch(name, data_dir)
 
 
 @main.command()
@@ -787,8 +789,8 @@ def check(config: Path, run: str | None) -> None:
                 raise
             click.echo(f"{config}: {error}; each pair can be run, this table not")
     if run:
+        from correctnet.machine import available_cpus
         from correctnet.pipeline import estimate
-        from correctnet.pipeline.stages import available_cpus
 
         click.echo(estimate.report(loaded, run, available_cpus()))
 
@@ -802,9 +804,10 @@ def info(model: Path | None) -> None:
     import torch
 
     from correctnet import __version__
+    from correctnet.machine import available_cpus
     from correctnet.noise import core as native
     from correctnet.noise import device as cuda
-    from correctnet.pipeline.stages import available_cpus, describe_engine
+    from correctnet.pipeline.stages.evaluation import describe_engine
 
     status = native.status(check=False)
     click.echo(f"correctnet {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
@@ -830,7 +833,7 @@ def info(model: Path | None) -> None:
 @click.argument("model", type=PATH)
 def show(model: Path) -> None:
     """Describe a model: its network, compensation, overhead and history."""
-    from correctnet.pipeline.stages import read_network
+    from correctnet.pipeline.models import read_network
 
     click.echo(json.dumps(read_network(model)[1], indent=2))
 
@@ -873,7 +876,7 @@ def bench(
 
     matplotlib.use("Agg")  # no window, no display
     from correctnet.bench import cpu as benchmark
-    from correctnet.pipeline.stages import available_cpus, set_threads
+    from correctnet.machine import available_cpus, set_threads
 
     if json_file is not None:
         storage.check_writable(json_file)

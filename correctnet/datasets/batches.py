@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from correctnet.datasets.data import Split
+from correctnet.datasets.base import Split
 from correctnet.errors import UserError
 
 Batch = tuple[Tensor, Tensor]

@@ -97,7 +97,7 @@ class _Walk:
                 continue
             where = f"{path}.{key.value}".lstrip(".")
             if key.value in seen:
-                yield f"{where}: stands there twice" + ("; write <<: [*a, *b]" if merge else "")
+                yield f"{where}: is listed twice" + ("; write <<: [*a, *b]" if merge else "")
             seen.add(key.value)
             yield from self.mistakes(value, where)
             if merge and isinstance(value, yaml.SequenceNode):
@@ -158,7 +158,7 @@ class _Pairs(dict):
 
 def _json_mistakes(value: Any, path: str = "") -> Iterator[str]:
     if isinstance(value, _Pairs):
-        yield from (f"{path}.{name}: stands there twice".lstrip(".") for name in value.twice)
+        yield from (f"{path}.{name}: is listed twice".lstrip(".") for name in value.twice)
         for name, inner in value.items():
             yield from _json_mistakes(inner, f"{path}.{name}".lstrip("."))
     elif isinstance(value, list):

@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from correctnet.crossbar.layers import convert, crossbar_layers, program
+from correctnet.datasets.base import Split
 from correctnet.datasets.batches import as_pair, check_batch, check_outputs
-from correctnet.datasets.data import Split
 from correctnet.devices.lognormal import Variation
 from correctnet.errors import UserError, one_line, whole
 from correctnet.evaluation.montecarlo import evaluate
 from correctnet.files import storage
-from correctnet.networks.models import Block, parameter_count
+from correctnet.networks.blocks import Block, parameter_count
 from correctnet.noise import streams
 from correctnet.settings import JUDGED_CHIPS, Compensate, validate
 from correctnet.training.loop import Hooks, fit
@@ -232,7 +232,7 @@ def compensate(
         model: the original (digital) network.
         filters: generator filters m by layer name, names as `correctnet.crossbar.layers.crossbar_layers` gives them.
         place: "layer": directly behind the analog layer; "block": behind the BatchNorm and ReLU of its
-            `correctnet.networks.models.Block`.
+            `correctnet.networks.blocks.Block`.
         seed: of the initial weights, `stage`: what they are for; see `correctnet.noise.streams`.
         options: `activation`, `init` and `pool` of `Compensated`.
 

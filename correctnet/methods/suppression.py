@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from correctnet.crossbar.layers import AnalogLayer, crossbar_layers, nominal_weight
 from correctnet.errors import UserError
-from correctnet.networks.models import Block
+from correctnet.networks.blocks import Block
 
 
 def bound(sigma: float, k: float = 1.0, shift: float = 0.0) -> float:
@@ -147,7 +147,7 @@ def batchnorms(model: nn.Module) -> dict[str, nn.Module]:
 
     It stands behind a layer if it reads the layer's output and nothing else does, and neither is used a second time:
     seen by tracing the network, or, where it cannot be traced, in the `nn.Sequential`s that it is made of. In a
-    `correctnet.networks.models.Block` a ReLU may stand between them: as it keeps the sign, the Lipschitz constant is the same
+    `correctnet.networks.blocks.Block` a ReLU may stand between them: as it keeps the sign, the Lipschitz constant is the same
     with BatchNorm behind it.
 
     Raises:

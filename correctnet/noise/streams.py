@@ -8,7 +8,7 @@ Two kinds of draws:
               divided into ranges of 2^28, one for each of `CHIPS`. What is trained on, chosen on and reported on
               are different chips, whatever the numbers of chips are.
 
-The order of the test images is no draw: it is the same in every run (`correctnet.datasets.data.TEST_SEED`).
+The order of the test images is no draw: it is the same in every run (`correctnet.datasets.base.TEST_SEED`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Settings: what config.yaml may say, checked before anything runs.
 
 `Config` is the whole file; `Config.settings(pair, row)` merges defaults < pair < row into one `Settings`; and
-`Settings.of(stage)` cuts out exactly the keys that a stage reads, so that a change elsewhere reruns nothing.
+`correctnet.pipeline.specs` says which of them a stage reads, so that a change elsewhere reruns nothing.
 """
 
 from __future__ import annotations
@@ -24,31 +24,24 @@ from pydantic import (
     model_validator,
 )
 
+from correctnet.datasets import DATASETS
 from correctnet.errors import UserError
 from correctnet.files.yamlfile import read_values
+from correctnet.networks import NETWORKS
+from correctnet.pipeline.specs import STAGES, Stage, lineage
+from correctnet.pipeline.workload import training_images
 from correctnet.settings import (
     SEARCHING,
     Network,
     Section,
     Settings,
-    Stage,
     Training,
-    Weights,
     exact,
     merge,
     suggest,
     unprintable,
     validate,
 )
-
-
-def lineage(settings: Settings, stage: Stage) -> tuple[Stage, ...]:
-    """The stages that what `stage` makes depends on, in order, itself the last."""
-    if stage in ("pretrain", "suppress", "inject"):
-        return tuple(dict.fromkeys(("pretrain", stage)))
-    own: tuple[Stage, ...] = ("sweep", "search", "compensate", "finetune")
-    return tuple(dict.fromkeys(("pretrain", settings.base, *own[: own.index(stage) + 1])))
-
 
 # What names consist of: they stand in paths and in commands.
 PAIR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
@@ -75,7 +68,7 @@ def _expanded(path: str) -> str:
 class Row(Section):
     """One row of Table I: whose weights are evaluated, under which changed settings."""
 
-    evaluate: Weights
+    evaluate: Literal[tuple(name for name, stage in STAGES.items() if stage.makes_model)]
     """the stage whose model is evaluated"""
     label: str
     """how tables and figures name the row"""
@@ -153,7 +146,7 @@ class Config(Section):
         for run, pairs in self.runs.items():
             if not pairs:
                 yield f"{source}: runs.{run}: one pair or more is expected"
-            yield from (f"{source}: runs.{run}: {pair!r} stands there twice" for pair in _repeated(pairs))
+            yield from (f"{source}: runs.{run}: {pair!r} is listed twice" for pair in _repeated(pairs))
             for pair in pairs:
                 if pair not in self.pairs:
                     yield f"{source}: runs.{run}: no pair {pair!r}{suggest(pair, self.pairs)}"
@@ -238,7 +231,7 @@ class Config(Section):
                 yield f"the name of a row is expected, not {row!r}"
             elif row not in self.rows:
                 yield f"no row {row!r}{suggest(row, self.rows)}"
-        yield from (f"{row!r} stands there twice" for row in _repeated(row for row in rows if isinstance(row, str)))
+        yield from (f"{row!r} is listed twice" for row in _repeated(row for row in rows if isinstance(row, str)))
 
     def _not_comparable(self, pair: str, row: str, settings: Settings) -> Iterator[str]:
         """In what a row differs from the first one of its pair that all rows of a table share."""
@@ -296,7 +289,7 @@ class Config(Section):
         stages = lineage(changed, stage)
 
         def read(settings: Settings) -> dict[str, Any]:
-            leaves = dict(leaf for s in stages for leaf in _leaves(settings._read_by(s)))
+            leaves = dict(leaf for s in stages for leaf in _leaves(STAGES[s].values(settings)))
             if "compensate" in stages:  # which takes the best of the searches within these limits
                 leaves["search.limits"] = list(settings.search.limits)
             return leaves
@@ -336,30 +329,22 @@ def _plain(value: Any) -> str:
     return "_".join(map(_plain, value)) if isinstance(value, list) else json.dumps(value).strip('"')
 
 
-# How many widths a network takes, and of which layers.
-WIDTHS = {"lenet5": ("four", 4, "conv1, conv2, linear1, linear2"), "vgg16": ("fourteen", 14, "conv1, ..., linear1")}
-
-
-# Images of the training and test sets; what a setting leaves open means all of them.
-SIZES = {"digits": (1438, 359), "mnist": (60000, 10000), "cifar10": (50000, 10000), "cifar100": (50000, 10000)}
-
-
 def network_mistake(settings: Settings) -> str | None:
-    """What does not fit the network or the data set: it is known only when all settings are merged."""
+    """What does not fit the network or the data set, which is known only when all settings are merged."""
     network, data = settings.network, settings.data
-    images, _ = SIZES[data.dataset]
+    images, architecture = DATASETS[data.dataset].train, NETWORKS[network.name]
     if not 0 < round(data.validation * images) < images:
         return f"data.validation: {exact(data.validation)} of the {images} training images leaves one part empty"
-    how_many, count, layers = WIDTHS[network.name]
-    if network.widths and len(network.widths) != count:
-        return f"network.widths: {how_many} are expected for {network.name}: {layers}"
+    if network.widths and len(network.widths) != len(architecture.widths):
+        count = len(architecture.widths)
+        return f"network.widths: {count} are expected for {network.name}: {architecture.layers}"
     return sizes_mistake(settings, "pretrain", network.name) or sizes_mistake(settings, "suppress", network.name)
 
 
 def sizes_mistake(settings: Settings, stage: Literal["pretrain", "suppress"], network: str) -> str | None:
     """Smaller images for a network that takes none."""
-    if getattr(settings, stage).sizes and network == "lenet5":
-        return f"{stage}.sizes: LeNet-5's linear layers fit images of 32 x 32 pixels only"
+    if getattr(settings, stage).sizes and not NETWORKS[network].any_size:
+        return f"{stage}.sizes: {network} takes images of 32 x 32 pixels only"
     return None
 
 
@@ -370,8 +355,7 @@ def lone_image(settings: Settings, stage: Stage) -> str | None:
         return None
     if getattr(training, "batchnorm", "updated") != "updated":
         return None
-    images, _ = SIZES[settings.data.dataset]
-    images -= round(settings.data.validation * images)
+    images, _ = training_images(settings)
     if training.batch > 1 and images % training.batch != 1:
         return None
     return (
@@ -380,7 +364,7 @@ def lone_image(settings: Settings, stage: Stage) -> str | None:
 
 
 def _has_batchnorm(network: Network) -> bool:
-    return network.name == "vgg16" and network.batchnorm != "none"
+    return NETWORKS[network.name].batchnorm and network.batchnorm != "none"
 
 
 def one_word(name: str) -> str:

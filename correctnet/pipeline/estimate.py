@@ -13,15 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from correctnet.crossbar.layers import convert, crossbar_layers, program, programmed
+from correctnet.datasets import DATASETS
 from correctnet.devices import lognormal as variation
 from correctnet.engine.engine import Engine, Unsupported
 from correctnet.errors import UserError
-from correctnet.networks import models
+from correctnet.networks import NETWORKS
+from correctnet.networks.building import build
 from correctnet.noise import streams
-from correctnet.pipeline.config import Config, lineage
-from correctnet.pipeline.workload import Costs, stage_seconds
+from correctnet.pipeline.config import Config
+from correctnet.pipeline.specs import STAGES, Stage, lineage
+from correctnet.pipeline.workload import Costs
 from correctnet.precision import Precision, products
-from correctnet.settings import Settings, Stage
+from correctnet.settings import Settings
 
 
 def _seconds(work: Callable[[], object], at_least: float = 0.2) -> float:
@@ -38,11 +41,11 @@ def _seconds(work: Callable[[], object], at_least: float = 0.2) -> float:
 def costs(settings: Settings) -> Costs:
     """What training and testing cost on this machine, measured."""
     s = settings
-    channels = 1 if s.data.dataset in ("digits", "mnist") else 3
-    classes = 100 if s.data.dataset == "cifar100" else 10
-    model = models.build(s.network.name, classes, channels, **models.options(s.network))
+    facts, network = DATASETS[s.data.dataset], s.network
+    options = NETWORKS[network.name].options(network.widths, network.batchnorm, network.dropout)
+    model = build(network.name, facts.classes, facts.channels, **options)
     size, generator = 64 if s.network.name == "vgg16" else 128, streams.torch_generator(0, "benchmark", "estimate")
-    images = torch.randn(size, channels, 32, 32, generator=generator)
+    images = torch.randn(size, facts.channels, 32, 32, generator=generator)
     labels = torch.zeros(len(images), dtype=torch.int64)
 
     def step() -> None:
@@ -87,12 +90,12 @@ def pair_seconds(config: Config, pair: str) -> dict[str, float]:
     def add(stage: Stage, s: Settings, key: str, runs: int = 1, chips: int | None = None) -> None:
         if (stage, key) not in seen:
             seen.add((stage, key))
-            total[stage] = total.get(stage, 0.0) + runs * stage_seconds(stage, s, cost, chips)
+            total[stage] = total.get(stage, 0.0) + runs * STAGES[stage].seconds(s, cost, chips)
 
     for name in config.rows_of(pair):
         s, row = config.settings(pair, name), config.rows[name]
         for stage in lineage(s, row.evaluate):
-            key = " ".join(f"{before} {s.canonical(before)}" for before in lineage(s, stage))
+            key = " ".join(f"{before} {STAGES[before].canonical(s)}" for before in lineage(s, stage))
             add(stage, s, key, len(s.search.limits) if stage == "search" else 1)
         add("evaluate", s, name, chips=s.evaluate.chips + 1)
         if row.curve:
@@ -129,7 +132,7 @@ def _duration(seconds: float) -> str:
 
 def main() -> None:
     """Print the estimate for --run of the configuration on standard input (JSON), as the workflow does at its start."""
-    from correctnet.pipeline.stages import available_cpus
+    from correctnet.machine import available_cpus
 
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--run", required=True)

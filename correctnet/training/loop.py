@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from correctnet import precision as arithmetic
 from correctnet.crossbar.probe import modes_kept
+from correctnet.datasets.base import Split
 from correctnet.datasets.batches import check_batch, check_outputs
-from correctnet.datasets.data import Split, augment, resize
+from correctnet.datasets.transforms import augment, resize
 from correctnet.errors import UserError, one_line
 from correctnet.files import storage
 from correctnet.noise import streams

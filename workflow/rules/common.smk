@@ -11,8 +11,9 @@ from typing import get_args
 
 from snakemake.exceptions import WorkflowError
 
-from correctnet.pipeline.config import Config, lineage
-from correctnet.settings import SEARCHING, Stage, exact, search_rounds
+from correctnet.pipeline.config import Config
+from correctnet.pipeline.specs import STAGES, Stage, lineage
+from correctnet.settings import SEARCHING, exact, search_rounds
 from correctnet.errors import UserError
 
 try:
@@ -127,7 +128,7 @@ def stage_settings(stage):
     """A params function: exactly the settings that `stage` reads, as one canonical string."""
 
     def canonical(wildcards):
-        return settings_of(wildcards, stage).canonical(stage)
+        return STAGES[stage].canonical(settings_of(wildcards, stage))
 
     return canonical
 
@@ -207,7 +208,7 @@ def chunk_settings(wildcards):
     if sigma not in (0.0, own) and settings.evaluate.curve_images:
         images = {"images": settings.evaluate.curve_images}
         changed["evaluate"] = settings.evaluate.model_copy(update=images)
-    return settings.model_copy(update=changed).canonical("evaluate")
+    return STAGES["evaluate"].canonical(settings.model_copy(update=changed))
 
 
 def prefixes(wildcards):

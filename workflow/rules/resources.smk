@@ -7,7 +7,8 @@ goes on where the job before it was killed.
 
 import math
 
-from correctnet.pipeline.workload import Costs, stage_seconds, state_seconds
+from correctnet.pipeline.specs import STAGES
+from correctnet.pipeline.workload import Costs, search_state
 
 # Peak memory in MiB: of a process with a LeNet-5 and small data, what VGG16's trainings and simulations take beside
 # that, and what a data set takes while it is read.
@@ -59,10 +60,10 @@ def runtime(stage):
         settings = settings_of(wildcards)
         cost = costs(settings)
         if stage == "state":
-            seconds = state_seconds(settings, cost)
+            seconds = search_state(settings, cost)
         else:
             chips = int(wildcards.stop) - int(wildcards.start) if stage == "evaluate" else None
-            seconds = stage_seconds(stage, settings, cost, chips)
+            seconds = STAGES[stage].seconds(settings, cost, chips)
         return attempt * math.ceil(10 + 4 * seconds / 60)
 
     return minutes

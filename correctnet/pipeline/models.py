@@ -1,0 +1,121 @@
+"""Model files of the stages: networks of this package with their description and history."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from correctnet.datasets import DATASETS
+from correctnet.errors import UserError, one_line
+from correctnet.files import storage
+from correctnet.methods import compensation
+from correctnet.networks.building import build
+from correctnet.pipeline.specs import STAGES, Stage
+from correctnet.settings import Settings, exact
+
+
+def read_network(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
+    """The network at `path` as a plain module in evaluation mode, and its description.
+
+    Raises UserError where the files are absent, damaged, or describe no network of this package.
+    """
+    tensors, description = storage.read_model(path)
+    if "network" not in description:
+        raise UserError(
+            f"{path}: holds no network of correctnet.networks.models; load it with correctnet.methods.compensation.load"
+        )
+    _check_description(storage.model_files(path)[1], description)
+    try:
+        # Other weights take the place of those drawn here.
+        model = build_described(description["network"], 0, "restore")
+        model = compensation.restore(model, tensors, description, str(path))
+    except (TypeError, ValueError) as error:  # settings that no network and no compensation has
+        raise UserError(f"{storage.model_files(path)[1]}: describes no network ({one_line(error)})") from error
+    return model.eval().to(device), description
+
+
+def _compensated(description: dict[str, Any]) -> bool:
+    """Whether a network has compensators."""
+    return bool((description.get("compensation") or {"filters": {}})["filters"])
+
+
+def check_uncompensated(stage: Stage, path: Path, description: dict[str, Any]) -> None:
+    """Raise a UserError where a stage that comes before compensation is given a compensated network."""
+    if _compensated(description):
+        raise UserError(f"{stage}: {path} is compensated; give the network that it was made from")
+
+
+def is_whole(value: Any, low: int) -> bool:
+    """Whether a value of a JSON file is a whole number, at least `low`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def is_number(value: Any, low: float = 0.0, high: float = math.inf) -> bool:
+    """Whether a value of a JSON file is a finite number from `low` to `high`."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and low <= value <= high
+
+
+def are_filters(value: Any) -> bool:
+    """Whether a value of a JSON file says how many filters which layers have."""
+    return isinstance(value, dict) and all(is_whole(m, 1) for m in value.values())
+
+
+def expect(path: Path, key: str, holds: bool, expected: str, value: Any) -> None:
+    """Raise a UserError about a value of a JSON file that is not what is expected."""
+    if not holds:
+        raise UserError(f"{path}: {key}: {expected} is expected, not {json.dumps(value)[:60]}")
+
+
+def _check_description(path: Path, description: dict[str, Any]) -> None:
+    """Raise a UserError where a model's description says what no stage writes."""
+    network, history = description["network"], description.get("history", [])
+    expect(path, "network", isinstance(network, dict) and isinstance(network.get("name"), str), "a network", network)
+    for key in ("classes", "channels"):
+        expect(path, f"network.{key}", is_whole(network.get(key), 1), "a number of them", network.get(key))
+    holds = isinstance(history, list) and all(
+        isinstance(h, dict) and isinstance(h.get("stage"), str) and is_whole(h.get("epochs"), 0) for h in history
+    )
+    expect(path, "history", holds, "a list of stages, each with its epochs", history)
+    overhead = description.get("overhead", 0.0)
+    expect(path, "overhead", is_number(overhead), "a fraction that is at least 0", overhead)
+    plan = description.get("compensation") or {"filters": {}}
+    expect(path, "compensation", isinstance(plan, dict) and are_filters(plan.get("filters")), "filters by layer", plan)
+    made = description.get("data")
+    if made is not None:
+        holds = isinstance(made, dict) and made.get("dataset") in DATASETS and is_whole(made.get("seed"), 0)
+        holds = holds and is_number(made.get("validation"), 0, 1)
+        expect(path, "data", holds, "a data set, the fraction held out and a seed", made)
+
+
+def build_described(network: dict[str, Any], seed: int, stage: str) -> nn.Module:
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in network.items()}
+    return build(**options, seed=seed, stage=stage)
+
+
+def write_network(
+    out: Path, model: nn.Module, base: dict[str, Any], stage: Stage, settings: Settings, metrics: dict[str, Any]
+) -> None:
+    """Write a model that `stage` made from one described by `base`, with the stage added to its history."""
+    description = {k: v for k, v in base.items() if k not in ("format", "sha256")}
+    own = {**settings.data.model_dump(mode="json"), "seed": settings.seed}
+    description["data"] = storage.training_data(base) or own
+    entry = {"stage": stage, **metrics, "settings": json.loads(STAGES[stage].canonical(settings))}
+    description["history"] = [*base.get("history", []), entry]
+    storage.write_model(out, model.state_dict(), description)
+
+
+def last_stage(description: dict[str, Any]) -> str:
+    """The stage that made a model."""
+    return description.get("history", [{"stage": "pretrain"}])[-1]["stage"]
+
+
+def trained_sigma(history: Sequence[dict[str, Any]]) -> str:
+    """The sigmas that a model was trained for, by the stages that know one; "none" where none does."""
+    sigmas = (h.get("settings", {}).get("variation", {}).get("sigma") for h in history)
+    return " + ".join(dict.fromkeys(exact(sigma) for sigma in sigmas if sigma is not None)) or "none"

@@ -1,0 +1,156 @@
+"""The stages that evaluate a model on chip samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from correctnet.crossbar.layers import analog_layers, convert
+from correctnet.devices.lognormal import LogNormalVariation
+from correctnet.devices.lognormal import make as make_variation
+from correctnet.engine.engine import describe
+from correctnet.errors import UserError
+from correctnet.evaluation.coverage import check_coverage
+from correctnet.evaluation.montecarlo import evaluate
+from correctnet.evaluation.results import COLUMNS, IDENTITY, Result, record
+from correctnet.files import storage
+from correctnet.methods import candidates as sweeping
+from correctnet.methods import recalibration
+from correctnet.noise import streams
+from correctnet.pipeline.models import last_stage, read_network, trained_sigma
+from correctnet.pipeline.runtime import Runtime, discard, resumable, stage_identity
+from correctnet.pipeline.specs import STAGES
+from correctnet.settings import Settings
+
+# Simulated chips over which BatchNorm's statistics are estimated.
+RECALIBRATION_CHIPS = 20
+
+
+def sensitivity(settings: Settings, path: Path, out: Path, runtime: Runtime) -> None:
+    """What variation in each layer alone costs a model, on the validation images. Writes a CSV."""
+    s = STAGES["sensitivity"].read(settings)
+    storage.check_writable(out)
+    model, description = read_network(path, runtime.device)
+    table = sweeping.sensitivity(
+        model,
+        make_variation(s.variation),
+        s.seed,
+        runtime.load(s, description, path).validation.take(s.sensitivity.images),
+        chips=s.sensitivity.chips,
+        start=streams.chips("sensitivity", s.sensitivity.chips).start,
+        precision=s.montecarlo.precision,
+        gpu_method=s.montecarlo.gpu_method,
+        memory=runtime.memory,
+        progress=not runtime.quiet,
+    )
+    storage.write_csv(out, table.assign(stage=last_stage(description), sigma=s.variation.sigma))
+
+
+def evaluate_chips(
+    settings: Settings,
+    path: Path,
+    out: Path,
+    runtime: Runtime,
+    *,
+    chips: int,
+    start: int = 0,
+    notes: Mapping[str, Any] | None = None,
+    prefixes: Sequence[int] = (),
+) -> Result:
+    """Accuracy of a number of chips. Writes a CSV, a row a chip.
+
+    Args:
+        settings: those of `evaluate`.
+        path: a model.
+        chips: how many; with `variation.sigma` 0 all chips are the nominal network, and it is evaluated once.
+        start: number of the first among the chips for these images: test images and validation images are evaluated on
+            chips of their own (`correctnet.noise.streams`), as choices are made on the latter.
+        notes: further columns of one value each (pair, row), put before the others.
+        prefixes: with `variation.sigma` 0, numbers of images: how many of the first N are correct is put into the
+            column `prefixes`, as N:CORRECT, for Table I to divide the accuracies of rows of N images by. One that is
+            not below the number of all images is left out.
+    """
+    s = STAGES["evaluate"].read(settings)
+    storage.check_writable(out)
+    if prefixes and s.variation.sigma != 0:
+        raise UserError("--prefix: the nominal network alone is judged on fewer images, too; it needs --sigma 0")
+    model, description = read_network(path, runtime.device)
+    data = runtime.load(s, description, path)
+    images = getattr(data, s.evaluate.split).take(s.evaluate.images)
+    analog = convert(model, make_variation(s.variation), s.seed)
+    history = description.get("history", [])
+    plan = description.get("compensation") or {"filters": {}}
+    columns = {
+        "network": description["network"]["name"],
+        "dataset": s.data.dataset,
+        "split": s.evaluate.split,
+        **_variation_columns(analog),
+        "overhead": description.get("overhead", 0.0),
+        "layers": len(plan["filters"]),
+        "epochs": " + ".join(f"{h['epochs']} {h['stage']}" for h in history),
+        "trained_sigma": trained_sigma(history),
+    }
+    if taken := sorted(set(notes or {}) & {*columns, *COLUMNS, *IDENTITY, "prefixes"}):
+        raise UserError(f"--note {taken[0]}: the evaluation has a column of that name")
+    first = streams.chips(s.evaluate.split, chips, start).start
+    if s.variation.sigma > 0:
+        check_coverage(model, analog, images.images[:8], sample=first)
+    else:
+        chips = min(chips, 1)
+    calibration = data.train.take(s.evaluate.recalibrate_images).images
+    prepare = None
+    if s.evaluate.recalibrate == "simulated":
+        simulated = streams.chips("recalibration", RECALIBRATION_CHIPS)
+        recalibration.recalibrate(analog, calibration, simulated, s.montecarlo.precision)
+    elif s.evaluate.recalibrate == "chip":
+
+        def prepare(chip: nn.Module) -> None:
+            recalibration.recalibrate(chip, calibration, None, s.montecarlo.precision)
+
+    save = None
+    if runtime.work:
+        # The rows of other settings or another model have another name, and are not taken over.
+        save = resumable(
+            runtime.work, "chips", stage_identity("evaluate", settings, description, *storage.model_files(path))
+        )
+    how = {"precision": s.montecarlo.precision, "gpu_method": s.montecarlo.gpu_method, "memory": runtime.memory}
+    how |= {"start": first, "prepare": prepare}
+    result = evaluate(analog, images, chips, save=save, progress=not runtime.quiet, **how)
+    counts = {
+        n: evaluate(analog, images.take(n), 1, progress=False, **how).table["correct"][0]
+        for n in sorted(set(prefixes))
+        if n < len(images)
+    }
+    if counts:
+        columns["prefixes"] = " ".join(f"{n}:{correct}" for n, correct in counts.items())
+    result = record(result, {**(notes or {}), **columns})
+    result.to_csv(out)
+    if save:
+        discard(save)
+    return result
+
+
+def describe_engine(path: Path) -> str:
+    """What of the model at `path` the C++ core runs, layer by layer, as text."""
+    model, description = read_network(path)
+    analog = convert(model, LogNormalVariation(0.5))
+    example = torch.zeros(2, description["network"]["channels"], 32, 32)
+    report = describe(analog, example)
+    names = {id(m): n for n, m in analog.named_modules()}
+    lines = [f"{path}: {description['network']['name']}, {report}"]
+    for layer in analog_layers(analog):
+        name = names[id(layer)]
+        state = "fused" if name in report.fused else "unfused"
+        lines.append(f"  {layer.layer_index:2d} {name:24s} {state:8s} {' x '.join(map(str, layer.weight.shape))}")
+    return "\n".join(lines)
+
+
+def _variation_columns(analog: nn.Module) -> dict[str, Any]:
+    """What the variation was, and the mean and coefficient of variation of w / w_nominal that follow."""
+    described = analog_layers(analog)[0].variation.describe()
+    names = {"model": "variation", "mean": "factor_mean", "cv": "factor_cv"}
+    return {names.get(key, key): value for key, value in described.items()}

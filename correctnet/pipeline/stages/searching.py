@@ -1,0 +1,219 @@
+"""The stages that look for where to compensate: candidate layers and search."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import nn
+
+from correctnet.crossbar.layers import convert, crossbar_layers
+from correctnet.datasets.base import Split
+from correctnet.devices.lognormal import make as make_variation
+from correctnet.errors import UserError
+from correctnet.evaluation.montecarlo import clean_accuracy, evaluate
+from correctnet.files import storage
+from correctnet.methods import candidates as sweeping
+from correctnet.methods import compensation
+from correctnet.methods import search as searching
+from correctnet.noise import streams
+from correctnet.pipeline.models import check_uncompensated, expect, is_number, is_whole, read_network
+from correctnet.pipeline.runtime import Runtime, discard, resumable, split_seed, stage_identity
+from correctnet.pipeline.specs import STAGES
+from correctnet.settings import SEARCHING, Settings
+from correctnet.training.loop import fit
+
+
+def sweep(settings: Settings, pretrained: Path, base: Path, out: Path, runtime: Runtime) -> None:
+    """Find the candidate layers on the validation images. Writes out/accuracy.csv and out/candidates.json."""
+    s = STAGES["sweep"].read(settings)
+    original, of_original = read_network(pretrained, runtime.device)
+    model, description = read_network(base, runtime.device)
+    for path, of in ((pretrained, of_original), (base, description)):
+        check_uncompensated("sweep", path, of)
+    if split_seed(s, description, base) != split_seed(s, of_original, pretrained):
+        raise UserError(f"sweep: {base} and {pretrained} were trained on other splits of the images")
+    images = runtime.load(s, description, base).validation.take(s.sweep.images)
+    found = sweeping.sweep(
+        convert(model, make_variation(s.variation), s.seed),
+        images,
+        clean_accuracy(original, images),
+        s.sweep.threshold,
+        chips=s.sweep.chips,
+        start=streams.chips("sweep", s.sweep.chips).start,
+        precision=s.montecarlo.precision,
+        gpu_method=s.montecarlo.gpu_method,
+        memory=runtime.memory,
+        progress=not runtime.quiet,
+    )
+    storage.write_csv(out / "accuracy.csv", found.table())
+    storage.write_json(out / "candidates.json", {**found.summary(), "chips": s.sweep.chips, "images": len(images)})
+
+
+def search(
+    settings: Settings,
+    base: Path,
+    candidates: Path,
+    limit: float,
+    out: Path,
+    runtime: Runtime,
+    known: Sequence[Path] = (),
+) -> dict[str, Any]:
+    """Search the states within one overhead limit. Writes out/log.csv (as it goes) and out/best.json, and gives it.
+
+    With `strategy` "all" or "greedy" nothing is searched: every candidate gets the largest ratio, whatever that costs,
+    or `correctnet.methods.search.greedy` says which. `known`: states that `search_state` has scored.
+    """
+    s = STAGES["search"].read(settings)
+    if s.search.strategy not in SEARCHING:
+        problem, names = _search_problem(settings, base, candidates, limit, runtime)
+        unlimited = s.search.strategy == "all"
+        filters = searching.greedy(replace(problem, limit=math.inf) if unlimited else problem)
+        best = {"strategy": s.search.strategy, "limit": None if unlimited else limit, "filters": _named(names, filters)}
+        best |= {"overhead": problem.overhead(filters), "mean": None, "std": None, "evaluations": 0}
+        storage.write_json(out / "best.json", best)
+        storage.write_csv(out / "log.csv", pd.DataFrame(columns=[*searching.COLUMNS, "candidates"]))
+        return best
+
+    problem, names = _search_problem(settings, base, candidates, limit, runtime)
+    log_path = None
+    if runtime.work:
+        # A log of other settings or inputs has another name, and is not resumed from.
+        weights, text = storage.model_files(base)
+        identity = stage_identity("search", settings, storage.read_json(text), weights, candidates)
+        log_path = resumable(runtime.work, "search", f"{identity} {limit}")
+    log = searching.search(problem, s.search, s.seed, log_path, not runtime.quiet, _read_states(known))
+    storage.write_csv(out / "log.csv", log.table().assign(candidates=" ".join(names)))
+    chosen = log.best()
+    best = {"strategy": s.search.strategy, "limit": limit, "filters": _named(names, chosen.filters)}
+    best |= {"overhead": chosen.overhead, "mean": chosen.mean, "std": chosen.std, "evaluations": log.evaluations}
+    storage.write_json(out / "best.json", best)
+    if log_path:
+        discard(log_path)
+    return best
+
+
+def search_state(
+    settings: Settings,
+    base: Path,
+    candidates: Path,
+    limit: float,
+    known: Sequence[Path],
+    slot: int,
+    out: Path,
+    runtime: Runtime,
+) -> None:
+    """Score one state of a population, so that several jobs can work at a search. Writes it to `out`, a JSON file.
+
+    The search is replayed with the states that are `known` to the point where it needs more; of those this one is
+    number `slot`. Where there are not so many, or the search is over, the file says `null`.
+    """
+    s = STAGES["search"].read(settings)
+    if s.search.strategy not in SEARCHING:
+        raise UserError(f"search: strategy {s.search.strategy} trains no states")
+    problem, _ = _search_problem(settings, base, candidates, limit, runtime)
+    try:
+        searching.search(replace(problem, score=None), s.search, s.seed, None, False, _read_states(known))
+        waiting: tuple[searching.Filters, ...] = ()
+    except searching.Pending as pending:
+        waiting = pending.states
+    if slot >= len(waiting):
+        storage.write_json(out, None)
+        return
+    began = time.monotonic()
+    mean, std = problem.score(waiting[slot])
+    seconds = round(time.monotonic() - began, 3)
+    storage.write_json(out, {"filters": waiting[slot], "mean": mean, "std": std, "seconds": seconds})
+
+
+def _search_problem(
+    settings: Settings, base: Path, candidates: Path, limit: float, runtime: Runtime
+) -> tuple[searching.Problem, list[str]]:
+    """What is searched within one overhead limit, and the names of the candidate layers."""
+    s = STAGES["search"].read(settings)
+    if not 0 < limit <= 1:
+        raise UserError(f"search: --limit is a fraction above 0 and at most 1, not {limit}")
+    model, description = read_network(base, runtime.device)
+    split_seed(s, description, base)  # refused before any work
+    check_uncompensated("search", base, description)
+    layers = dict(crossbar_layers(model))
+    names = _candidate_names(candidates, layers)
+    section = s.compensate.model_copy(update={"epochs": s.search.train_epochs})
+    device = make_variation(s.variation)
+
+    @functools.cache
+    def splits() -> tuple[Split, Split]:  # read once, and not at all where nothing is trained
+        data = runtime.load(s, description, base)
+        return data.train.take(s.search.train_images), data.validation.take(s.search.images)
+
+    def score(filters: searching.Filters) -> tuple[float, float]:
+        train, images = splits()
+        analog, _, hooks = compensation.prepare(model, _named(names, filters), section, device, s.seed, "search")
+        parameters = compensation.trained_parameters(analog, section)
+        if parameters:
+            hooks.augment = s.data.augment
+            how = {"title": "compensators " + " ".join(map(str, filters)), "quiet": runtime.quiet}
+            fit(analog, train, section, s.seed, stage="search", parameters=parameters, hooks=hooks, **how)
+        result = evaluate(
+            analog,
+            images,
+            s.search.chips,
+            start=streams.chips("search", s.search.chips).start,
+            precision=s.montecarlo.precision,
+            gpu_method=s.montecarlo.gpu_method,
+            memory=runtime.memory,
+            progress=False,
+        )
+        return result.mean, result.std
+
+    problem = searching.Problem(
+        widths=tuple(layers[name].weight.shape[0] for name in names),
+        ratios=s.search.ratios,
+        limit=limit,
+        overhead=lambda filters: compensation.overhead(model, _named(names, filters)),
+        score=score,
+    )
+    return problem, names
+
+
+def _named(names: Sequence[str], filters: searching.Filters) -> dict[str, int]:
+    """The generator filters of the layers that are compensated, by name."""
+    return {name: m for name, m in zip(names, filters, strict=True) if m}
+
+
+def _read_states(paths: Sequence[Path]) -> list[searching.Explored]:
+    """The states that `search_state` scored; files that say `null` hold none."""
+    states = []
+    for path in paths:
+        found = storage.read_json(path)
+        if found is None:
+            continue
+        keys = ("filters", "mean", "std", "seconds")
+        if not isinstance(found, dict) or not set(keys) <= set(found):
+            raise UserError(f"{path}: no state of a search; delete it to have it made again")
+        filters, mean, std, seconds = (found[key] for key in keys)
+        holds = isinstance(filters, list) and all(is_whole(m, 0) for m in filters)
+        expect(path, "filters", holds, "a list of numbers of filters", filters)
+        for key in ("mean", "std"):
+            expect(path, key, is_number(found[key], 0, 1), "a fraction between 0 and 1", found[key])
+        expect(path, "seconds", is_number(seconds), "a number that is at least 0", seconds)
+        states.append(searching.Explored(0, 0, tuple(filters), 0.0, mean, std, 0.0, seconds))
+    return states
+
+
+def _candidate_names(path: Path, layers: dict[str, nn.Module]) -> list[str]:
+    found = storage.read_json(path)
+    names = found.get("candidates") if isinstance(found, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: names no candidate layers (candidates.json of `sweep` is expected)")
+    if unknown := [name for name in names if name not in layers]:
+        raise UserError(f"{path}: candidates: the network has no layer {unknown[0]!r} (layers: {', '.join(layers)})")
+    if len(set(names)) != len(names):
+        raise UserError(f"{path}: candidates: a layer is named twice")
+    return names

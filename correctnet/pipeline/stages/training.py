@@ -1,0 +1,201 @@
+"""The stages that train a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from correctnet.crossbar.layers import convert, program
+from correctnet.datasets.base import DataSet
+from correctnet.devices.lognormal import make as make_variation
+from correctnet.errors import UserError
+from correctnet.evaluation.montecarlo import clean_accuracy
+from correctnet.files import storage
+from correctnet.methods import compensation
+from correctnet.methods import suppression as lipschitz
+from correctnet.networks import NETWORKS
+from correctnet.noise import streams
+from correctnet.pipeline.config import network_mistake, sizes_mistake
+from correctnet.pipeline.models import (
+    are_filters,
+    build_described,
+    check_uncompensated,
+    expect,
+    is_number,
+    read_network,
+    write_network,
+)
+from correctnet.pipeline.runtime import Runtime, split_seed, stage_identity
+from correctnet.pipeline.specs import STAGES, Stage
+from correctnet.report.tables import best_state
+from correctnet.settings import Settings
+from correctnet.training.loop import Checkpoint, Hooks, fit
+
+
+def _train(
+    stage: Stage,
+    model: nn.Module,
+    base: dict[str, Any],
+    data: DataSet,
+    settings: Settings,
+    hooks: Hooks,
+    out: Path,
+    runtime: Runtime,
+    inputs: Sequence[Path] = (),
+    parameters: Sequence[nn.Parameter] | None = None,
+    judge: Callable[[], dict[str, Any]] = dict,
+) -> None:
+    """Train a stage's model, resumably, and write it: what all stages that train share.
+
+    `judge` is called with the trained model and may change it; what it gives is written into the model's history.
+    """
+    s = STAGES[stage].read(settings)
+    hooks.augment = s.data.augment
+    # A checkpoint is for these settings, these images, these inputs, and no others.
+    identity = stage_identity(stage, settings, base, *inputs)
+    checkpoint = Checkpoint(runtime.work / f"{stage}.safetensors", identity) if runtime.work else None
+    rows = fit(
+        model,
+        data.train,
+        getattr(s, stage),
+        s.seed,
+        stage=stage,
+        parameters=parameters,
+        hooks=hooks,
+        validate=lambda: clean_accuracy(model, data.validation),
+        checkpoint=checkpoint,
+        log=out / "log.csv",
+        title=stage,
+        quiet=runtime.quiet,
+    )
+    metrics = {"epochs": len(rows), **judge()}
+    metrics["validation"] = clean_accuracy(model, data.validation)
+    write_network(out, model, base, stage, settings, metrics)
+    if checkpoint:
+        checkpoint.discard()
+
+
+def pretrain(settings: Settings, out: Path, runtime: Runtime) -> None:
+    """Train the network without any method. Writes out/model.{safetensors,json} and out/log.csv."""
+    s = STAGES["pretrain"].read(settings)
+    if mistake := network_mistake(settings):
+        raise UserError(mistake)
+    data = runtime.load(s)
+    network: dict[str, Any] = {"name": s.network.name, "classes": data.classes, "channels": data.channels}
+    network |= NETWORKS[s.network.name].options(s.network.widths, s.network.batchnorm, s.network.dropout)
+    model = build_described(network, s.seed, "pretrain").to(runtime.device)
+    _train("pretrain", model, {"network": network}, data, settings, Hooks(sizes=s.pretrain.sizes), out, runtime)
+
+
+def suppress(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) -> None:
+    """Train under the Lipschitz regulariser (11), from the pre-trained weights or from scratch.
+
+    From scratch the architecture is all that is taken of the pre-trained network.
+    """
+    s = STAGES["suppress"].read(settings)
+    model, base = read_network(pretrained, runtime.device)
+    check_uncompensated("suppress", pretrained, base)
+    if mistake := sizes_mistake(s, "suppress", base["network"]["name"]):
+        raise UserError(mistake)
+    if s.suppress.start == "scratch":
+        model = build_described(base["network"], s.seed, "suppress").to(runtime.device)
+        base = {"network": base["network"], "data": storage.training_data(base)}
+    lam = lipschitz.bound(s.variation.sigma, s.suppress.k, make_variation(s.variation).shift)
+    ramp, beta = s.suppress.ramp, s.suppress.beta
+    norms = lipschitz.batchnorms(model) if s.suppress.fold_batchnorm else {}
+    hooks = Hooks(
+        penalty=lambda: lipschitz.penalty(lipschitz.analog_weights(model, norms), lam, s.suppress.form),
+        penalty_weight=lambda done: beta * min(1.0, done / ramp) if ramp else beta,
+        temperature=s.suppress.temperature,
+        sizes=s.suppress.sizes,
+    )
+    # From scratch, nothing of the pre-trained network but its shape is used.
+    inputs = [] if s.suppress.start == "scratch" else [storage.model_files(pretrained)[0]]
+    data = runtime.load(s, base, pretrained)
+    _train("suppress", model, base, data, settings, hooks, out, runtime, inputs)
+
+
+def inject(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) -> None:
+    """Train on with variation in all weights, a fresh chip each batch: a rival after [11], without overhead."""
+    _train_with_variation("inject", settings, pretrained, out, runtime)
+
+
+def finetune(settings: Settings, compensated: Path, out: Path, runtime: Runtime) -> None:
+    """Train a compensated network in full, with variation in its analog weights: no part of the paper.
+
+    Weights and digital compensators minimise the cross entropy together, each batch on a fresh chip w exp(theta).
+    Writes a model and its log to `out`. Raises UserError where `compensated` is no model, or the loss is not finite.
+    """
+    _train_with_variation("finetune", settings, compensated, out, runtime)
+
+
+def _train_with_variation(
+    stage: Literal["inject", "finetune"], settings: Settings, path: Path, out: Path, runtime: Runtime
+) -> None:
+    """Train all that the model at `path` has, a fresh chip a batch; what `inject` and `finetune` share."""
+    s = STAGES[stage].read(settings)
+    model, base = read_network(path, runtime.device)
+    split_seed(s, base, path)  # refused before any work
+    if stage == "inject":
+        check_uncompensated(stage, path, base)
+    elif "compensation" not in base:
+        raise UserError(f"finetune: {path} is no model of `compensate`; `inject` trains one that is not compensated")
+    analog = convert(model, make_variation(s.variation), s.seed)
+    hooks = Hooks(
+        before_batch=lambda draw: program(analog, streams.chip(f"train-{stage}", draw)),
+        update_batchnorm=getattr(s, stage).batchnorm == "updated",
+    )
+    weights, _ = storage.model_files(path)
+    _train(stage, analog, base, runtime.load(s, base, path), settings, hooks, out, runtime, [weights])
+
+
+def compensate(settings: Settings, base: Path, found: Sequence[Path], out: Path, runtime: Runtime) -> None:
+    """Train the compensators of the best state that the searches found. Writes a model and its log to `out`.
+
+    The network with the trained compensators and the one without are compared under variation on validation images; the
+    better one is written, both accuracies stand in its history (`judged`), and a warning says if it is the latter.
+
+    Args:
+        settings, base, out, runtime: as elsewhere.
+        found: best.json of each limit; the one with the best mean validation accuracy is taken, of equals the one
+            with the least overhead. Where no layer is a candidate the result is that network itself.
+    """
+    s = STAGES["compensate"].read(settings)
+    results = [_read_best(path) for path in found]
+    means = [1.0 if r["mean"] is None else r["mean"] for r in results]
+    best = results[best_state(means, [r["overhead"] for r in results])]
+    model, described = read_network(base, runtime.device)
+    check_uncompensated("compensate", base, described)
+    device = make_variation(s.variation)
+    analog, plan, hooks = compensation.prepare(model, best["filters"], s.compensate, device, s.seed, "compensate")
+    described |= {"compensation": plan, "overhead": compensation.overhead(model, plan["filters"]), "search": best}
+    parameters = compensation.trained_parameters(analog, s.compensate)
+    if not parameters:
+        data = runtime.load(s, described, base)
+        metrics = {"epochs": 0, "validation": clean_accuracy(analog, data.validation)}
+        write_network(out, analog, described, "compensate", settings, metrics)
+        storage.write_text(out / "log.csv", "epoch\n")
+        return
+    inputs = [storage.model_files(base)[0], *found]
+    data = runtime.load(s, described, base)
+
+    def judge() -> dict[str, Any]:
+        how = {"stage": "compensate", "memory": runtime.memory}
+        return {"judged": compensation.keep_better(analog, model, plan, data.validation, s.seed, **how)}
+
+    _train("compensate", analog, described, data, settings, hooks, out, runtime, inputs, parameters, judge)
+
+
+def _read_best(path: Path) -> dict[str, Any]:
+    """The result of a search."""
+    best = storage.read_json(path)
+    if not isinstance(best, dict) or not {"filters", "mean", "overhead"} <= set(best):
+        raise UserError(f"{path}: not what a search found (its best.json)")
+    expect(path, "filters", are_filters(best["filters"]), "a number of filters for each layer", best["filters"])
+    holds = best["mean"] is None or is_number(best["mean"], 0, 1)
+    expect(path, "mean", holds, "a fraction between 0 and 1, or null", best["mean"])
+    expect(path, "overhead", is_number(best["overhead"]), "a number that is at least 0", best["overhead"])
+    return best
