@@ -1,4 +1,4 @@
-"""Classes that outlive a reload of their module."""
+"""Classes that keep their identity when their module is reloaded."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ Class = TypeVar("Class", bound=type)
 
 
 def survives_reload(new: Class) -> Class:
-    """The class itself; where its module is executed again (`importlib.reload`), the one from before, with what is new.
+    """Class decorator: where `importlib.reload` executes the module again, update the old class instead.
 
-    Other modules hold on to the class that they imported, and tell objects and errors apart by it. So a reload changes
-    that class in place instead of making another one of the same name.
+    Other modules hold the class that they imported and use it in `isinstance` and `except`. Updated in place, it stays
+    the class of old and new objects alike.
 
     @survives_reload
     class PlanStep: ...

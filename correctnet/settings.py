@@ -1,4 +1,7 @@
-"""Settings of the stages and methods: one section each, checked before anything runs."""
+"""Settings of the stages and methods, one section each, validated before anything runs.
+
+The docstring below a setting is its help text on the command line.
+"""
 
 from __future__ import annotations
 
@@ -63,15 +66,15 @@ def _as_number(text: str) -> str | None:
 
 
 def exact(value: float) -> str:
-    """A number in letters, as paths, options and messages name it: the shortest text that reads back as the same float.
+    """A number as text, for paths, options and messages: the shortest that reads back as the same float.
 
-    0.5 is "0.5", 1.0 is "1" and 1e-05 is "1e-05"; `float` is the way back.
+    0.5 is "0.5", 1.0 is "1" and 1e-05 is "1e-05"; `float` is the inverse.
     """
     return repr(float(value) + 0.0).removesuffix(".0")  # + 0.0: no "-0"
 
 
 class Data(Section):
-    """What the network is trained and judged on."""
+    """The data that the network is trained and evaluated on."""
 
     dataset: DataSetName = "digits"
     """data set"""
@@ -82,7 +85,7 @@ class Data(Section):
 
 
 class Network(Section):
-    """Which network."""
+    """The network."""
 
     name: NetworkName = "lenet5"
     """architecture"""
@@ -92,7 +95,7 @@ class Network(Section):
     batchnorm: Literal["before", "after", "none"] = "before"
     """VGG16's BatchNorm: before ReLU, after it (the Keras network), or none"""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """fraction of each hidden layer's outputs that is dropped while the network trains"""
+    """fraction of each hidden layer's outputs that is dropped in training"""
 
     @field_validator("widths")
     @classmethod
@@ -114,7 +117,7 @@ class VariationSettings(Section):
     centre: Literal["median", "mean"] = "median"
     """what the programmed weight equals: the median of its distribution (the paper) or its mean"""
     resample: Literal["chip"] = "chip"
-    """when the variation is drawn anew"""
+    """how often the variation is redrawn"""
 
 
 class Training(Section):
@@ -135,14 +138,14 @@ class Training(Section):
     precision: Literal["float32", "bfloat16"] = "float32"
     """arithmetic of forward and backward (bfloat16: autocast, weights stay float32; float32 on a CPU without it)"""
     clip: float | None = Field(None, gt=0)
-    """largest norm of a step's gradient, a longer one is scaled down to it; empty: any"""
+    """gradient clipping: the largest norm of a step's gradient; empty: no clipping"""
 
 
 class Resized(Training):
     """A training whose first epochs may see smaller images."""
 
     sizes: tuple[int, ...] = ()
-    """progressive resizing: the side of the images in the first epochs, a value an epoch; later ones see them whole.
+    """progressive resizing: side of the images in the first epochs, one value an epoch; later epochs use the full size.
     An epoch at half the side takes about a quarter of the time"""
 
     @field_validator("sizes")
@@ -163,9 +166,9 @@ class Suppress(Resized):
     beta: float = Field(1e-4, ge=0)
     """weight of the regulariser in the loss"""
     k: float = Field(1.0, gt=0)
-    """Lipschitz constant that each layer is to keep; the paper's is 1"""
+    """Lipschitz constant k of each layer; 1 in the paper"""
     form: Literal["orthogonal", "one-sided"] = "orthogonal"
-    """all singular values equal to lambda, as (11) is printed, or only those above it pulled down, as (9) asks"""
+    """pull all singular values to lambda, as (11) is printed, or only those above it, as (9) asks"""
     start: Literal["pretrained", "scratch"] = "pretrained"
     """weights to start from"""
     ramp: float = Field(0.0, ge=0, lt=1)
@@ -173,22 +176,22 @@ class Suppress(Resized):
     fold_batchnorm: bool = False
     """regularise each weight times its BatchNorm's scale, the matrix whose norm is the layer's Lipschitz constant"""
     temperature: float = Field(1.0, gt=0)
-    """the logits are divided by this in the loss; below 1 it makes up for the small logits of suppressed networks"""
+    """the loss divides the logits by it; below 1 it offsets the small logits of suppressed networks"""
 
 
 class Inject(Training):
-    """Training with variation injected into all weights, a fresh chip sample each batch (a rival, after [11])."""
+    """Variation-aware training: variation in all weights, a fresh chip sample each batch (a baseline, after [11])."""
 
     batchnorm: Literal["updated", "frozen"] = "updated"
-    """normalise with each batch, which is one chip's, and update the statistics, or keep those of pre-training and
-    normalise with them, as a chip without statistics of its own does"""
+    """normalise with each batch, which is one chip's, and update the statistics; or normalise with those of
+    pre-training, as a chip does that is not recalibrated"""
 
 
 class Sweep(Section):
     """Candidate layers: variation from the last layer backwards to the i-th."""
 
     threshold: float = Field(0.95, gt=0, le=1)
-    """fraction of the original accuracy below which the first i layers become candidates; the paper's is 0.95"""
+    """fraction of the original accuracy below which the first i layers become candidates; 0.95 in the paper"""
     chips: int = Field(50, ge=1, le=2**28)
     """chip samples a layer"""
     images: int | None = Field(None, ge=1)
@@ -199,61 +202,61 @@ class Compensate(Training):
     """Generators and compensators (Fig. 5), trained with everything else frozen."""
 
     batch: int = Field(32, ge=1)
-    """images a step; few, as a step sees one chip: many chips teach more than many images of one"""
+    """images a step; few, since a step uses one chip sample, and many chips teach more than many images of one"""
     learning_rate: float = Field(1e-2, gt=0)
     """peak learning rate of the one-cycle schedule; ten times a network's own, as the new layers are few"""
     activation: Literal["none", "relu"] = "relu"
-    """activation behind the generator"""
+    """activation after the generator"""
     init: Literal["identity", "random"] = "identity"
     """start as the identity, or from torch's default initialisation"""
     place: Literal["layer", "block"] = "layer"
-    """behind the analog layer itself, or behind its BatchNorm and ReLU"""
+    """after the analog layer itself, or after its BatchNorm and ReLU"""
     pool: Literal["adaptive", "kernel"] = "adaptive"
     """average pooling of the layer's input to its output's size: adaptive, or with the layer's own window"""
     batchnorm: Literal["frozen", "updated", "affine"] = "frozen"
-    """while the compensators train: keep the statistics and normalise with them, normalise with each batch and update
-    them, or keep them and train scale and shift (digital, there already: no overhead) with the compensators"""
+    """while the compensators train: normalise with the stored statistics; normalise with each batch and update them; or
+    normalise with the stored ones and train scale and shift (digital already: no overhead) with the compensators"""
     chips_per_batch: int = Field(1, ge=1)
     """fresh chip samples a batch, over which the gradient is averaged"""
 
 
-# Chip samples on which trained compensators are compared with none, see `correctnet.methods.compensation.keep_better`.
+# Chip samples on which a network with trained compensators is compared with the one without, see `correctnet.methods.compensation.keep_better`.
 JUDGED_CHIPS = 10
 
 
 class Finetune(Inject):
-    """Training of a compensated network in full, analog weights and compensators, with variation in the former: beyond
-    the paper, which trains the compensators alone."""
+    """Variation-aware training of a whole compensated network, analog weights and compensators: beyond the paper, which
+    trains the compensators alone."""
 
     batch: int = Field(32, ge=1)
-    """images a step; few, as a step sees one chip"""
+    """images a step; few, since a step uses one chip sample"""
     batchnorm: Literal["updated", "frozen"] = "frozen"
     """as for `inject`"""
 
 
 class Search(Section):
-    """Where to compensate and with how many filters: REINFORCE over the candidates, reward (12)."""
+    """Search for the layers to compensate and their numbers of filters: REINFORCE over the candidates, reward (12)."""
 
     strategy: Literal["reinforce", "random", "greedy", "all"] = "reinforce"
-    """REINFORCE with an LSTM policy, or random states; without a search, the candidates in their order, each with the
-    largest S that the largest limit still has room for, or every candidate with the largest S, whatever the limit"""
+    """REINFORCE with an LSTM policy; random states; or no search: greedy, the candidates in order, each with the largest
+    S that still fits the largest limit; all, every candidate with the largest S, whatever the limit"""
     limits: tuple[float, ...] = (0.01, 0.02, 0.03)
-    """overhead limits, a search each; the most accurate result of all is taken"""
+    """overhead limits, one search each; the most accurate result of all is used"""
     ratios: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    """values that S, generator filters / layer filters, can take"""
+    """possible values of S, generator filters / layer filters"""
     evaluations: int = Field(24, ge=1)
-    """states trained and evaluated, at most; the one without compensation, which trains nothing, is not counted"""
+    """largest number of states trained and evaluated; the one without compensation trains nothing and is not counted"""
     episodes: int = Field(100, ge=1)
-    """updates of the policy, at most"""
+    """largest number of updates of the policy"""
     rollouts: int = Field(4, ge=1)
     """states drawn an episode"""
     population: int | None = Field(None, ge=1)
-    """new states an episode: it goes on drawing until it has so many. The workflow then trains each in a job of its
-    own, so that a cluster works on a population at a time. Empty: as many as the rollouts hold, all in one job"""
+    """new states an episode, drawn until there are that many; the workflow trains each in its own job, so that a cluster
+    works on a population at a time. Empty: those among the rollouts, all in one job"""
     learning_rate: float = Field(0.1, gt=0)
     """of the policy (Adam)"""
     entropy: float = Field(0.3, ge=0)
-    """weight of the policy's entropy, against settling too early; the rewards beside it are in standard deviations"""
+    """weight of the policy's entropy, against premature convergence; rewards are in standard deviations"""
     baseline: float = Field(0.8, ge=0, lt=1)
     """decay of the moving average of the rewards"""
     train_epochs: int = Field(1, ge=1)
@@ -261,7 +264,7 @@ class Search(Section):
     train_images: int | None = Field(None, ge=1)
     """training images a state; empty: all"""
     chips: int = Field(20, ge=2, le=2**28)
-    """chip samples a state's accuracy is taken over"""
+    """chip samples for a state's accuracy"""
     images: int | None = Field(None, ge=1)
     """validation images; empty: all"""
 
@@ -286,23 +289,23 @@ class Search(Section):
         return value
 
 
-# The strategies that train states.
+# Strategies that train states.
 SEARCHING = ("reinforce", "random")
 
 
 def search_rounds(search: Any) -> int:
-    """How many populations a search trains, at most, behind the state without compensation; 0 without populations."""
+    """Largest number of populations that a search trains after the state without compensation; 0 without populations."""
     return math.ceil(search.evaluations / search.population) if search.population else 0
 
 
 class MonteCarlo(Section):
-    """How chip samples are simulated, wherever they are: in the sweep, the search and the evaluation."""
+    """Simulation of chip samples, in the sweep, the search and the evaluation."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
-    """of weights and activations in the C++ core (sums are float32)"""
+    """precision of weights and activations in the C++ core (sums are float32)"""
     gpu_method: Literal["auto", "fused", "materialise", "library"] = "auto"
-    """how a GPU gets at a chip's noisy weights: while a kernel loads them, in memory for the same kernels (the same
-    bits), or in memory for cuBLAS and cuDNN (other bits). Of no effect on a CPU"""
+    """where noisy weights are generated on a GPU: fused, while a kernel loads them; materialised in memory for the same
+    kernels (the same bits); or in memory for cuBLAS and cuDNN (other bits). No effect on a CPU"""
 
 
 class Evaluate(Section):
@@ -311,7 +314,7 @@ class Evaluate(Section):
     chips: int = Field(250, ge=1, le=2**28)
     """chip samples of a Table I row"""
     split: Literal["test", "validation"] = "test"
-    """images that are classified; "validation" for everything that is still to be chosen"""
+    """images that are classified; "validation" for every choice between settings"""
     images: int | None = Field(None, ge=1)
     """how many of them; empty: all"""
     sigmas: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4)
@@ -323,9 +326,9 @@ class Evaluate(Section):
     chunk: int = Field(125, ge=1)
     """chip samples a job"""
     recalibrate: Literal["none", "simulated", "chip"] = "none"
-    """BatchNorm statistics: as trained, estimated once over simulated chips, or anew on each chip"""
+    """BatchNorm statistics: as trained, estimated once over simulated chips, or estimated on each chip"""
     recalibrate_images: int = Field(512, ge=2)
-    """training images for that"""
+    """training images for the estimate"""
 
     @field_validator("sigmas")
     @classmethod
@@ -336,7 +339,7 @@ class Evaluate(Section):
 
 
 class Sensitivity(Section):
-    """Variation in one layer alone, for every layer: what each costs by itself."""
+    """Sensitivity of each layer: accuracy with variation in that layer alone."""
 
     chips: int = Field(20, ge=1, le=2**28)
     """chip samples a layer"""
@@ -345,15 +348,15 @@ class Sensitivity(Section):
 
 
 class Settings(Section):
-    """All that a row of one pair needs."""
+    """All settings of one row of a pair."""
 
     seed: int = Field(0, ge=0, lt=2**63)
-    """seed of everything that is drawn"""
+    """seed of every random draw"""
     data: Data = Data()
     network: Network = Network()
     variation: VariationSettings = VariationSettings()
     base: Literal["pretrain", "suppress", "inject"] = "suppress"
-    """the stage whose network is swept, searched and compensated; the paper's is suppress"""
+    """the stage whose network is swept, searched and compensated; suppress in the paper"""
     pretrain: Pretrain = Pretrain()
     suppress: Suppress = Suppress()
     inject: Inject = Inject()
@@ -367,12 +370,12 @@ class Settings(Section):
 
 
 def unprintable(text: str) -> bool:
-    """Whether a text has control characters (line breaks and tabs apart) or lone surrogates, which no file can show."""
+    """Whether a text has control characters (other than line breaks and tabs) or lone surrogates."""
     return any(unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\n\t" for letter in text)
 
 
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`under` with the values of `over` in their place, mappings merged key by key."""
+    """`under` updated with the values of `over`, mappings merged key by key."""
     merged = dict(under)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)

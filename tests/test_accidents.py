@@ -151,7 +151,7 @@ def test_a_stage_is_never_done_by_two_processes(tmp_path, undisturbed):
     second = pretrain(out)
     output, _ = second.communicate(timeout=60)
     assert second.returncode == 2
-    assert re.search(rf"error: .*p: process {first.pid} on \S+ is at work on this; stop it or wait for it", output)
+    assert re.search(rf"error: .*p: process {first.pid} on \S+ is already running this stage; stop it or wait for it", output)
     finished(first)
     assert digest(out / "model.safetensors") == digest(undisturbed / "model.safetensors")
 
@@ -187,7 +187,7 @@ def test_a_search_log_that_is_cut_short_is_named_and_made_again(tmp_path, search
     (log,) = folder.glob("search-*.csv")
     cut(log)
     output = finished(stage(*arguments, "--out", out))
-    assert f"warning: {log}: not usable, what it held is done again (cut short)" in output
+    assert f"warning: {log}: damaged checkpoint, its work is repeated (cut short)" in output
     assert (out / "best.json").read_text() == (undisturbed / "best.json").read_text()
 
 
@@ -198,7 +198,7 @@ def test_chips_that_are_cut_short_are_named_and_made_again(tmp_path, tiny, blobs
     edited = save.read_text().replace(",300,", ",many,")
     for damage in (cut, lambda path: path.write_text(""), lambda path: path.write_text(edited)):
         damage(save)
-        with pytest.warns(UserWarning, match="chips.csv: not usable, what it held is done again"):
+        with pytest.warns(UserWarning, match="chips.csv: damaged checkpoint, its work is repeated"):
             again = evaluate(analog, blobs, 3, save=save, progress=False)
         pd.testing.assert_frame_equal(again.table, expected)
 

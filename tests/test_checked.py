@@ -50,7 +50,7 @@ LOG += "1,0,,,0,0.0,0.9,0.1,0.9,1.5,\n"
 @pytest.mark.parametrize(
     ("text", "before", "after", "message"),
     [
-        (SWEEP, "0.95,0.95\n", "0.95,0.9", "line 2: no line end"),
+        (SWEEP, "0.95,0.95\n", "0.95,0.9", "line 2: no line break"),
         (SWEEP, "a,0.95", "a,95.0", "line 2: original: a fraction between 0 and 1 is expected; '95.0' was found"),
         (SWEEP, ",1,a", ",0,a", "line 2: layer: an integer that is at least 1 is expected; '0' was found"),
         (SWEEP, ",1,a", ",1,", "line 2: name: a text is expected; the cell is empty"),

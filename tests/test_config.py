@@ -128,14 +128,14 @@ SMALL = "a name of lower-case letters, digits, '-' and '.' is expected"
         # keys that stand twice, at any depth, in any style, behind an anchor
         (
             "pairs:\n  p:\n    evaluate: {chips: 10}\n    seed: 1\n    evaluate: {images: 9}",
-            "pairs.p.evaluate: stands there",
+            "pairs.p.evaluate: is listed",
         ),
         ("pairs: {p: {evaluate: {chips: 1, 'chips': 2}}}", "pairs.p.evaluate.chips: is listed twice"),
         ("pairs: {p: {}}\npairs: {q: {}}", "pairs: is listed twice"),
         ("pairs: {p: &a {seed: 1}, q: {<<: *a, seed: 2, seed: 3}}", "pairs.q.seed: is listed twice"),
         ("pairs: {p: &a {seed: 1}, q: {<<: *a, <<: *a}}", "pairs.q.<<: is listed twice"),
-        ("pairs: {a: &a {seed: 1}, b: &b {seed: 2}, p: {<<: [*a, *b]}}", "pairs.p.<<: seed stands in several"),
-        ("pairs: {a: &a {seed: 1}, b: &b {<<: *a}, p: {<<: [*a, *b]}}", "pairs.p.<<: seed stands in several"),
+        ("pairs: {a: &a {seed: 1}, b: &b {seed: 2}, p: {<<: [*a, *b]}}", "pairs.p.<<: seed is in several"),
+        ("pairs: {a: &a {seed: 1}, b: &b {<<: *a}, p: {<<: [*a, *b]}}", "pairs.p.<<: seed is in several"),
         # what YAML reads as something else
         ("pairs: {p: {evaluate: {chips: yes}}}", "pairs.p.evaluate.chips: a number is expected, not True"),
         ("pairs: {p: {evaluate: {images: on}}}", "pairs.p.evaluate.images: a number is expected, not True"),
@@ -172,7 +172,7 @@ SMALL = "a name of lower-case letters, digits, '-' and '.' is expected"
         ("pairs: {p: {}, no: {}}", "pairs: a name is expected as key, and no is read as true or false"),
         ("pairs: {p: {}, 2020-01-01: {}}", "pairs: a name is expected as key, and 2020-01-01 is read as a date"),
         ("pairs: {p: {}, ~: {}}", "pairs: a name is expected as key, and ~ is read as empty"),
-        ("pairs: {p: {}, [a]: {}}", "pairs: a name is expected as key, and a list or mapping stands there"),
+        ("pairs: {p: {}, [a]: {}}", "pairs: a name is expected as key, and a list or mapping is there"),
         ("pairs: {p: {rows: [no]}}", "pairs.p.rows: the name of a row is expected, not False"),
         ("pairs: {p: {rows: [[unprotected]]}}", "pairs.p.rows: the name of a row is expected, not ['unprotected']"),
         ("pairs: {p: {rows: []}}", "pairs.p.rows: one row or more is expected"),

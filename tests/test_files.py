@@ -518,7 +518,7 @@ def test_a_result_never_takes_the_place_of_what_it_is_made_from(command, samples
     (tmp_path / "d").mkdir()
     (tmp_path / f"link{suffix}").symlink_to(source)
     for out in (source, tmp_path / "d" / ".." / source.name, tmp_path / f"link{suffix}"):
-        assert f"{out}: is what the result is made from" in error_of(*arguments, out)
+        assert f"{out}: the result is made from this file" in error_of(*arguments, out)
     assert source.read_bytes() == before
 
 
@@ -539,7 +539,7 @@ def test_a_result_never_takes_the_place_of_what_it_is_made_from(command, samples
 def test_no_stage_writes_over_what_it_begins_with(arguments, inputs, tmp_path, no_work, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for out in inputs:
-        assert "is what the result is made from" in error_of(*arguments, "--quiet", "--out", out)
+        assert "the result is made from this file" in error_of(*arguments, "--quiet", "--out", out)
 
 
 @pytest.mark.parametrize("value", ["007", "12e5", "1_000", "+5", "1E3", "0x10", "Infinity", "nan", " 5", "٣", "5.50"])
@@ -579,12 +579,12 @@ def test_json_options_say_each_key_once(command, samples, tmp_path):
     given = {"table": ["table", samples], "provenance": ["provenance", "run", "--results", tmp_path, "--pair", "p"]}
     text = '{"correctnet": "a", "correctnet": "b"}' if command == "table" else '{"a": ["b"], "a": ["c"]}'
     line = error_of(*given[command], option, text, "--out", tmp_path / "t.csv")
-    assert f"{option}: not JSON ({'correctnet' if command == 'table' else 'a'}: stands there twice)" in line
+    assert f"{option}: not JSON ({'correctnet' if command == 'table' else 'a'}: is listed twice)" in line
 
 
 def test_a_json_file_says_each_key_once(tmp_path):
     (tmp_path / "c.json").write_text('{"candidates": ["a"], "candidates": []}')
-    with pytest.raises(UserError, match=r"c.json: cannot be read \(candidates: stands there twice\)"):
+    with pytest.raises(UserError, match=r"c.json: cannot be read \(candidates: is listed twice\)"):
         storage.read_json(tmp_path / "c.json")
 
 

@@ -180,8 +180,8 @@ GOOD = "row,sigma,sample,correct,images,accuracy,seed\nr,0.5,0,40,50,0.8,7\nr,0.
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        ("0.9,7\n", "0.", "line 3: no line end: the file was cut short, or edited"),
-        ("0.9,7\n", "0.9,7", "line 3: no line end"),
+        ("0.9,7\n", "0.", "line 3: no line break: the file was cut short, or edited"),
+        ("0.9,7\n", "0.9,7", "line 3: no line break"),
         ("0.9,7\n", "0.9\n", "line 3: 6 cells where the header has 7 columns"),
         ("0.9,7\n", "0.9,\n", "line 3: seed: an integer that is at least 0 is expected; the cell is empty"),
         ("0.9,7\n", "0.9,7.0\n", "line 3: seed: an integer that is at least 0 is expected; '7.0' was found"),

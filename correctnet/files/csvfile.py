@@ -1,4 +1,4 @@
-"""CSV files read with suspicion: a cell that is not what its column holds is named by file, line and column."""
+"""Validated reads of CSV files: a cell of the wrong kind is reported by file, line and column."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from correctnet.files.storage import unreadable
 
 @dataclass(frozen=True)
 class Column:
-    """What the cells of a column hold."""
+    """The kind and range of a column's cells."""
 
     kind: type
     """int, float (finite) or str"""
@@ -39,7 +39,7 @@ class Column:
 
 COUNT, FRACTION, SHARE, TEXT = Column(int, 0), Column(float, 0, 1), Column(float, 0), Column(str)
 MAYBE_FRACTION, MAYBE_TEXT = Column(float, 0, 1, empty=True), Column(str, empty=True)
-# By name: those of an evaluation's file, and those of the files of the other stages.
+# By name: columns of an evaluation's file, and columns of the other stages' files.
 EVALUATION = {
     **dict.fromkeys(("sample", "correct", "seed", "layers"), COUNT),
     "images": Column(int, 1),
@@ -64,12 +64,12 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Checked:
-    """A table, and where its rows stand."""
+    """A table, and the lines of its rows in the file."""
 
     path: str | Path
     table: pd.DataFrame
     lines: Sequence[int]
-    """of each row, counted from 1"""
+    """line of each row, counted from 1"""
 
     def refuse(self, row: int, column: str, what: str) -> NoReturn:
         """Raise a UserError about a cell."""
@@ -77,19 +77,19 @@ class Checked:
 
 
 def read(path: str | Path, required: Sequence[str] = (), known: Mapping[str, Column] = COLUMNS) -> Checked:
-    """Read a CSV file whose first line names its columns, and check each cell of the columns that are known.
+    """Read a CSV file whose first line names its columns, and check each cell of the known columns.
 
-    Floats are read to the last bit. A column of another name holds numbers where all of its cells do, an empty one
-    being none, else texts.
+    Floats are read to the last bit. An unknown column holds numbers where all of its cells do (an empty cell is a
+    missing number), else texts.
 
     Args:
         path: the file.
         required: columns that it must have.
-        known: what the cells of columns hold, by their names.
+        known: kinds of columns, by name.
 
     Raises:
-        UserError: the file is absent, cut short (it does not end with a line end), has a column that is required not,
-            or one twice, a line of another number of fields, or a cell that its column does not hold. It names file,
+        UserError: the file is absent or cut short (its last line has no line break), lacks a required column, has a
+            duplicate column, a line with another number of fields, or a cell of the wrong kind. The message names file,
             line and column, and what was found.
     """
     try:
@@ -106,13 +106,13 @@ def read(path: str | Path, required: Sequence[str] = (), known: Mapping[str, Col
         header = next(reader)
         _check_header(path, header, required)
         for cells in reader:
-            if cells:  # a blank line holds nothing
+            if cells:  # not a blank line
                 rows.append(cells)
                 lines.append(reader.line_num)
     except csv.Error as error:
         raise UserError(f"{path}: line {reader.line_num}: not CSV ({error})") from error
     if not text.endswith("\n"):
-        raise UserError(f"{path}: line {reader.line_num}: no line end: the file was cut short, or edited")
+        raise UserError(f"{path}: line {reader.line_num}: no line break: the file was cut short, or edited")
     for cells, line in zip(rows, lines, strict=True):
         if len(cells) != len(header):
             raise UserError(f"{path}: line {line}: {len(cells)} cells where the header has {len(header)} columns")
@@ -133,7 +133,7 @@ def _check_header(path: str | Path, header: Sequence[str], required: Sequence[st
 
 
 def _values(path: str | Path, name: str, column: Column, cells: Sequence[str], lines: Sequence[int]) -> pd.Series:
-    """The cells of a column that is known, each checked."""
+    """Values of a known column, each cell checked."""
     values = []
     for cell, line in zip(cells, lines, strict=True):
         try:
@@ -146,7 +146,7 @@ def _values(path: str | Path, name: str, column: Column, cells: Sequence[str], l
 
 
 def _value(column: Column, cell: str) -> int | float | str:
-    """What a cell says. Raises ValueError where the column does not hold such."""
+    """Value of a cell. Raises ValueError where it is not of the column's kind."""
     if not cell.strip():
         if not column.empty:
             raise ValueError
@@ -175,9 +175,9 @@ def _float(cell: str) -> float:
 
 
 def _guessed(cells: Sequence[str]) -> pd.Series:
-    """The cells of a column of no known name: numbers where all of them are written as numbers are, else texts.
+    """Values of an unknown column: numbers where all cells are written as Python writes numbers, else texts.
 
-    A text that only looks like a number (007, 12e5, nan) is none: it would be written otherwise than it was read.
+    A text that only resembles a number (007, 12e5, nan) stays a text: it would be written differently than it was read.
     """
     for kind, dtype in ((int, "Int64"), (float, "float64")):
         try:

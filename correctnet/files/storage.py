@@ -1,7 +1,7 @@
-"""Files: written whole or not at all, read with suspicion.
+"""Atomic writes and validated reads of JSON, CSV and safetensors.
 
-A model is two files: `model.safetensors` (its tensors) and `model.json` (what it is: network, compensation plan,
-history), which carries the SHA-256 of the first, so that a torn or swapped pair is noticed. No pickles.
+A model is two files: `model.safetensors` holds its tensors, `model.json` its description (network, compensation plan,
+history) and the SHA-256 of the first, so that a torn or swapped pair is noticed. No pickles.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 TEXT = ("pair", "row", "label", "network", "dataset", "split", "variation", "on", "centre", "epochs", "name", "stage")
-"""columns of results that hold text, also where it looks like a number or like none (a row named nan)"""
+"""columns of results that hold text, even where it looks like a number or a missing one (a row named nan)"""
 MISSING = ["", "nan", "NaN", "NA", "N/A", "n/a", "null", "NULL", "None"]
-"""what stands for a missing number in the other columns"""
+"""what denotes a missing number in the other columns"""
 WORK = ".resume"
-"""the folder, beside a stage's result, of what a killed stage needs to go on"""
+"""the folder, beside a stage's result, of its resume checkpoints"""
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; move it there when the block ends well, delete it when it does not.
+    """Yield a temporary path beside `path`; move it there when the block succeeds, delete it when it does not.
 
-    A reader sees the old file or the new one, never half of one. Raises UserError where the file cannot be written.
+    A reader sees the old file or the new one, never a part of one. Raises UserError where the file cannot be written.
     """
     path = Path(path)
     temporary: Path | None = None
@@ -66,9 +66,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def exclusive(folder: str | Path, *cleaned: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone; what a killed process left unfinished there and in `cleaned` is deleted.
+    """Lock `folder` for this process; delete temporary files that a killed process left there and in `cleaned`.
 
-    Raises UserError, at once, where another process holds it: two that train one model would write the same files.
+    Raises UserError, at once, where another process holds the lock: two that train one model would write the same
+    files.
     """
     lock = Path(folder) / "lock"
     try:
@@ -76,7 +77,7 @@ def exclusive(folder: str | Path, *cleaned: Path) -> Iterator[None]:
     except BlockingIOError as error:
         holder = lock.read_text(encoding="utf-8", errors="replace") if lock.exists() else ""
         raise UserError(
-            f"{folder}: {holder or 'another process'} is at work on this; stop it or wait for it"
+            f"{folder}: {holder or 'another process'} is already running this stage; stop it or wait for it"
         ) from error
     except OSError as error:
         raise UserError(f"{lock}: cannot be written: {_reason(error)}") from error
@@ -86,24 +87,24 @@ def exclusive(folder: str | Path, *cleaned: Path) -> Iterator[None]:
                 left.unlink(missing_ok=True)
         yield
     finally:
-        lock.unlink(missing_ok=True)  # while it is held: nobody else can hold a file of this name
+        lock.unlink(missing_ok=True)  # while it is held: no other process can hold a file of this name
         file.close()
-        with contextlib.suppress(OSError):  # something is kept there to go on from
+        with contextlib.suppress(OSError):  # a checkpoint is kept there
             lock.parent.rmdir()
             if lock.parent.parent.name == WORK:
                 lock.parent.parent.rmdir()
 
 
 def _locked(lock: Path) -> TextIO:
-    """The lock file, open and locked. Raises BlockingIOError where another process has locked it."""
+    """Open and lock the lock file. Raises BlockingIOError where another process has locked it."""
     for attempt in itertools.count():
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
             file = open(lock, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed by the caller)
         except FileNotFoundError:
             if attempt < 10:
-                continue  # whoever held it has just removed the folder
-            raise  # or it cannot be made at all
+                continue  # the process that held it has just removed the folder
+            raise  # it cannot be made
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -117,26 +118,26 @@ def _locked(lock: Path) -> TextIO:
                 file.write(f"process {os.getpid()} on {socket.gethostname()}")
                 file.flush()
                 return file
-        file.close()  # locked, but deleted by the one before
+        file.close()  # locked, but deleted by the process before
 
 
 def check_writable(path: str | Path, kind: Literal["file", "folder"] = "file") -> None:
-    """Find out before the work that its result, a file or a folder of files, can be put at `path`.
+    """Check, before the work, that its result (a file, or a folder of files) can be written to `path`.
 
-    Folders above it are made. Raises UserError where it cannot, or where the other kind stands there.
+    Parent folders are made. Raises UserError where it cannot, or where `path` is of the other kind.
     """
     path = Path(path)
     try:
         if kind == "file" and path.is_dir():
             raise UserError(f"{path}: is a folder; the name of a file is expected")
         if kind == "file" and path.exists() and not path.is_file():
-            raise UserError(f"{path}: is no ordinary file; a result is put in the place of what stands there")
+            raise UserError(f"{path}: is no ordinary file; a result would replace it")
         if kind == "folder" and path.exists() and not path.is_dir():
             raise UserError(f"{path}: is a file; the name of a folder is expected")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path if path.is_dir() else path.parent):
             pass
-        # The name: it may be too long, and a file has a longer one while it is written.
+        # The name may be too long, and a file has a longer one while it is written.
         name = f".{path.name}.12345678.tmp" if kind == "file" else path.name
         with contextlib.suppress(FileNotFoundError):
             os.stat(path.parent / name)
@@ -147,17 +148,17 @@ def check_writable(path: str | Path, kind: Literal["file", "folder"] = "file") -
 
 
 def check_distinct(outs: Iterable[str | Path], inputs: Iterable[str | Path]) -> None:
-    """Raise a UserError where a result would be put in the place of a file or folder that it is made from."""
+    """Raise a UserError where a result would overwrite a file or folder that it is made from."""
     given = {os.path.realpath(path): path for path in inputs}
     for out in outs:
         if os.path.realpath(out) in given:
-            raise UserError(f"{out}: is what the result is made from; give it a place of its own")
+            raise UserError(f"{out}: the result is made from this file; write it elsewhere")
 
 
 def beside(path: str | Path, suffix: str, known: Sequence[str]) -> Path:
-    """The file of another kind beside `path`: with `suffix` in place of one of the `known`, else behind the name.
+    """Path of a file of another kind beside `path`: one of the `known` suffixes is replaced by `suffix`.
 
-    Only those are taken off, so that a name may have dots of its own: run.v1 becomes run.v1.md, and run.csv run.md.
+    Other suffixes belong to the name, to which `suffix` is appended: run.v1 becomes run.v1.md, and run.csv run.md.
     """
     path = Path(path)
     stem = path.name.removesuffix(path.suffix) if path.suffix.lower() in known else path.name
@@ -175,7 +176,7 @@ def _reason(error: Exception) -> str:
 
 
 def unreadable(path: str | Path, error: OSError) -> UserError:
-    """The error of a user whose file is not there, or cannot be read."""
+    """The UserError for a file that does not exist or cannot be read."""
     if isinstance(error, FileNotFoundError):
         return UserError(f"{path}: no such file")
     return UserError(f"{path}: cannot be read: {_reason(error)}")
@@ -184,7 +185,7 @@ def unreadable(path: str | Path, error: OSError) -> UserError:
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically: UTF-8 with "\\n" as line break, whatever the locale.
 
-    Bytes of the command line that the locale's encoding has not (Python's surrogate escapes) are written as they came.
+    Bytes of the command line that the locale's encoding lacks (Python's surrogate escapes) are written unchanged.
     """
     with replacing(path) as temporary:
         temporary.write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -209,12 +210,12 @@ def read_csv(path: str | Path, text: Sequence[str] = ()) -> pd.DataFrame:
     """
     import pandas as pd  # a fifth of a second, and most commands do without it
 
-    before = tuple(map(int, pd.__version__.split(".")[:2])) < (3, 1)  # which reads exactly without being asked
+    before = tuple(map(int, pd.__version__.split(".")[:2])) < (3, 1)  # from then on pandas reads exactly by default
     exact = {"float_precision": "round_trip"} if before else {}
     text = {*TEXT, *text}
     try:
         columns = pd.read_csv(path, nrows=0).columns
-        # A row named nan is one: empty fields are missing numbers in the other columns only.
+        # A row may be named nan: empty fields are missing numbers in the other columns only.
         empty = {name: MISSING for name in columns if name not in text}
         return pd.read_csv(path, dtype=dict.fromkeys(text, str), keep_default_na=False, na_values=empty, **exact)
     except OSError as error:
@@ -228,17 +229,17 @@ def read_json(path: str | Path) -> Any:
     except OSError as error:
         raise unreadable(path, error) from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({_reason(error)}); delete it to have it made again") from error
+        raise UserError(f"{path}: cannot be read ({_reason(error)}); delete it to have it remade") from error
 
 
 T = TypeVar("T")
 
 
 def resume(path: str | Path | None, read: Callable[[Path], T], nothing: T) -> T:
-    """What `read` makes of a text file that a killed stage left to go on from.
+    """Read a text file that a stopped stage left as its checkpoint, with `read`.
 
-    `nothing` where there is none, and, with a warning, where it is damaged: beginning again costs time, and half a
-    number would be a wrong one. All such files end with a line's end.
+    Returns `nothing` where there is none, and, with a warning, where it is damaged: starting again costs time, but a
+    number cut short would be a wrong one. All such files end with a line break.
     """
     path = Path(path or "")
     if not path.is_file():
@@ -249,7 +250,7 @@ def resume(path: str | Path | None, read: Callable[[Path], T], nothing: T) -> T:
         return read(path)
     except (UserError, OSError, ValueError, KeyError) as error:
         reason = one_line(error).removeprefix(f"{path}: ")
-        warnings.warn(f"{path}: not usable, what it held is done again ({reason})", stacklevel=2)
+        warnings.warn(f"{path}: damaged checkpoint, its work is repeated ({reason})", stacklevel=2)
         return nothing
 
 
@@ -263,8 +264,8 @@ def sha256(path: str | Path) -> str:
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:
-    """Write tensors, and JSON values beside them in the same file, atomically."""
-    import safetensors.torch  # torch takes seconds to import, and tables do without it
+    """Write tensors, and JSON values as metadata of the same file, atomically."""
+    import safetensors.torch  # torch takes seconds to import, and tables do not need it
 
     contiguous = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     text = None if metadata is None else {"correctnet": json.dumps(metadata)}
@@ -275,7 +276,7 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], Any]:
     """Read what `write_tensors` wrote. Raises UserError where the file is absent, cut short or not safetensors."""
     try:
-        with open(path, "rb"):  # whose errors say more than those of safetensors
+        with open(path, "rb"):  # its errors are clearer than those of safetensors
             pass
     except OSError as error:
         raise unreadable(path, error) from error
@@ -285,13 +286,13 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], Any]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         return tensors, None if metadata is None else json.loads(metadata)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: damaged checkpoint ({_reason(error)}); delete it to have it made again") from error
+        raise UserError(f"{path}: damaged ({_reason(error)}); delete it to have it remade") from error
 
 
 def model_files(path: str | Path) -> tuple[Path, Path]:
-    """The (tensors, description) files of a model, named by its folder or by either of them.
+    """The (tensors, description) files of a model, given its folder or either file.
 
-    Only the endings .safetensors and .json are taken away: other dots belong to the name.
+    Only the suffixes .safetensors and .json are removed: other dots belong to the name.
     """
     path = Path(path)
     stem = path.with_name(path.stem) if path.suffix in (".safetensors", ".json") else path / "model"
@@ -306,7 +307,7 @@ def write_model(path: str | Path, tensors: dict[str, Tensor], description: dict[
 
 
 def read_model(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a model's two files. Raises UserError where one is absent, damaged, or does not belong to the other."""
+    """Read a model's two files. Raises UserError where one is absent or damaged, or they do not belong together."""
     weights, text = model_files(path)
     description = read_json(text)
     if not isinstance(description, dict) or description.get("format") != FORMAT:
@@ -317,10 +318,10 @@ def read_model(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def training_data(description: Any) -> dict[str, Any]:
-    """The images that a model was trained on, by its description.
+    """The images that a model was trained on, from its description.
 
-    `dataset`, `validation` (the fraction held out), `seed` (of that split), and how they were augmented. {} where the
-    description does not say. An older one says it with the settings of its history.
+    `dataset`, `validation` (the fraction held out), `seed` (of that split), and `augment`; {} where the description
+    does not say. Older descriptions say it in the settings of their history.
     """
     if not isinstance(description, dict):
         return {}

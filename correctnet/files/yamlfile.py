@@ -1,7 +1,7 @@
-"""Configuration files as they are written: YAML or JSON whose every value means what it shows.
+"""Configuration files: YAML or JSON whose every value is read as what it looks like.
 
-YAML 1.1 takes the last of two equal keys without a word, `no` for False, 010 for 8 and 1:30 for 90. `read_values`
-refuses what would be read as something else than it looks like, and names the place.
+YAML 1.1 silently takes the last of two equal keys, reads `no` as False, 010 as 8 and 1:30 as 90. `read_values` refuses
+such values and names the place.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ PREFIX = "tag:yaml.org,2002:"
 PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
 OCTAL = re.compile(r"[-+]?0[0-9_]+")
 TEMPLATES = "__use_yte__"
-"""the key that makes Snakemake take a file for a template"""
+"""the key that makes Snakemake treat a file as a template"""
 
 
 def read_values(path: str | Path) -> Any:
     """The values of a YAML or JSON file, as Snakemake reads it. Merge keys (`<<`), anchors and aliases are fine.
 
     Raises:
-        UserError: the file cannot be read, or is no YAML; with a line for each mistake, a key that stands twice in one
+        UserError: the file cannot be read, or is no YAML; or, with a line for each mistake, it has a duplicate key in a
             mapping, a key that is no text (`no`, `1`), a number whose notation means another one (010, 1:30), a date,
-            a tag of YAML (`!!set`), or a value that contains itself.
+            a YAML tag (`!!set`), or a value that contains itself.
     """
     try:
         text = Path(path).read_bytes().decode()
@@ -101,14 +101,14 @@ class _Walk:
             seen.add(key.value)
             yield from self.mistakes(value, where)
             if merge and isinstance(value, yaml.SequenceNode):
-                # Which of them counts is another one in other versions of PyYAML.
+                # Versions of PyYAML differ in which of them counts.
                 several = [name for name, count in Counter(_merged(value)).items() if count > 1]
                 for name in (name for name in several if name not in (own.value for own, _ in node.value)):
-                    yield f"{where}: {name} stands in several of the mappings; say it in this one, too"
+                    yield f"{where}: {name} is in several of the mappings; set it in this one, too"
 
 
 def _merged(node: yaml.Node) -> Iterator[str]:
-    """The keys of the mappings in the list behind a merge key, those that they merge themselves included."""
+    """The keys of the mappings in the list of a merge key, including those that they merge themselves."""
     for mapping in node.value:
         pairs = mapping.value if isinstance(mapping, yaml.MappingNode) else []
         nested = [value for key, value in pairs if key.tag == f"{PREFIX}merge"]
@@ -130,17 +130,17 @@ def _found(node: yaml.Node) -> str:
     kind = node.tag.removeprefix(PREFIX)
     names = {"timestamp": "a date", "int": "a number", "float": "a number", "bool": "true or false", "null": "empty"}
     if not isinstance(node, yaml.ScalarNode):
-        return "a list or mapping stands there" if kind in PLAIN else f"the tag {node.tag} is not supported"
+        return "a list or mapping is there" if kind in PLAIN else f"the tag {node.tag} is not supported"
     if kind in names:
         shown = f"{node.value} is read as {names[kind]}" if node.value else "it is empty"
         return f"{shown}; put it in quotes"
     if kind in ("value", "merge"):
-        return f"{node.value} has a meaning of its own; put it in quotes"
+        return f"{node.value} has a special meaning; put it in quotes"
     return f"the tag {node.tag} is not supported"
 
 
 def json_values(text: str) -> Any:
-    """The values of a JSON text. Raises ValueError where it is none, or where a key stands twice in one object."""
+    """The values of a JSON text. Raises ValueError where it is none, or has a duplicate key in an object."""
     values = json.loads(text, object_pairs_hook=_Pairs)
     if mistakes := list(_json_mistakes(values)):
         raise ValueError(mistakes[0])
@@ -148,7 +148,7 @@ def json_values(text: str) -> Any:
 
 
 class _Pairs(dict):
-    """An object of a JSON file, and the keys that stand in it twice."""
+    """An object of a JSON file, and its duplicate keys."""
 
     def __init__(self, pairs: list[tuple[str, Any]]):
         super().__init__(pairs)
