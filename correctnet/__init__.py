@@ -9,10 +9,12 @@ __version__ = "0.1.0"
 # needs few of them, starts at once.
 _PUBLIC = {
     "LogNormalVariation": "devices.lognormal",
-    "Variation": "devices.lognormal",
-    "convert": "crossbar.layers",
-    "program": "crossbar.layers",
-    "programmed": "crossbar.layers",
+    "Variation": "devices.base",
+    "convert": "crossbar.convert",
+    "program": "crossbar.convert",
+    "programmed": "crossbar.convert",
+    "noisy_linear": "crossbar.operators",
+    "noisy_conv2d": "crossbar.operators",
     "check_coverage": "evaluation.coverage",
     "evaluate": "evaluation.montecarlo",
     "clean_accuracy": "evaluation.montecarlo",

@@ -1,9 +1,9 @@
-"""The arithmetic of torch's products: which precision a CPU has, and a faster gradient of convolutions' weights."""
+"""Arithmetic of torch's products: the precision that is available, TF32, and a faster gradient of convolutions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from typing import Any, Literal
 
@@ -16,14 +16,14 @@ from tqdm import tqdm
 
 Precision = Literal["float32", "bfloat16"]
 
-# With larger maps or fewer channels torch's own gradient of the weights was faster (AMD Zen 3, batch 128, 2 cores).
+# With larger maps or fewer channels torch's own gradient of the weights is faster (AMD Zen 3, batch 128, 2 cores).
 LARGEST_MAP = 8
 FEWEST_CHANNELS = 128
 
 
 @cache
 def _has_bfloat16(device: str) -> bool:
-    """Whether torch has fast products in bfloat16 there; a GPU is taken to have them."""
+    """Return whether torch has fast products in bfloat16 on a device type; every GPU is assumed to have them."""
     if device != "cpu":
         return True
     return hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported") and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -35,9 +35,9 @@ def _say_once(text: str) -> None:
 
 
 def available(precision: Precision, device: torch.device | str) -> Precision:
-    """`precision`, or float32 where it is bfloat16 and the CPU lacks instructions for it (and a line says so, once).
+    """Return `precision`, or float32 with a note where the CPU has no instructions for bfloat16.
 
-    torch would emulate bfloat16 one number at a time there, many times slower than float32, which is the more precise.
+    Torch would emulate bfloat16 one number at a time there, many times slower than the more precise float32.
     """
     if precision == "bfloat16" and not _has_bfloat16(torch.device(device).type):
         _say_once("note: this CPU has no instructions for bfloat16; torch's products are computed in float32 instead")
@@ -47,10 +47,10 @@ def available(precision: Precision, device: torch.device | str) -> Precision:
 
 @contextmanager
 def products(precision: Precision, device: torch.device | str) -> Iterator[None]:
-    """Forward passes in here, and the backward passes of what they gave, multiply in `available(precision, device)`.
+    """Compute forward passes in the block, and their backward passes, in `available(precision, device)`.
 
-    bfloat16 is autocast: parameters stay float32. In float32 on a CPU, convolutions get the gradient of their weights
-    from `weight_gradient` where that is faster.
+    For bfloat16 this is autocast: parameters stay float32. In float32 on a CPU, `weight_gradient` computes the
+    gradients of convolutions' weights where it is faster.
     """
     kind, precision = torch.device(device).type, available(precision, device)
     faster = kind == "cpu" and precision == "float32" and torch.is_grad_enabled()
@@ -61,13 +61,44 @@ def products(precision: Precision, device: torch.device | str) -> Iterator[None]
         yield
 
 
+@contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Disable TF32, whose products have ten bits and which cuDNN uses by default, for the length of a block."""
+    if device.type != "cuda":
+        yield
+        return
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [*_turn_tf32_off(matmul, matmul), *_turn_tf32_off(cudnn, getattr(cudnn, "conv", None))]
+    try:
+        yield
+    finally:
+        for where, name, value in reversed(before):
+            setattr(where, name, value)
+
+
+def _turn_tf32_off(old: Any, new: Any) -> list[tuple[Any, str, Any]]:
+    """Disable TF32 and return what was changed: object, attribute and previous value.
+
+    Torch has two generations of switches. Reading the old one raises where only the new one was set, and the old one
+    does not override the new one's setting for all of torch.
+    """
+    before = []
+    with suppress(RuntimeError):
+        before.append((old, "allow_tf32", old.allow_tf32))
+        old.allow_tf32 = False
+    if getattr(new, "fp32_precision", None) == "tf32":
+        before.append((new, "fp32_precision", "tf32"))
+        new.fp32_precision = "ieee"
+    return before
+
+
 def weight_gradient(x: Tensor, gradient: Tensor, kernel: tuple[int, int], padding: tuple[int, int]) -> Tensor:
-    """d loss / d W of y = x * W with stride 1, without dilation and groups.
+    """Return d loss / d W of y = x * W with stride 1, without dilation and groups.
 
         G[o, i, a, b] = sum over n, r, s of gradient[n, o, r, s] x[n, i, r + a - p, s + b - q],   padding (p, q)
 
-    A product of matrices for each (a, b), of the pixels that are inside the image alone. In maps of 2 x 2 pixels 20 of
-    the 36 terms of a 3 x 3 kernel lie outside, and oneDNN's kernels reach a tenth of a processor's rate there.
+    Computed as one matrix product for each (a, b), over the pixels inside the image only. In maps of 2 x 2 pixels 20 of
+    the 36 terms of a 3 x 3 kernel lie outside, and oneDNN's kernels reach a tenth of a processor's peak.
 
     Args:
         x: (N, in, H, W), channels_last for speed.
@@ -94,7 +125,7 @@ def weight_gradient(x: Tensor, gradient: Tensor, kernel: tuple[int, int], paddin
 
 
 class _Convolutions(TorchFunctionMode):
-    """Takes the place of F.conv2d where `weight_gradient` is faster."""
+    """Replaces F.conv2d where `weight_gradient` is faster."""
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return (_conv2d if func is F.conv2d else func)(*args, **(kwargs or {}))
@@ -109,14 +140,14 @@ def _conv2d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor:
-    """F.conv2d, with its arguments' names."""
+    """Compute F.conv2d, with the same signature."""
     if (
         weight.requires_grad
         and input.dtype == weight.dtype == torch.float32
         and input.dim() == 4
         and max(input.shape[2:]) <= LARGEST_MAP
         and min(weight.shape[:2]) >= FEWEST_CHANNELS
-        and tuple(weight.shape[2:]) != (1, 1)  # a product of matrices for torch, too
+        and tuple(weight.shape[2:]) != (1, 1)  # torch computes this as a matrix product too
         and all(v in (1, (1, 1), [1, 1]) for v in (stride, dilation))
         and groups == 1
         and (isinstance(padding, int) or len(padding) == 2)
@@ -126,7 +157,7 @@ def _conv2d(
 
 
 class _Convolution(torch.autograd.Function):
-    """F.conv2d with stride 1, no dilation, one group; the gradient of its weights from `weight_gradient`."""
+    """F.conv2d with stride 1, no dilation and one group, whose weight gradient is `weight_gradient`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Classes that keep their identity when their module is reloaded."""
+"""Classes that survive a reload of their module."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ Class = TypeVar("Class", bound=type)
 
 
 def survives_reload(new: Class) -> Class:
-    """Class decorator: where `importlib.reload` executes the module again, update the old class instead.
+    """Class decorator that updates a class in place when its module is reloaded (`importlib.reload`).
 
-    Other modules hold the class that they imported and use it in `isinstance` and `except`. Updated in place, it stays
-    the class of old and new objects alike.
+    Other modules keep the class that they imported and use it in `isinstance` and `except`, which would not recognise a
+    second class of the same name.
 
     @survives_reload
     class PlanStep: ...

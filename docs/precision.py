@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from correctnet import LogNormalVariation, convert
 from correctnet.crossbar.layers import analog_layers
 from correctnet.engine import engine
-from correctnet.noise import core as native
+from correctnet.noise import draw
 
 SIGMA, SIZE, IMAGES, RUNS = 0.5, 64, 8, 8
 COLUMNS = ("network", "chip", "largest", "torch", "channels_last", "engine", "unfused", "chance_median", "chance_most")
@@ -57,7 +57,7 @@ def chip_of(model: nn.Module, analog: nn.Module, chip: int) -> nn.Module:
     names, twin = {id(m): n for n, m in analog.named_modules()}, copy.deepcopy(model)
     for layer in analog_layers(analog):
         weight = twin.get_submodule(names[id(layer)]).weight
-        weight.data = native.noisy_weight(weight, 0, layer.layer_index, chip, SIGMA)
+        weight.data = draw.noisy_weight(weight, 0, layer.layer_index, chip, SIGMA)
     return twin
 
 

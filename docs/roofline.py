@@ -32,7 +32,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
-from correctnet.networks.blocks import build
+from correctnet.networks.building import build
 
 HERE = Path(__file__).parent
 CHIPS = 100  # in one launch of a GPU

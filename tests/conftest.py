@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, settings
 from torch import nn
 from workflows import prepare, snakemake
 
+from correctnet import machine
 from correctnet.datasets.base import Split
 from correctnet.networks.blocks import Block
 from correctnet.networks.building import build
@@ -20,7 +21,7 @@ def pytest_report_header() -> list[str]:
     status = native.status()
     if not status.built:
         return [f"code paths: numpy only, {status.reason}"]
-    lines = [f"code paths ({native.cpu_name()}):"]
+    lines = [f"code paths ({machine.cpu_name()}):"]
     for isa in status.compiled:
         if isa in status.available:
             how = "run natively"

@@ -151,7 +151,9 @@ def test_a_stage_is_never_done_by_two_processes(tmp_path, undisturbed):
     second = pretrain(out)
     output, _ = second.communicate(timeout=60)
     assert second.returncode == 2
-    assert re.search(rf"error: .*p: process {first.pid} on \S+ is already running this stage; stop it or wait for it", output)
+    assert re.search(
+        rf"error: .*p: process {first.pid} on \S+ is already running this stage; stop it or wait for it", output
+    )
     finished(first)
     assert digest(out / "model.safetensors") == digest(undisturbed / "model.safetensors")
 

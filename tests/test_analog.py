@@ -1,4 +1,5 @@
 import copy
+import math
 import pickle
 import subprocess
 import sys
@@ -8,20 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from correctnet.crossbar.layers import (
-    AnalogConv2d,
-    AnalogLinear,
-    CoverageWarning,
-    analog_layers,
-    chip_of,
-    convert,
-    crossbar_layers,
-    program,
-    programmed,
-)
+from correctnet.crossbar import layers
+from correctnet.crossbar.convert import chip_of, convert, program, programmed
+from correctnet.crossbar.layers import AnalogConv2d, AnalogLinear, CoverageWarning, analog_layers, crossbar_layers
+from correctnet.devices.base import Variation
 from correctnet.devices.lognormal import LogNormalVariation
+from correctnet.engine.engine import Engine
 from correctnet.errors import UserError
 from correctnet.evaluation.coverage import check_coverage
+from correctnet.evaluation.montecarlo import evaluate
 from correctnet.methods.compensation import compensate
 
 HALF = LogNormalVariation(0.5)
@@ -265,3 +261,125 @@ def test_converting_twice_and_programming_what_was_not_converted(lenet):
         program(lenet, 0)
     with pytest.raises(UserError, match="sample"):
         program(convert(lenet, HALF), 2**32)
+
+
+# ---- several chips in one batch -------------------------------------------------------------------------------------
+
+
+class Scaled(Variation):
+    """A device that the kernels cannot draw."""
+
+    def sample(self, weight, seed, layer, sample):
+        return weight * (1 + 0.5 * math.sin(sample + layer))
+
+    def describe(self):
+        return {}
+
+
+class Odd(nn.Module):
+    """Layers that the operators cannot compute, and linear layers on (N, T, features)."""
+
+    def __init__(self):
+        super().__init__()
+        self.reflect = nn.Conv2d(1, 4, 3, padding=1, padding_mode="reflect", stride=2)
+        self.same = nn.Conv2d(4, 4, 3, padding="same", groups=2)
+        self.norm = nn.BatchNorm2d(4)
+        self.tokens = nn.Linear(4, 6, bias=False)
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.same(self.reflect(x))))
+        return self.last(self.tokens(x.flatten(2).mT)).mean(1)
+
+
+CHIPS = [3, 2**32 - 1, 3]
+
+
+def gradients(model, chips, x, first_layer, autocast):
+    """The outputs and gradients of `model` with each part of x on its chip, one forward pass each."""
+    model.zero_grad()
+    outputs = []
+    for chip, part in zip(chips, x.chunk(len(chips)), strict=True):
+        with programmed(model, chip, first_layer), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            outputs.append(model(part).float())
+            outputs[-1].square().sum().backward()
+    return torch.cat(outputs).detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("device", [HALF, Scaled()], ids=["lognormal", "own"])
+@pytest.mark.parametrize("network", ["lenet", "tiny", "odd"])
+def test_several_chips_in_a_batch_are_those_chips(lenet, tiny, network, device, autocast):
+    torch.manual_seed(0)
+    original = {"lenet": lenet, "tiny": tiny, "odd": Odd()}[network].eval()
+    analog = convert(original, device, seed=2**64 - 1)
+    x = torch.randn(6, 1, 32, 32) if network == "lenet" else torch.randn(6, 1, 8, 8)
+    for first in (0, 1):
+        wanted, wanted_gradients = gradients(analog, CHIPS, x, first, autocast)
+        analog.zero_grad()
+        program(analog, CHIPS, first_layer=first)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = analog(x).float()
+            with torch.no_grad():
+                inferred = analog(x).float()
+        y.square().sum().backward()
+        tolerance = 2e-2 if autocast else 1e-5
+        assert torch.allclose(y, wanted, rtol=tolerance, atol=tolerance * wanted.abs().max().item())
+        assert torch.allclose(inferred, wanted, rtol=tolerance, atol=tolerance * wanted.abs().max().item())
+        for name, p in analog.named_parameters():
+            scale = wanted_gradients[name].abs().max().item()
+            assert torch.allclose(p.grad, wanted_gradients[name], rtol=0, atol=10 * tolerance * scale), name
+        # The third part is on the first part's chip, the second is not.
+        program(analog, CHIPS, first_layer=first)
+        with torch.no_grad():
+            a, b, c = analog(x[:2].repeat(3, 1, 1, 1)).chunk(3)
+        assert torch.allclose(a, c, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(a, b, rtol=1e-3, atol=1e-3)
+        program(analog, None)
+
+
+def test_several_chips_are_computed_by_the_operators(lenet, monkeypatch):
+    called = []
+    for name in ("noisy_linear", "noisy_conv2d"):
+        operator = getattr(layers, name)
+        monkeypatch.setattr(layers, name, lambda *a, op=operator, n=name, **k: called.append(n) or op(*a, **k))
+    x = torch.randn(4, 1, 32, 32)
+    analog = convert(lenet, HALF, exclude=["linear1"])
+    program(analog, [0, 1], first_layer=1)
+    analog(x)
+    assert called == ["noisy_conv2d", "noisy_linear", "noisy_linear"]
+    called.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        analog(x)
+    program(analog, 0)
+    analog(x)
+    assert called == []
+
+
+def test_several_chips_and_evaluation(lenet):
+    """An evaluation programs chips of its own, and puts back those that were programmed."""
+    analog = convert(lenet, HALF)
+    data = torch.randn(6, 1, 32, 32), torch.arange(6)
+    wanted = evaluate(analog, data, 3, progress=False)
+    program(analog, range(2))
+    for engine in ("auto", "torch"):
+        assert (
+            evaluate(analog, data, 3, engine=engine, progress=False).accuracies.tolist() == wanted.accuracies.tolist()
+        )
+    assert chip_of(analog).sample == (0, 1)
+    assert copy.deepcopy(analog)(data[0]).equal(analog(data[0]))
+    assert Engine(analog, data[0]).outputs(data[0], [0]).isfinite().all()
+
+
+def test_several_chips_that_cannot_be(lenet):
+    analog = convert(lenet, HALF)
+    for samples, message in (([], "at least one sample"), ([0, -1], "a sample lies in"), ([0, 1.5], "whole number")):
+        with pytest.raises(UserError, match=message):
+            program(analog, samples)
+    program(analog, [0, 1, 2])
+    with pytest.raises(UserError, match=r"3 chips share each batch; .*\(4, 1, 32, 32\) cannot be divided evenly"):
+        analog(torch.randn(4, 1, 32, 32))
+    with pytest.raises(UserError, match="cannot be divided evenly"):
+        analog.conv1.layer(torch.randn(1, 32, 32))
+    with pytest.raises(UserError, match="several chips are programmed"):
+        _ = analog.conv1.layer.weight

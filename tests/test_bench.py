@@ -12,18 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from correctnet.bench import baseline, gpu_timing, gpu_training, report, workloads
 from correctnet.bench import cpu as bench
 from correctnet.bench import gpu as bench_gpu
 from correctnet.cli.commands import main
 from correctnet.errors import UserError
 from correctnet.files import storage
 from correctnet.networks.lenet import lenet5
-from correctnet.noise import core as native
+from correctnet.noise import core, draw
 
-needs_core = pytest.mark.skipif(not native.status().built, reason="the C++ core was not built")
+needs_core = pytest.mark.skipif(not core.status().built, reason="the C++ core was not built")
 
 KINDS = ("float32", "autocast", "bf16")
-TINY = bench.Work("tiny", lenet5, (1, 32, 32), 3, 70)
+TINY = workloads.Workload("tiny", lenet5, (1, 32, 32), 3, 70)
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def weights(network: nn.Module) -> list[torch.Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_counts_are_those_of_the_weights_drawn(lenet, data, kind, channels_last):
     images, labels = data
-    chips = bench.Chips(lenet, images, labels, bench.Variant(kind, channels_last, 32), seed=5)
+    chips = baseline.Chips(lenet, images, labels, baseline.Variant(kind, channels_last, 32), seed=5)
     for _ in range(2):
         (found,) = chips.run(1)
         twin = copy.deepcopy(lenet).double()
@@ -61,7 +62,7 @@ def test_counts_are_those_of_the_weights_drawn(lenet, data, kind, channels_last)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_chips_are_drawn_from_the_nominal_weights(lenet, data, kind, channels_last):
-    chips = bench.Chips(lenet, *data, bench.Variant(kind, channels_last, 64), seed=5)
+    chips = baseline.Chips(lenet, *data, baseline.Variant(kind, channels_last, 64), seed=5)
     for _ in range(3):  # a second chip does not add to the first
         chips.draw()
     theta = [
@@ -69,12 +70,12 @@ def test_chips_are_drawn_from_the_nominal_weights(lenet, data, kind, channels_la
         for drawn, nominal in zip(weights(chips.network), weights(lenet), strict=True)
     ]
     theta = torch.cat(theta)
-    assert abs(theta.mean()) < 5 * bench.SIGMA / math.sqrt(len(theta))
-    assert abs(theta.std() / bench.SIGMA - 1) < 5 / math.sqrt(2 * len(theta))
+    assert abs(theta.mean()) < 5 * workloads.SIGMA / math.sqrt(len(theta))
+    assert abs(theta.std() / workloads.SIGMA - 1) < 5 / math.sqrt(2 * len(theta))
 
 
 def test_what_is_left_out_is_not_done(lenet, data):
-    chips = bench.Chips(lenet, *data, bench.Variant("float32", True, 64), seed=5)
+    chips = baseline.Chips(lenet, *data, baseline.Variant("float32", True, 64), seed=5)
     chips.draw()
     before = [w.clone() for w in weights(chips.network)]
     assert len(set(chips.run(3, draw=False))) == 1
@@ -84,7 +85,7 @@ def test_what_is_left_out_is_not_done(lenet, data):
 
 
 def test_chips_at_once_are_different_chips(lenet, data):
-    plain = bench.Plain(lenet, *data, bench.Variant("float32", False, 64, at_once=3), threads=3, seed=0)
+    plain = baseline.Plain(lenet, *data, baseline.Variant("float32", False, 64, at_once=3), threads=3, seed=0)
     assert len(plain.run(7)) == 7
     drawn = [weights(worker.network)[0] for worker in plain._workers]
     assert not torch.equal(drawn[0], drawn[1])
@@ -106,17 +107,17 @@ def test_select_finds_the_fastest(data):
     of_kind = {(k, order): data.draw(factor) for k in KINDS for order in (False, True)}
     compiled, chips = data.draw(factor), data.draw(factor)
 
-    def rate(v: bench.Variant) -> float:
+    def rate(v: baseline.Variant) -> float:
         distance = abs(batches.index(v.batch) - best_batch)
         return of_kind[v.kind, v.channels_last] * compiled**v.compiled * chips ** (v.at_once > 1) * 0.8**distance
 
     every = [
-        bench.Variant(kind, order, batch, comp, at)
+        baseline.Variant(kind, order, batch, comp, at)
         for kind, order, batch, comp, at in itertools.product(
             KINDS, (False, True), batches, {False, compiles}, {1, at_once}
         )
     ]
-    found = bench.select(rate, batches, compiles, at_once)
+    found = baseline.select(rate, batches, compiles, at_once)
     assert set(found) == {"bf16", "float32"}
     for precision, (variant, speed) in found.items():
         assert variant in every
@@ -127,16 +128,16 @@ def test_select_finds_the_fastest(data):
 
 def test_select_measures_the_fastest_again():
     """A variant that was lucky once is not taken."""
-    lucky = bench.Variant("float32", False, 64)
+    lucky = baseline.Variant("float32", False, 64)
     seen = []
 
-    def rate(v: bench.Variant) -> float:
+    def rate(v: baseline.Variant) -> float:
         seen.append(v)
         if v == lucky:
             return 10.0 if seen.count(v) == 1 else 1.0
         return 6.0
 
-    assert bench.select(rate, [64], False, 1)["float32"][0] == bench.Variant("float32", True, 64)
+    assert baseline.select(rate, [64], False, 1)["float32"][0] == baseline.Variant("float32", True, 64)
 
 
 # ---- the rows -------------------------------------------------------------------------------------------------------
@@ -146,10 +147,10 @@ KEYS = {"work", "precision", "against", "ratio", "fraction_of_limit", "cpu", "th
 
 @pytest.fixture(scope="module")
 def measured():
-    if not native.status().built:
+    if not core.status().built:
         pytest.skip("the C++ core was not built")
     said = []
-    result = bench.measure([TINY], rounds=2, batches=(32, 64), compiles=False, seconds=0.01, say=said.append)
+    result = bench.measure([TINY], rounds=2, batches=(32, 64), compiles=False, seconds=0.01, log=said.append)
     assert any("round 2 of 2" in line for line in said)
     result["rows"] += [{**row, "cpu": result["cpu"]} for row in bench.scaling_rows(1, 1, 0, print, chips=4, images=64)]
     return result
@@ -185,11 +186,11 @@ def test_limit_counts_operations_and_weights(lenet):
     """LeNet-5 without padding: 2 * 416,520 FLOP an image; 61,470 weights a chip, drawn once for each 1,024 images."""
     machine = bench.Machine.__new__(bench.Machine)
     machine.threads, machine.peak, machine.weights = 4, {"float32": 1e9}, {"float32": 1e6}
-    work = bench.Work("w", lenet5, (1, 32, 32), 10, 3000)
+    work = workloads.Workload("w", lenet5, (1, 32, 32), 10, 3000)
     analog = bench.convert(lenet, bench.LogNormalVariation(0.5))
     multiplications = 28 * 28 * 6 * 25 + 10 * 10 * 16 * 150 + 400 * 120 + 120 * 84 + 84 * 10
     wanted = 10 * 3000 * 2 * multiplications / 1e9 + 10 * 3 * 61470 / (4 * 1e6)
-    assert bench._limit(work, analog, torch.zeros(2, 1, 32, 32), machine, "float32") == pytest.approx(wanted)
+    assert bench.limit_of(work, analog, torch.zeros(2, 1, 32, 32), machine, "float32") == pytest.approx(wanted)
 
 
 def test_scaling_rows(measured):
@@ -202,15 +203,15 @@ def test_scaling_rows(measured):
 
 
 def test_table_and_plots(measured, tmp_path):
-    text = bench.table(measured)
+    text = report.table(measured)
     assert "tiny: 3 chips × 70 images" in text
     assert "noise" in text
     assert max(map(len, text.splitlines())) <= 130
-    bench.check_plot(tmp_path / "p.svg")
-    assert bench.plot(measured, tmp_path / "p.svg") == [tmp_path / "p.svg", tmp_path / "p-scaling.svg"]
+    report.check_plot(tmp_path / "p.svg")
+    assert report.plot(measured, tmp_path / "p.svg") == [tmp_path / "p.svg", tmp_path / "p-scaling.svg"]
     assert "<svg" in (tmp_path / "p-scaling.svg").read_text()
     with pytest.raises(UserError, match=r"--plot .*p\.txt: the name must end"):
-        bench.check_plot(tmp_path / "p.txt")
+        report.check_plot(tmp_path / "p.txt")
 
 
 @needs_core
@@ -220,7 +221,7 @@ def test_no_rounds_is_an_error():
 
 
 def test_without_the_core(monkeypatch):
-    monkeypatch.setattr(native, "_core", None)
+    monkeypatch.setattr(core, "extension", None)
     with pytest.raises(UserError, match="nothing to measure"):
         bench.measure([])
 
@@ -245,23 +246,23 @@ ROUNDS = {
 @needs_core
 @pytest.mark.parametrize(("isa", "precision"), ROUNDS)
 def test_peak_counts_its_operations(isa, precision):
-    if isa not in native.status().available:
+    if isa not in core.status().available:
         pytest.skip(f"this machine has no {isa}")
-    before = native.status().isa
-    native._core.select_isa(isa)
+    before = core.status().isa
+    core.extension.select_isa(isa)
     try:
         for repetitions in (1, 1000):
-            assert native._core.peak(precision, repetitions) == 2 * ROUNDS[isa, precision] * repetitions
+            assert core.extension.peak(precision, repetitions) == 2 * ROUNDS[isa, precision] * repetitions
     finally:
-        native._core.select_isa(before)
+        core.extension.select_isa(before)
 
 
 @needs_core
 def test_peak_rejects_what_it_does_not_know():
     with pytest.raises(ValueError, match="repetitions must be at least 1"):
-        native._core.peak("float32", 0)
+        core.extension.peak("float32", 0)
     with pytest.raises(ValueError, match="'float16'"):
-        native._core.peak("float16", 1)
+        core.extension.peak("float16", 1)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -270,7 +271,17 @@ def test_peak_rejects_what_it_does_not_know():
 def test_command_line():
     result = CliRunner().invoke(main, ["bench", "--help"])
     assert result.exit_code == 0
-    for name in [*bench.WORKS, "noise", "--rounds", "--threads", "--full", "--json", "--plot", "--seed", "--scaling"]:
+    for name in [
+        *workloads.WORKLOADS,
+        "noise",
+        "--rounds",
+        "--threads",
+        "--full",
+        "--json",
+        "--plot",
+        "--seed",
+        "--scaling",
+    ]:
         assert name in result.output
     result = CliRunner().invoke(main, ["bench", "--work", "noise", "--plot", "p.txt"])
     assert result.exit_code == 2
@@ -309,12 +320,12 @@ def on_the_cpu(monkeypatch):
         return 1.0
 
     def noisy_weight(weight, seed, samples, layer, sigma):
-        return native.noisy_weight(weight, seed, layer, samples[0], sigma)[None]
+        return draw.noisy_weight(weight, seed, layer, samples[0], sigma)[None]
 
-    monkeypatch.setattr(bench_gpu, "DEVICE", "cpu")
-    monkeypatch.setattr(bench_gpu, "seconds", seconds)
+    monkeypatch.setattr(gpu_timing, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_timing, "seconds", seconds)
     monkeypatch.setattr(bench_gpu, "CROSSOVER_IMAGES", (2, 4))
-    monkeypatch.setattr(bench_gpu.cuda, "noisy_weight", noisy_weight)
+    monkeypatch.setattr(gpu_training.gpu, "noisy_weight", noisy_weight)
 
 
 MEASURED = {
@@ -330,7 +341,7 @@ MEASURED = {
 @needs_core
 def test_the_measurements_of_a_gpu_run(on_the_cpu) -> None:
     said = []
-    rows = bench_gpu._work_rows(TINY, {"bf16": 1e12, "float32": 1e12}, 1, 0, False, said.append)
+    rows = bench_gpu.workload_rows(TINY, {"bf16": 1e12, "float32": 1e12}, 1, 0, False, said.append)
     ways = [(p, m) for p in ("bf16", "float32") for m in ("fused", "materialise", "library")]
     assert [(row["precision"], row["method"]) for row in rows] == ways
     flop = 2 * (28 * 28 * 6 * 25 + 10 * 10 * 16 * 150 + 400 * 120 + 120 * 84 + 84 * 10)
@@ -344,15 +355,15 @@ def test_the_measurements_of_a_gpu_run(on_the_cpu) -> None:
 
 @needs_core
 def test_ways_of_training_are_measured(on_the_cpu, monkeypatch) -> None:
-    made = bench_gpu.Trainer
+    made = gpu_training.Trainer
 
     def trainer(network, filters, x, y, way, seed):
         if way.compiled and way.noise == "kernels":
             raise RuntimeError("no compiler\nmore of it")
-        return made(network, filters, x, y, bench_gpu.Way(way.noise), seed)
+        return made(network, filters, x, y, gpu_training.Way(way.noise), seed)
 
-    monkeypatch.setattr(bench_gpu, "Trainer", trainer)
-    rows = bench_gpu.training_rows(0, 1, print, batch=2, steps=1)
+    monkeypatch.setattr(gpu_training, "Trainer", trainer)
+    rows = gpu_training.training_rows(0, 1, print, batch=2, steps=1)
     assert [row["way"] for row in rows] == ["fit", "the kernels' noise, eager"]
     assert set(rows[0]["plain"]) == {"torch's noise, eager", "torch's noise, torch.compile"}
     assert rows[0]["ratio"] == 1
@@ -364,8 +375,8 @@ def test_ways_of_training_are_measured(on_the_cpu, monkeypatch) -> None:
 @needs_core
 @pytest.mark.parametrize("noise", ["kernels", "torch"])
 def test_a_step_of_training_is_on_a_fresh_chip_and_trains_compensators_alone(on_the_cpu, lenet, noise) -> None:
-    x, y = bench.Work("t", lenet5, (1, 32, 32), 1, 8).data(0)
-    trainer = bench_gpu.Trainer(lenet, {"conv1.layer": 3}, x, y, bench_gpu.Way(noise), seed=9)
+    x, y = workloads.Workload("t", lenet5, (1, 32, 32), 1, 8).data(0)
+    trainer = gpu_training.Trainer(lenet, {"conv1.layer": 3}, x, y, gpu_training.Way(noise), seed=9)
     before = [p.detach().clone() for p in trainer.parameters]
     drawn = [w.detach().clone() for w in trainer.weights]
     trainer.run(1)
@@ -375,10 +386,10 @@ def test_a_step_of_training_is_on_a_fresh_chip_and_trains_compensators_alone(on_
         assert not torch.equal(old, weight)
         theta.append((weight.double() / nominal.double()).log().flatten())
         if noise == "kernels":  # three steps to begin with, and one
-            assert torch.equal(weight, native.noisy_weight(nominal, 9, i, 4, bench.SIGMA))
+            assert torch.equal(weight, draw.noisy_weight(nominal, 9, i, 4, workloads.SIGMA))
     theta = torch.cat(theta)
-    assert abs(theta.mean()) < 5 * bench.SIGMA / math.sqrt(len(theta))
-    assert abs(theta.std() / bench.SIGMA - 1) < 5 / math.sqrt(2 * len(theta))
+    assert abs(theta.mean()) < 5 * workloads.SIGMA / math.sqrt(len(theta))
+    assert abs(theta.std() / workloads.SIGMA - 1) < 5 / math.sqrt(2 * len(theta))
 
 
 @pytest.mark.parametrize(

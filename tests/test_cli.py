@@ -15,7 +15,7 @@ import torch
 from by_hand import every_stage, run, succeed
 
 from correctnet import machine
-from correctnet.crossbar.layers import convert
+from correctnet.crossbar.convert import convert
 from correctnet.datasets import DATASETS, loading
 from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.evaluation.montecarlo import clean_accuracy, evaluate

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from correctnet.crossbar.layers import AnalogLayer, convert, crossbar_layers
+from correctnet.crossbar.convert import convert
+from correctnet.crossbar.layers import AnalogLayer, crossbar_layers
 from correctnet.datasets.base import Split
 from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.errors import UserError

@@ -18,16 +18,9 @@ from torch import nn
 from torch.nn.utils import prune
 
 from correctnet import LogNormalVariation, UserError, check_coverage, convert, evaluate, program
-from correctnet.crossbar.layers import (
-    AnalogLayer,
-    CoverageWarning,
-    analog_layers,
-    chip_of,
-    crossbar_layers,
-    keeping,
-    programmed,
-)
-from correctnet.devices.lognormal import Variation
+from correctnet.crossbar.convert import chip_of, keeping, programmed
+from correctnet.crossbar.layers import AnalogLayer, CoverageWarning, analog_layers, crossbar_layers
+from correctnet.devices.base import Variation
 from correctnet.evaluation.montecarlo import EngineWarning, clean_accuracy
 from correctnet.noise import core as native
 from correctnet.noise import specification as reference
@@ -1046,7 +1039,7 @@ import importlib, torch, correctnet.crossbar.layers, correctnet
 from correctnet import LogNormalVariation, convert, evaluate
 before = convert(torch.nn.Linear(4, 2), LogNormalVariation(0.5))
 importlib.reload(correctnet.crossbar.layers)
-after = correctnet.crossbar.layers.convert(torch.nn.Linear(4, 2), LogNormalVariation(0.5))
+after = correctnet.crossbar.convert.convert(torch.nn.Linear(4, 2), LogNormalVariation(0.5))
 for model in (before, after):
     try:
         print(evaluate(model, (torch.randn(9, 4), torch.zeros(9, dtype=torch.int64)), 2, progress=False).chips)

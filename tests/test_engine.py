@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from correctnet import LogNormalVariation, convert, evaluate
-from correctnet.crossbar.layers import analog_layers, programmed
-from correctnet.devices.lognormal import Variation
+from correctnet.crossbar.convert import programmed
+from correctnet.crossbar.layers import analog_layers
+from correctnet.devices.base import Variation
 from correctnet.engine.engine import Engine, describe
 from correctnet.engine.trace import Unsupported
 from correctnet.errors import UserError
@@ -24,10 +25,9 @@ from correctnet.evaluation.montecarlo import EngineWarning
 from correctnet.methods.compensation import compensate
 from correctnet.networks.lenet import lenet5
 from correctnet.networks.vgg import vgg16
-from correctnet.noise import core as native
-from correctnet.noise import specification as reference
+from correctnet.noise import core, draw, specification
 
-pytestmark = pytest.mark.skipif(not native.status().built, reason="the C++ core was not built")
+pytestmark = pytest.mark.skipif(not core.status().built, reason="the C++ core was not built")
 
 SEED = 11
 VARIATION = LogNormalVariation(0.5)
@@ -57,7 +57,7 @@ def exact(model: nn.Module, analog: nn.Module, x: torch.Tensor, sample: int, fir
         if layer.layer_index < first_layer:
             continue
         weight = twin.get_submodule(names[id(layer)]).weight
-        factor = reference.lognormal(SEED, layer.layer_index, sample, weight.numel(), 0.5, 0.0)
+        factor = specification.lognormal(SEED, layer.layer_index, sample, weight.numel(), 0.5, 0.0)
         out, channels, *kernel = weight.shape
         factor = torch.from_numpy(factor).view(out, *kernel, channels).movedim(-1, 1)
         weight.data = weight.data * factor
@@ -248,7 +248,7 @@ def test_a_network_that_is_one_layer() -> None:
             torch.testing.assert_close(out, analog(x))
 
 
-@pytest.mark.parametrize("isa", native.status().available)
+@pytest.mark.parametrize("isa", core.status().available)
 def test_every_instruction_set(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from correctnet import _native
 
@@ -355,7 +355,7 @@ def test_tf32_is_off_where_float32_is_promised_and_then_as_it_was(generation: st
     """The switches are there without a GPU, too. In a process of its own: what is set here cannot be taken back."""
     code = f"""
 import torch
-from correctnet.engine.engine import full_float32
+from correctnet.precision import full_float32
 matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
 if {generation == "old"}:
     matmul.allow_tf32 = cudnn.allow_tf32 = {on}
@@ -567,6 +567,6 @@ def test_a_plan_runs_what_torch_runs_and_refuses_the_rest(
     out, drawn = run()
     assert drawn >= len(samples) * weight.numel()
     for found, chip in zip(out, samples, strict=True):
-        noisy = native.noisy_weight(weight, 9, 3, chip, 0.5)
+        noisy = draw.noisy_weight(weight, 9, 3, chip, 0.5)
         wanted = F.conv2d(x.double(), noisy.double(), **geometry)
         np.testing.assert_allclose(found, wanted.numpy(), rtol=0, atol=1e-5 * max(1.0, wanted.abs().max().item()))

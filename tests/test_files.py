@@ -497,7 +497,7 @@ def test_sources_in_the_place_of_the_installed_package_are_said(tmp_path, monkey
     installed.mkdir(parents=True)
     information.mkdir()
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: correctnet\nVersion: 1.0\n")
-    monkeypatch.setattr(native, "_core", None)
+    monkeypatch.setattr(native, "extension", None)
     monkeypatch.delenv("CORRECTNET_ISA", raising=False)
     found = [importlib.metadata.Distribution.at(information)]
     monkeypatch.setattr(native, "distributions", lambda name: found if name == "correctnet" else [])

@@ -19,24 +19,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from correctnet import LogNormalVariation, convert, evaluate
-from correctnet.crossbar.layers import analog_layers, program, programmed
+from correctnet.crossbar import operators as ops
+from correctnet.crossbar.convert import program, programmed
+from correctnet.crossbar.layers import analog_layers
 from correctnet.datasets.base import Split
-from correctnet.devices.lognormal import Variation
-from correctnet.engine import operators as ops
-from correctnet.engine.engine import Engine, full_float32
+from correctnet.devices.base import Variation
+from correctnet.engine import cuda
+from correctnet.engine.engine import Engine
 from correctnet.engine.lowering import METHODS
 from correctnet.errors import UserError
 from correctnet.evaluation.montecarlo import EngineWarning
 from correctnet.methods import compensation
 from correctnet.networks.building import build
-from correctnet.noise import core as native
-from correctnet.noise import device as cuda
+from correctnet.noise import device as gpu
+from correctnet.noise import draw
+from correctnet.precision import full_float32
 from correctnet.settings import Training
 from correctnet.training.loop import fit
 
-MODELLED = cuda.status().usable and not torch.cuda.is_available()
+MODELLED = gpu.status().usable and not torch.cuda.is_available()
 DEVICE = torch.device("cpu" if MODELLED else "cuda")
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda.status().usable, reason=cuda.status().reason)]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not gpu.status().usable, reason=gpu.status().reason)]
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 
 SEED, SIGMA = 11, 0.5
@@ -133,16 +136,16 @@ def test_noise_has_the_bits_of_the_cpu(shape: tuple[int, ...], last: bool, dtype
     if last and len(shape) == 4:
         weight = weight.contiguous(memory_format=torch.channels_last)
     samples = [0, 137, 2**32 - 1]
-    got = cuda.noisy_weight(
+    got = gpu.noisy_weight(
         weight.to(DEVICE), torch.tensor(-5), torch.tensor(samples), 7, SIGMA, -0.125, dtype=dtype
     ).cpu()
     for found, sample in zip(got, samples, strict=True):
-        wanted = native.noisy_weight(weight, 2**64 - 5, 7, sample, SIGMA, -0.125, dtype=dtype)
+        wanted = draw.noisy_weight(weight, 2**64 - 5, 7, sample, SIGMA, -0.125, dtype=dtype)
         assert torch.equal(found, wanted)
 
 
 def test_noise_of_many_weights_has_the_moments_of_its_distribution() -> None:
-    factors = cuda.noisy_weight(
+    factors = gpu.noisy_weight(
         torch.ones(1000, 1000, device=DEVICE), torch.tensor(1), torch.tensor([3]), 0, SIGMA
     )[0].double().log()  # fmt: skip
     assert abs(factors.mean().item()) < 5 * SIGMA / 1000
@@ -283,7 +286,7 @@ def test_operators_and_their_gradients_are_those_of_the_specification(name: str,
     x, weight, bias = tensors(torch.float64, torch.device("cpu"))
     outputs = []
     for s, sample in enumerate(samples):
-        factor = native.noisy_weight(torch.ones(weight_size), SEED, 2, sample, SIGMA).double()
+        factor = draw.noisy_weight(torch.ones(weight_size), SEED, 2, sample, SIGMA).double()
         outputs.append(F.conv2d(x if shared else x[s], weight * factor, bias, **geometry))
     wanted = torch.stack(outputs)
     wanted.square().sum().backward()
@@ -296,9 +299,9 @@ def test_operators_and_their_gradients_are_those_of_the_specification(name: str,
     noise = torch.tensor(SEED), torch.tensor(samples), 2, SIGMA, 0.0
     fused = op(x, weight, bias, *noise, *pairs, geometry.get("groups", 1))
     fused.square().sum().backward()
-    for got, reference in zip([fused, x.grad, weight.grad, bias.grad], references, strict=True):
-        error = (got.detach().cpu().double() - reference.detach()).abs().max().item()
-        assert error <= 3e-6 * reference.abs().max().item()
+    for got, exact in zip([fused, x.grad, weight.grad, bias.grad], references, strict=True):
+        error = (got.detach().cpu().double() - exact.detach()).abs().max().item()
+        assert error <= 3e-6 * exact.abs().max().item()
     y = ops.noisy_conv2d(x, weight, bias, seed=SEED, samples=samples, layer=2, sigma=SIGMA, **geometry)
     assert (y - fused).abs().max().item() <= 3e-6 * references[0].abs().max().item()
 
@@ -353,8 +356,8 @@ def test_layers_and_gradients_are_captured_in_a_graph(way: str) -> None:
         samples.copy_(torch.tensor(chips))
         replay()
         wanted = work(torch.tensor(number), torch.tensor(chips))
-        for result, reference in zip(results, wanted, strict=True):
-            assert (result - reference).abs().max() <= 3e-6 * reference.abs().max()
+        for result, exact in zip(results, wanted, strict=True):
+            assert (result - exact).abs().max() <= 3e-6 * exact.abs().max()
 
 
 @pytest.mark.parametrize("method", cuda.METHODS)
@@ -387,16 +390,16 @@ def test_a_graph_is_replayed_with_another_seed_and_other_chips() -> None:
     weight = normal(16, 6, 5, 5).cuda()
     seed, samples = torch.tensor(1, device="cuda"), torch.tensor([4], device="cuda")
     for _ in range(2):
-        cuda.noisy_weight(weight, seed, samples, 3, SIGMA)
+        gpu.noisy_weight(weight, seed, samples, 3, SIGMA)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = cuda.noisy_weight(weight, seed, samples, 3, SIGMA)
+        out = gpu.noisy_weight(weight, seed, samples, 3, SIGMA)
     for number, chip in ((1, 4), (2, 4), (2, 137)):
         seed.fill_(number)
         samples.fill_(chip)
         graph.replay()
-        assert torch.equal(out[0].cpu(), native.noisy_weight(weight.cpu(), number, 3, chip, SIGMA))
+        assert torch.equal(out[0].cpu(), draw.noisy_weight(weight.cpu(), number, 3, chip, SIGMA))
 
 
 @on_a_gpu

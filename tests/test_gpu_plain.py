@@ -12,7 +12,7 @@ import pytest
 import torch
 from by_hand import every_stage
 
-from correctnet.noise import device as cuda
+from correctnet.noise import device as gpu
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,7 +21,7 @@ pytestmark = [
 
 
 def test_every_stage_runs_through_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_kernels", lambda: None)
+    monkeypatch.setattr(gpu, "kernels", lambda: None)
     said = every_stage(tmp_path, "--device", "cuda")
     for name, output in said.items():
         assert output.count("the CUDA kernels were not built") == 1, (name, output)

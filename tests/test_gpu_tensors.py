@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from correctnet import LogNormalVariation, convert
+from correctnet.crossbar import kernels
 from correctnet.engine.engine import Engine
 from correctnet.errors import UserError
 from correctnet.networks.building import build
-from correctnet.noise import device as cuda
+from correctnet.noise import device as gpu
 
-MODELLED = cuda.status().usable and not torch.cuda.is_available()
+MODELLED = gpu.status().usable and not torch.cuda.is_available()
 DEVICE = torch.device("cpu" if MODELLED else "cuda")
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda.status().usable, reason=cuda.status().reason)]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not gpu.status().usable, reason=gpu.status().reason)]
 
 GEOMETRY = (1, 1), (1, 1), (1, 1), 1
 
@@ -39,7 +40,7 @@ def shifted(tensor: Tensor) -> Tensor:
 def convolve(x: Tensor, weight: Tensor, chips: int = 3, size: tuple[int, int] | None = None) -> Tensor:
     geometry = ((1, 1), (0, 0), (1, 1), 1) if weight.shape[-1] == 1 else GEOMETRY
     seed, samples = torch.tensor(11), torch.arange(chips)
-    return cuda.convolve(x, weight, None, seed, samples, 2, 0.5, -0.125, geometry, size)
+    return kernels.convolve(x, weight, None, seed, samples, 2, 0.5, -0.125, geometry, size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -58,13 +59,13 @@ def test_views_that_begin_anywhere(dtype: torch.dtype, shape: tuple[int, ...], k
 @pytest.mark.parametrize("kernel", [(3, 3), ()])
 def test_weights_that_begin_anywhere(dtype: torch.dtype, kernel: tuple[int, ...]) -> None:
     weight, seed, samples = normal(6, 8, *kernel).to(dtype), torch.tensor(11), torch.arange(3)
-    wanted = cuda.noisy_weight(weight, seed, samples, 2, 0.5)
-    assert torch.equal(cuda.noisy_weight(shifted(weight), seed, samples, 2, 0.5), wanted)
+    wanted = gpu.noisy_weight(weight, seed, samples, 2, 0.5)
+    assert torch.equal(gpu.noisy_weight(shifted(weight), seed, samples, 2, 0.5), wanted)
 
 
 def test_no_chips() -> None:
     assert convolve(normal(1, 4, 1, 1), normal(4, 4, 1, 1), 0).shape == (0, 1, 4, 1, 1)
-    nothing = cuda.noisy_weight(normal(4, 4), torch.tensor(11), torch.arange(0), 2, 0.5)
+    nothing = gpu.noisy_weight(normal(4, 4), torch.tensor(11), torch.arange(0), 2, 0.5)
     assert nothing.shape == (0, 4, 4)
 
 
@@ -73,9 +74,9 @@ def test_more_chips_than_a_grid_counts() -> None:
     x, weight, chips = normal(1, 4, 1, 1), normal(4, 4, 1, 1), 70000
     some = [0, 65534, 65535, 69999]
     seed, samples = torch.tensor(11), torch.arange(chips)
-    factors = cuda.noisy_weight(weight, seed, samples, 2, 0.5)
-    assert torch.equal(factors[some], cuda.noisy_weight(weight, seed, torch.tensor(some), 2, 0.5))
-    alone = cuda.convolve(x, weight, None, seed, torch.tensor(some), 2, 0.5, -0.125, ((1, 1), (0, 0), (1, 1), 1))
+    factors = gpu.noisy_weight(weight, seed, samples, 2, 0.5)
+    assert torch.equal(factors[some], gpu.noisy_weight(weight, seed, torch.tensor(some), 2, 0.5))
+    alone = kernels.convolve(x, weight, None, seed, torch.tensor(some), 2, 0.5, -0.125, ((1, 1), (0, 0), (1, 1), 1))
     assert torch.equal(convolve(x, weight, chips)[some], alone)
 
 
@@ -90,7 +91,7 @@ def analog() -> torch.nn.Module:
     ("what", "work"),
     [
         ("convolution", lambda: convolve(normal(1, 4, 1, 1), normal(4, 4, 1, 1))),
-        ("noisy weights", lambda: cuda.noisy_weight(normal(4, 4), torch.tensor(11), torch.arange(2), 2, 0.5)),
+        ("noisy weights", lambda: gpu.noisy_weight(normal(4, 4), torch.tensor(11), torch.arange(2), 2, 0.5)),
     ],
 )
 def test_tensors_without_memory(what: str, work: Callable[[], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +110,7 @@ def test_tensors_without_memory(what: str, work: Callable[[], Tensor], monkeypat
 def test_a_network_without_memory() -> None:
     images = normal(2, 1, 32, 32)
     wanted = Engine(analog(), images).outputs(images, range(2))
-    cuda._kernels().out_of_memory("cudaMalloc")
+    gpu.kernels().out_of_memory("cudaMalloc")
     with pytest.raises(UserError, match=r"no memory left for the network's weights; .*torch\.cuda\.empty_cache\(\)$"):
         Engine(analog(), images)
     assert Engine(analog(), images).outputs(images, range(2)).shape == wanted.shape

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from correctnet.crossbar.layers import convert, crossbar_layers, program
+from correctnet.crossbar.convert import convert, program
+from correctnet.crossbar.layers import crossbar_layers
 from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.errors import UserError
 from correctnet.methods import suppression as lipschitz

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from correctnet.crossbar.layers import analog_layers, chip_of, convert, program
+from correctnet.crossbar.convert import chip_of, convert, program
+from correctnet.crossbar.layers import analog_layers
 from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.errors import UserError
 from correctnet.evaluation.montecarlo import EngineWarning, clean_accuracy, count_correct, evaluate

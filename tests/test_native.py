@@ -26,17 +26,16 @@ from torch import nn
 
 from correctnet import LogNormalVariation, convert, evaluate
 from correctnet.cli.commands import main
-from correctnet.engine.operators import noisy_linear
+from correctnet.crossbar.operators import noisy_linear
 from correctnet.errors import UserError
-from correctnet.noise import core as native
-from correctnet.noise import specification as reference
+from correctnet.noise import core, draw, specification
 
-_native = native._core
+_native = core.extension
 
 ISAS = ["portable", "avx2", "avx512", "avx512bf16", "amx"]
-PACKAGE = Path(native.__file__).parents[1]
+PACKAGE = Path(core.__file__).parents[1]
 
-needs_core = pytest.mark.skipif(not native.status().built, reason="the C++ core was not built")
+needs_core = pytest.mark.skipif(not core.status().built, reason="the C++ core was not built")
 
 # A correct generator fails a two-sided test at this limit once in 10^6 seeds.
 SIGMAS = -ndtri(0.5e-6)
@@ -50,23 +49,23 @@ once_per_isa = settings(max_examples=60, deadline=None, suppress_health_check=[H
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Each set of instructions in turn, and the functions as they are without the core."""
     if request.param == "numpy":
-        monkeypatch.setattr(native, "_core", None)
+        monkeypatch.setattr(core, "extension", None)
         yield request.param
         return
-    if not native.status().built:
+    if not core.status().built:
         pytest.skip("the C++ core was not built")
-    if request.param not in native.status().available:
+    if request.param not in core.status().available:
         pytest.skip(f"this machine has no {request.param}")
-    before = native.status().isa
-    native._core.select_isa(request.param)
+    before = core.status().isa
+    core.extension.select_isa(request.param)
     yield request.param
-    native._core.select_isa(before)
+    core.extension.select_isa(before)
 
 
 def expected_factor(shape: tuple[int, ...], *address: int, sigma: float, shift: float) -> torch.Tensor:
     """By the definition: the elements of (out, in, *kernel) count in the order (out, *kernel, in)."""
     out, channels, *kernel = shape
-    flat = torch.from_numpy(reference.lognormal(*address, math.prod(shape), sigma, shift))
+    flat = torch.from_numpy(specification.lognormal(*address, math.prod(shape), sigma, shift))
     return flat.view(out, *kernel, channels).movedim(-1, 1)
 
 
@@ -94,19 +93,19 @@ def test_bits_of_the_specification(
     shift: float,
     flush: bool,
 ) -> None:
-    expected = reference.lognormal(seed, layer, sample, count, sigma, shift, start, purpose)
+    expected = specification.lognormal(seed, layer, sample, count, sigma, shift, start, purpose)
     if flush:
         torch.set_flush_denormal(True)
     try:
-        got = native.lognormal(seed, layer, sample, count, sigma, shift, start, purpose)
+        got = draw.lognormal(seed, layer, sample, count, sigma, shift, start, purpose)
     finally:
         torch.set_flush_denormal(False)
     np.testing.assert_array_equal(got.numpy().view(np.uint32), expected.view(np.uint32))
 
 
 def test_last_elements(isa: str) -> None:
-    got = native.lognormal(1, 2, 3, 100, 0.5, start=2**34 - 100)
-    np.testing.assert_array_equal(got.numpy(), reference.lognormal(1, 2, 3, 100, 0.5, start=2**34 - 100))
+    got = draw.lognormal(1, 2, 3, 100, 0.5, start=2**34 - 100)
+    np.testing.assert_array_equal(got.numpy(), specification.lognormal(1, 2, 3, 100, 0.5, start=2**34 - 100))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -118,7 +117,7 @@ def test_noisy_weight_of_a_convolution(isa: str, shape: tuple[int, ...], order: 
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = (weight.float() * expected_factor(shape, 5, 6, 7, sigma=0.5, shift=-0.125)).to(dtype)
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        got = native.noisy_weight(weight.contiguous(memory_format=memory_format), 5, 6, 7, 0.5, -0.125, order)
+        got = draw.noisy_weight(weight.contiguous(memory_format=memory_format), 5, 6, 7, 0.5, -0.125, order)
         assert got.dtype == dtype
         assert torch.equal(got, expected)
         if order is not None:
@@ -130,39 +129,39 @@ def test_noisy_weight_of_a_convolution(isa: str, shape: tuple[int, ...], order: 
 def test_noisy_weight_of_other_layers(isa: str, shape: tuple[int, ...]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     expected = weight * expected_factor(shape, 5, 6, 7, sigma=0.5, shift=0.0)
-    assert torch.equal(native.noisy_weight(weight, 5, 6, 7, 0.5), expected)
-    assert torch.equal(native.noisy_weight(weight, 5, 6, 7, 0.5, dtype=torch.bfloat16), expected.bfloat16())
+    assert torch.equal(draw.noisy_weight(weight, 5, 6, 7, 0.5), expected)
+    assert torch.equal(draw.noisy_weight(weight, 5, 6, 7, 0.5, dtype=torch.bfloat16), expected.bfloat16())
 
 
 def test_bfloat16_results_below_the_normal_numbers_are_zero(isa: str) -> None:
     weight = torch.tensor([[1e-39, -1.1e-38, 0.0, 1.2e-38, -1.2e-38, 1e-42, -1.0]])
     expected = torch.tensor([[0.0, -0.0, 0.0, 1.2e-38, -1.2e-38, 0.0, -1.0]]).bfloat16()
-    got = native.noisy_weight(weight, 1, 2, 3, 0.0, dtype=torch.bfloat16)
+    got = draw.noisy_weight(weight, 1, 2, 3, 0.0, dtype=torch.bfloat16)
     assert torch.equal(got.view(torch.int16), expected.view(torch.int16))
 
 
 def test_strided_weights_are_taken_as_they_look(isa: str) -> None:
     whole = torch.randn(12, 10, 3, 3, generator=torch.Generator().manual_seed(0))
     for weight in (whole[::2, 1::3], whole[:, :, 0, 0].t(), whole.transpose(2, 3), whole[:1].expand(4, -1, -1, -1)):
-        expected = native.noisy_weight(weight.clone(memory_format=torch.contiguous_format), 1, 2, 3, 0.5)
-        assert torch.equal(native.noisy_weight(weight, 1, 2, 3, 0.5), expected)
+        expected = draw.noisy_weight(weight.clone(memory_format=torch.contiguous_format), 1, 2, 3, 0.5)
+        assert torch.equal(draw.noisy_weight(weight, 1, 2, 3, 0.5), expected)
 
 
 def test_gradient_is_the_same_multiplication() -> None:
     weight = torch.randn(4, 3, 3, 3, requires_grad=True)
-    noisy = native.noisy_weight(weight, 1, 2, 3, 0.5)
+    noisy = draw.noisy_weight(weight, 1, 2, 3, 0.5)
     assert not noisy.requires_grad
-    assert torch.equal(native.noisy_weight(noisy.sign(), 1, 2, 3, 0.5).sign(), weight.sign())
+    assert torch.equal(draw.noisy_weight(noisy.sign(), 1, 2, 3, 0.5).sign(), weight.sign())
 
 
 @needs_core
 def test_any_number_of_threads_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(256, 128, 3, 3, generator=torch.Generator().manual_seed(0))
-    one = native.noisy_weight(weight, 1, 2, 3, 0.5), native.lognormal(1, 2, 3, 300_001, 0.5, start=3)
+    one = draw.noisy_weight(weight, 1, 2, 3, 0.5), draw.lognormal(1, 2, 3, 300_001, 0.5, start=3)
     for threads in (2, 3, 64):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        assert torch.equal(native.noisy_weight(weight, 1, 2, 3, 0.5), one[0])
-        assert torch.equal(native.lognormal(1, 2, 3, 300_001, 0.5, start=3), one[1])
+        assert torch.equal(draw.noisy_weight(weight, 1, 2, 3, 0.5), one[0])
+        assert torch.equal(draw.lognormal(1, 2, 3, 300_001, 0.5, start=3), one[1])
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
@@ -187,26 +186,26 @@ def test_any_number_of_threads_gives_the_same(monkeypatch: pytest.MonkeyPatch) -
 def test_bad_arguments_are_named(isa: str, name: str, value: float) -> None:
     arguments = {"seed": 0, "layer": 0, "sample": 0, "count": 4, "sigma": 0.5}
     with pytest.raises(ValueError, match="count" if name == "start" else name):
-        native.lognormal(**(arguments | {name: value}))
+        draw.lognormal(**(arguments | {name: value}))
 
 
 def test_bad_weights_are_refused(isa: str) -> None:
     with pytest.raises(ValueError, match="weight must be floating point"):
-        native.noisy_weight(torch.zeros(3), 1, 2, 3, 0.5)
+        draw.noisy_weight(torch.zeros(3), 1, 2, 3, 0.5)
     with pytest.raises(ValueError, match="weight must be floating point"):
-        native.noisy_weight(torch.zeros(3, 3, dtype=torch.int32), 1, 2, 3, 0.5)
+        draw.noisy_weight(torch.zeros(3, 3, dtype=torch.int32), 1, 2, 3, 0.5)
     with pytest.raises(ValueError, match="order must be"):
-        native.noisy_weight(torch.zeros(3, 3), 1, 2, 3, 0.5, order="channels_last")
+        draw.noisy_weight(torch.zeros(3, 3), 1, 2, 3, 0.5, order="channels_last")
     with pytest.raises(ValueError, match="order must be"):
-        native.noisy_weight(torch.zeros(3, 3, 1, 1), 1, 2, 3, 0.5, order="nhwc")
+        draw.noisy_weight(torch.zeros(3, 3, 1, 1), 1, 2, 3, 0.5, order="nhwc")
     with pytest.raises(ValueError, match="sigma"):
-        native.noisy_weight(torch.zeros(3, 3), 1, 2, 3, -0.5)
+        draw.noisy_weight(torch.zeros(3, 3), 1, 2, 3, -0.5)
 
 
 # ---- the choice of code ---------------------------------------------------------------------------------------------
 
 
-STATUS = "from correctnet import native; print(native.status())"
+STATUS = "from correctnet.noise import core, draw; print(core.status())"
 
 
 def run(code: str, package: Path = PACKAGE, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -220,17 +219,17 @@ def run(code: str, package: Path = PACKAGE, **environment: str) -> subprocess.Co
 
 @needs_core
 def test_environment_variable_forces_an_isa() -> None:
-    for isa in ("portable", native.status().available[-1]):
+    for isa in ("portable", core.status().available[-1]):
         done = run(STATUS, CORRECTNET_ISA=isa)
         assert f"isa='{isa}'" in done.stdout, done.stderr
         assert "CORRECTNET_ISA asks for it" in done.stdout
-    assert f"isa='{native.status().available[-1]}'" in run(STATUS, CORRECTNET_ISA="").stdout
+    assert f"isa='{core.status().available[-1]}'" in run(STATUS, CORRECTNET_ISA="").stdout
 
 
 @needs_core
 @pytest.mark.parametrize("isa", [*ISAS, "AVX2", "sse9"])
 def test_environment_variable_must_name_what_the_machine_has(isa: str) -> None:
-    if isa in native.status().available:
+    if isa in core.status().available:
         pytest.skip(f"this machine has {isa}")
     done = run(STATUS, CORRECTNET_ISA=isa)
     assert done.returncode
@@ -248,10 +247,10 @@ def copy_without_core(target: Path) -> Path:
 
 def test_without_the_core_numpy_computes_and_says_so(tmp_path: Path) -> None:
     package = copy_without_core(tmp_path)
-    done = run(STATUS + "; print(native.lognormal(1, 2, 3, 3, 0.5).tolist())", package)
+    done = run(STATUS + "; print(draw.lognormal(1, 2, 3, 3, 0.5).tolist())", package)
     assert "built=False, isa='numpy'" in done.stdout, done.stderr
     assert "was not built" in done.stdout
-    assert str(reference.lognormal(1, 2, 3, 3, 0.5).tolist()) in done.stdout
+    assert str(specification.lognormal(1, 2, 3, 3, 0.5).tolist()) in done.stdout
     assert "CORRECTNET_ISA is set, but the C++ core was not built" in run(STATUS, package, CORRECTNET_ISA="avx2").stderr
 
 
@@ -264,10 +263,10 @@ def test_a_core_that_does_not_load_is_an_error(tmp_path: Path) -> None:
 
 
 def test_isa_without_the_core_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_core", None)
+    monkeypatch.setattr(core, "extension", None)
     monkeypatch.setenv("CORRECTNET_ISA", "avx2")
     with pytest.raises(UserError, match="CORRECTNET_ISA"):
-        native.status()
+        core.status()
 
 
 # ---- known answers --------------------------------------------------------------------------------------------------
@@ -316,19 +315,19 @@ WRONG = {
 @needs_core
 @pytest.mark.parametrize("what", WRONG)
 def test_a_core_that_computes_other_bits_is_an_error(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_core", Changed(*WRONG[what]))
+    monkeypatch.setattr(core, "extension", Changed(*WRONG[what]))
     said = rf"the C\+\+ core computes other bits than specified \({what}, {_native.isa()}\): .*install correctnet again"
     weight = torch.ones(3, 4)
     for use in (
-        lambda: native.lognormal(1, 2, 3, 4, 0.5),
-        lambda: native.noisy_weight(weight, 1, 2, 3, 0.5),
+        lambda: draw.lognormal(1, 2, 3, 4, 0.5),
+        lambda: draw.noisy_weight(weight, 1, 2, 3, 0.5),
         lambda: noisy_linear(weight, torch.ones(3, 4), seed=0, layer=0, sigma=0.5),
         lambda: evaluate(convert(nn.Linear(4, 3), LogNormalVariation(0.5)), (weight, torch.zeros(3).long()), 1),
-        native.status,
+        core.status,
     ):
         with pytest.raises(UserError, match=said):
             use()
-    assert "other bits than specified" in native.status(check=False).problem
+    assert "other bits than specified" in core.status(check=False).problem
     text = CliRunner().invoke(main, ["info"])
     assert text.exit_code == 0
     assert f"  it computes other bits than specified ({what}, " in text.output
@@ -336,33 +335,33 @@ def test_a_core_that_computes_other_bits_is_an_error(what: str, monkeypatch: pyt
 
 @needs_core
 def test_a_core_that_makes_subnormal_numbers_zeros_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_flushes", True)
-    native._wrong_answer.cache_clear()
+    monkeypatch.setattr(core, "_flushes", True)
+    core._wrong_answer.cache_clear()
     try:
         with pytest.raises(UserError, match="subnormal numbers are zeros since it was loaded"):
-            native.lognormal(1, 2, 3, 4, 0.5)
+            draw.lognormal(1, 2, 3, 4, 0.5)
     finally:
-        native._wrong_answer.cache_clear()
+        core._wrong_answer.cache_clear()
 
 
 @needs_core
 def test_the_core_gives_the_known_answers(isa: str) -> None:
     if isa != "numpy":
-        assert native._wrong_answer.__wrapped__(native._core, isa) is None
+        assert core._wrong_answer.__wrapped__(core.extension, isa) is None
 
 
 def test_known_answers_are_the_specification_s() -> None:
     frozen = (Path(__file__).parent / "kat_lognormal.txt").read_text().splitlines()
     lines = {tuple(line.split()[:7]): line.split()[7:] for line in frozen if not line.startswith("#")}
-    for (seed, layer, sample, purpose, sigma, shift, start), first, count, crc in native.KNOWN_FACTORS:
+    for (seed, layer, sample, purpose, sigma, shift, start), first, count, crc in core.KNOWN_FACTORS:
         line = lines[tuple(str(n) for n in (seed, layer, sample, purpose, sigma, shift, start))]
         assert [int(word, 16) for word in line[: len(first)]] == list(first)
-        factors = reference.lognormal(seed, layer, sample, count, sigma, shift, start, purpose)
+        factors = specification.lognormal(seed, layer, sample, count, sigma, shift, start, purpose)
         assert zlib.crc32(factors.astype("<f4").tobytes()) == crc
-    numbers = torch.tensor(np.array(list(native._ROUNDED), np.uint32).view(np.float32))
+    numbers = torch.tensor(np.array(list(core._ROUNDED), np.uint32).view(np.float32))
     smallest = torch.finfo(torch.float32).tiny
     wanted = torch.where(numbers.abs() < smallest, 0 * numbers, numbers).bfloat16()
-    assert wanted.view(torch.int16).numpy().view(np.uint16).tolist() == list(native._ROUNDED.values())
+    assert wanted.view(torch.int16).numpy().view(np.uint16).tolist() == list(core._ROUNDED.values())
 
 
 # ---- statistics: every bound holds for all but one in 10^6 seeds ----------------------------------------------------
@@ -370,16 +369,16 @@ def test_known_answers_are_the_specification_s() -> None:
 DRAWS = 10_000_000
 
 
-def draw(count: int = DRAWS, seed: int = 2024, layer: int = 0, sample: int = 0, start: int = 0) -> np.ndarray:
+def drawn(count: int = DRAWS, seed: int = 2024, layer: int = 0, sample: int = 0, start: int = 0) -> np.ndarray:
     """Standard normal numbers, as the logarithms of factors at sigma = 1."""
-    return np.log(native.lognormal(seed, layer, sample, count, 1.0, start=start).numpy().astype(np.float64))
+    return np.log(draw.lognormal(seed, layer, sample, count, 1.0, start=start).numpy().astype(np.float64))
 
 
 @pytest.fixture(scope="module")
 def normals() -> np.ndarray:
-    if not native.status().built:
+    if not core.status().built:
         pytest.skip("the C++ core was not built; tests/test_reference.py has a smaller version")
-    return draw()
+    return drawn()
 
 
 def test_moments(normals: np.ndarray) -> None:
@@ -407,7 +406,7 @@ def test_tails() -> None:
     limits = np.array([4.0, 4.5, 5.0, 5.5])
     above, below, draws = np.zeros(4), np.zeros(4), 0
     for sample in range(20):
-        z = native.lognormal(2024, 1, sample, DRAWS, 1.0).numpy()  # compared by factor: exp is monotone
+        z = draw.lognormal(2024, 1, sample, DRAWS, 1.0).numpy()  # compared by factor: exp is monotone
         above += [(z > math.exp(limit)).sum() for limit in limits]
         below += [(z < math.exp(-limit)).sum() for limit in limits]
         draws += len(z)
@@ -425,7 +424,7 @@ def test_tails() -> None:
 )
 def test_independence(normals: np.ndarray, other: dict[str, int]) -> None:
     """Of the same element in other layers, samples and seeds, and of other elements."""
-    a, b = normals[:2_000_000], draw(2_000_000, **other)
+    a, b = normals[:2_000_000], drawn(2_000_000, **other)
     assert not np.array_equal(a, b)
     n = len(a)
     assert abs((a * b).mean()) < SIGMAS / math.sqrt(n)
@@ -437,6 +436,6 @@ def test_independence(normals: np.ndarray, other: dict[str, int]) -> None:
 
 def test_sums_over_chips_are_normal(normals: np.ndarray) -> None:
     """Over 1000 chips, the mean of each of 1000 elements: their variance would betray a dependence between samples."""
-    sums = sum(draw(1000, sample=sample) for sample in range(1000)) / math.sqrt(1000)
+    sums = sum(drawn(1000, sample=sample) for sample in range(1000)) / math.sqrt(1000)
     assert stats.kstest(sums, "norm").pvalue > 1e-6
     assert abs((sums**2).mean() - 1) < SIGMAS * math.sqrt(2 / 1000)

@@ -14,21 +14,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from correctnet import LogNormalVariation, convert
-from correctnet.crossbar.layers import programmed
+from correctnet.crossbar.convert import programmed
 from correctnet.engine.engine import Engine
-from correctnet.noise import core as native
+from correctnet.noise import core
 
-pytestmark = pytest.mark.skipif(not native.status().built, reason="the C++ core was not built")
+pytestmark = pytest.mark.skipif(not core.status().built, reason="the C++ core was not built")
 
 CHIP = 5
 
 
-@pytest.fixture(params=native.status().available)
+@pytest.fixture(params=core.status().available)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.status().isa
-    native._core.select_isa(request.param)
+    before = core.status().isa
+    core.extension.select_isa(request.param)
     yield request.param
-    native._core.select_isa(before)
+    core.extension.select_isa(before)
 
 
 class Pools(nn.Module):

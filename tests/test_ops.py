@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
-from correctnet.engine import operators as ops
-from correctnet.engine.operators import noisy_conv2d, noisy_linear
-from correctnet.noise import core as native
-from correctnet.noise import device as cuda
-from correctnet.noise import specification as reference
+from correctnet.crossbar import kernels
+from correctnet.crossbar import operators as ops
+from correctnet.crossbar.arguments import DTYPES
+from correctnet.crossbar.operators import noisy_conv2d, noisy_linear
+from correctnet.noise import core, draw, specification
+from correctnet.noise import device as gpu
 
 OPS = torch.ops.correctnet
 SEED, LAYER, SIGMA, SHIFT = 11, 3, 0.5, -0.125
@@ -31,20 +32,20 @@ NOISE = {"seed": SEED, "layer": LAYER, "sigma": SIGMA, "shift": SHIFT}
 SAMPLES = [0, 137, 2**32 - 1]
 NUMBERS = torch.tensor(SEED), torch.tensor(SAMPLES), LAYER, SIGMA, SHIFT
 
-needs_core = pytest.mark.skipif(not native.status().built, reason="the C++ core was not built")
+needs_core = pytest.mark.skipif(not core.status().built, reason="the C++ core was not built")
 
 
-@pytest.fixture(params=["numpy", *native.status().available])
+@pytest.fixture(params=["numpy", *core.status().available])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Each set of instructions in turn, and the operators as they are without the core."""
     if request.param == "numpy":
-        monkeypatch.setattr(native, "_core", None)
+        monkeypatch.setattr(core, "extension", None)
         yield request.param
         return
-    before = native.status().isa
-    native._core.select_isa(request.param)
+    before = core.status().isa
+    core.extension.select_isa(request.param)
     yield request.param
-    native._core.select_isa(before)
+    core.extension.select_isa(before)
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def chip_weight(weight: Tensor, sample: int, noise: dict[str, Any] = NOISE) -> Tensor:
     """By the definition, in the dtype of `weight`: elements count in the order (out, *kernel, in)."""
     out, channels, *kernel = weight.shape
-    flat = reference.lognormal(
+    flat = specification.lognormal(
         noise["seed"], noise["layer"], sample, weight.numel(), noise["sigma"], noise.get("shift", 0.0)
     )
     factor = torch.from_numpy(flat).view(out, *kernel, channels).movedim(-1, 1)
@@ -94,7 +95,7 @@ def layer_of(x: Tensor) -> Callable[..., Tensor]:
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None, samples: list[int], **geometry: Any) -> None:
     """In each dtype the layer, in training and without, is as near to the exact result as the dtype allows."""
-    for dtype in ops.DTYPES:
+    for dtype in DTYPES:
         tensors = [None if t is None else t.to(dtype) for t in (x, weight, bias)]
         wanted = by_torch(*tensors, samples, **geometry)
         if dtype == torch.float64:  # the same sums, perhaps in another order
@@ -173,7 +174,7 @@ def test_any_convolution(data: st.DataObject) -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", ops.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(10, 84), (1, 1), (7, 1, 5, 5), (6, 3, 3, 2), (5, 3, 7)])
 def test_noisy_weight(shape: tuple[int, ...], dtype: torch.dtype, isa: str) -> None:
     weight = normal(*shape).to(dtype)
@@ -229,7 +230,7 @@ def layers(dtype: torch.dtype) -> Iterator[tuple[Callable[..., Tensor], Tensor]]
     yield lambda x, samples: noisy_linear(x, matrix, samples=samples, **NOISE), normal(90, 70).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", ops.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_chip_is_the_same_in_any_company(dtype: torch.dtype, threads: Callable[[int], None]) -> None:
     chips = range(130, 145)
     for layer, x in layers(dtype):
@@ -264,7 +265,7 @@ def test_seeds_are_64_bits(seed: int) -> None:
     assert torch.equal(found, noisy_linear(torch.eye(5), weight, seed=bits, layer=0, sigma=0.5)[0].T)
 
 
-@pytest.mark.parametrize("dtype", ops.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_any_memory_order_will_do(dtype: torch.dtype) -> None:
     x, weight = normal(5, 4, 8, 9).to(dtype), normal(6, 4, 3, 3, seed=1).to(dtype)
     wide_x, wide_weight = normal(10, 4, 8, 18).to(dtype), normal(12, 8, 3, 3, seed=1).to(dtype)
@@ -385,7 +386,7 @@ def test_only_the_gradients_that_are_wanted() -> None:
 # ---- torch.library and torch.compile --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ops.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype: torch.dtype) -> None:
     for own in ((), (3,)):
         for tensors, geometry in operands(*own, dtype=dtype):
@@ -584,7 +585,7 @@ def right_or_refused(call: Callable[[], Tensor]) -> Tensor | None:
 
 
 numbers = st.integers(-2, 5) | st.sampled_from([2**31 - 1, 2**31, -(2**31), 2**32, 2**63 - 1, -(2**63)])
-dtypes = st.sampled_from([*ops.DTYPES, torch.float32, torch.float32, torch.float16, torch.int64])
+dtypes = st.sampled_from([*DTYPES, torch.float32, torch.float32, torch.float16, torch.int64])
 arrays = st.builds(lambda shape, dtype: torch.ones(shape, dtype=dtype), st.lists(st.integers(0, 4), max_size=6), dtypes)
 
 
@@ -648,15 +649,15 @@ def test_without_the_core_the_values_are_the_same(tmp_path: Path) -> None:
     code = """import sys
 sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]
 import torch
-from correctnet.noise import core as native
-from correctnet.engine import operators as ops
-assert not native.status().built
+from correctnet.crossbar import operators as ops
+from correctnet.noise import core
+assert not core.status().built
 y = ops.noisy_linear(torch.eye(3), torch.ones(2, 3), seed=1, layer=2, samples=[5], sigma=0.5)
 print(y[0].T.flatten().tolist())
 """
     keep = {name: value for name, value in os.environ.items() if name != "CORRECTNET_ISA"}
     done = subprocess.run([sys.executable, "-c", code], env=keep, cwd=tmp_path, capture_output=True, text=True)
-    assert str(reference.lognormal(1, 2, 5, 6, 0.5).tolist()) in done.stdout, done.stderr
+    assert str(specification.lognormal(1, 2, 5, 6, 0.5).tolist()) in done.stdout, done.stderr
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------
@@ -665,10 +666,10 @@ print(y[0].T.flatten().tolist())
 def test_numbers_on_a_device_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading one would wait for the device; tensors without memory show that nobody does."""
     seen = []
-    monkeypatch.setattr(cuda, "reaches", lambda device: True)
-    monkeypatch.setattr(cuda, "noisy_weight", lambda weight, *noise: seen.append(noise) or weight[None])
+    monkeypatch.setattr(gpu, "reaches", lambda device: True)
+    monkeypatch.setattr(gpu, "noisy_weight", lambda weight, *noise: seen.append(noise) or weight[None])
     monkeypatch.setattr(
-        cuda, "convolve", lambda x, weight, bias, *noise: seen.append(noise) or x.new_ones(1, 5, 4, 1, 1)
+        kernels, "convolve", lambda x, weight, bias, *noise: seen.append(noise) or x.new_ones(1, 5, 4, 1, 1)
     )
     seed, samples = torch.empty((), dtype=torch.int64, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
     x, weight = torch.ones(5, 3, requires_grad=True), torch.ones(4, 3, requires_grad=True)
@@ -676,9 +677,9 @@ def test_numbers_on_a_device_are_not_read(monkeypatch: pytest.MonkeyPatch) -> No
     ops._forward(*ops._linear_arguments(x, weight, None, seed, samples, 0, 0.5, 0.0))
     assert [noise[0] is seed and noise[1] is samples for noise in seen] == [True, True]
     for address in ((seed, 0, samples[0]), (2**64 - 1, 0, 2**32 - 1)):
-        native.noisy_weight(weight.detach().to("meta"), *address, 0.5)
+        draw.noisy_weight(weight.detach().to("meta"), *address, 0.5)
         assert [n.device.type for n in seen[-1][:2]] == ["meta", "meta"]
     with pytest.raises(ValueError, match="sample"):  # those at hand are checked
         ops._weights(weight.detach(), torch.tensor(0), torch.tensor([-1]), 0, 0.5, 0.0)
     with pytest.raises(ValueError, match="sample"):
-        native.noisy_weight(weight.detach().to("meta"), 0, 0, -1, 0.5)
+        draw.noisy_weight(weight.detach().to("meta"), 0, 0, -1, 0.5)

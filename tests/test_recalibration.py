@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from correctnet import precision as arithmetic
-from correctnet.crossbar.layers import convert, program, programmed
+from correctnet.crossbar.convert import convert, program, programmed
 from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.errors import UserError
 from correctnet.methods.recalibration import recalibrate

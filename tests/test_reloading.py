@@ -11,7 +11,11 @@ import pytest
 
 import correctnet
 
-MODULES = [m.name for m in pkgutil.iter_modules(correctnet.__path__) if not m.name.startswith("_")]
+MODULES = [
+    name.removeprefix("correctnet.")
+    for _, name, _ in pkgutil.walk_packages(correctnet.__path__, "correctnet.")
+    if not name.rpartition(".")[2].startswith("_")
+]
 
 WORK = """
 import importlib, pkgutil, sys, warnings
@@ -21,8 +25,8 @@ import correctnet
 from correctnet import LogNormalVariation, convert, errors, evaluate
 from correctnet.crossbar import layers as analog
 from correctnet.evaluation import montecarlo
-from correctnet.engine import operators as ops
-from correctnet.devices import lognormal as variation
+from correctnet.crossbar import operators as ops
+from correctnet import devices as variation
 
 modules = {n: importlib.import_module("correctnet." + n) for n in %r}
 torch.set_num_threads(1)
@@ -61,7 +65,7 @@ def work():
 
 @pytest.fixture(scope="module")
 def said() -> dict[str, str]:
-    """By module, "as before" or what else came of a reload; each is reloaded behind those before it."""
+    """By module, "as before" or what else came of a reload; each is reloaded after those before it."""
     code = (
         WORK % MODULES
         + f"""

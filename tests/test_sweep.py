@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from correctnet.crossbar.layers import convert, crossbar_layers
+from correctnet.crossbar.convert import convert
+from correctnet.crossbar.layers import crossbar_layers
 from correctnet.datasets.base import Split
 from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.errors import UserError

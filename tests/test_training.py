@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from correctnet.crossbar.layers import convert, program
+from correctnet.crossbar.convert import convert, program
 from correctnet.datasets.base import Split
 from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.errors import UserError

@@ -803,15 +803,14 @@ def info(model: Path | None) -> None:
 
     import torch
 
-    from correctnet import __version__
-    from correctnet.machine import available_cpus
+    from correctnet import __version__, machine
     from correctnet.noise import core as native
     from correctnet.noise import device as cuda
     from correctnet.pipeline.stages.evaluation import describe_engine
 
     status = native.status(check=False)
     click.echo(f"correctnet {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
-    click.echo(f"CPU: {native.cpu_name()}, {available_cpus()} usable")
+    click.echo(f"CPU: {machine.cpu_name()}, {machine.available_cpus()} usable")
     if status.built:
         missing = [isa for isa in status.compiled if isa not in status.available]
         click.echo(f"C++ core: compiled for {', '.join(status.compiled)}")
@@ -876,14 +875,15 @@ def bench(
 
     matplotlib.use("Agg")  # no window, no display
     from correctnet.bench import cpu as benchmark
+    from correctnet.bench import report
     from correctnet.machine import available_cpus, set_threads
 
     if json_file is not None:
         storage.check_writable(json_file)
     if plot is not None:
-        benchmark.check_plot(plot)
+        report.check_plot(plot)
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         click.echo(text, err=True)
 
     if device == "cuda":
@@ -891,35 +891,35 @@ def bench(
 
         if plot is not None or scaling:
             raise UserError("bench --device cuda: --plot and --scaling are for the CPU's measurements")
-        if unknown := [work for work in works if work not in bench_gpu.WORKS]:
+        if unknown := [work for work in works if work not in bench_gpu.WORKLOADS]:
             raise UserError(
-                f"bench --device cuda: {unknown[0]} is measured on the CPU (here: {', '.join(bench_gpu.WORKS)})"
+                f"bench --device cuda: {unknown[0]} is measured on the CPU (here: {', '.join(bench_gpu.WORKLOADS)})"
             )
         few = bool(works)
         measured = bench_gpu.measure(
-            works or tuple(bench_gpu.WORKS), training=not few, crossover=not few, rounds=rounds, seed=seed, say=say
+            works or tuple(bench_gpu.WORKLOADS), training=not few, crossover=not few, rounds=rounds, seed=seed, log=log
         )
         click.echo(bench_gpu.table(measured))
         if json_file is not None:
             storage.write_json(json_file, measured)
         return
-    if unknown := [work for work in works if work not in benchmark.WORKS and work != "noise"]:
+    if unknown := [work for work in works if work not in benchmark.WORKLOADS and work != "noise"]:
         raise UserError(f"bench: {unknown[0]} is measured on a GPU (--device cuda)")
     set_threads(threads or available_cpus())
     measured = benchmark.measure(
-        [work for name, work in benchmark.WORKS.items() if not works or name in works],
+        [work for name, work in benchmark.WORKLOADS.items() if not works or name in works],
         noise=not works or "noise" in works,
         scaling=scaling,
         rounds=rounds,
         full=full,
         seed=seed,
-        say=say,
+        log=log,
     )
-    click.echo(benchmark.table(measured))
+    click.echo(report.table(measured))
     if json_file is not None:
         storage.write_json(json_file, measured)
     if plot is not None:
-        benchmark.plot(measured, plot)
+        report.plot(measured, plot)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Which weights a forward pass really reads, and running a network without leaving a trace in it.
+"""Checks of which weights a forward pass reads, and forward passes without side effects on the network.
 
-Code can get at weights by other ways than a layer's forward: a closure over the network that was converted, a weight
-kept elsewhere, torch's fused kernels. `Probe` watches every operation of a forward pass for the tensors that it reads,
+Code can read weights in other ways than through a layer's forward: a closure over the network that was converted, a
+reference to a weight, torch's fused kernels. `Probe` observes the tensors that every operation of a forward pass reads,
 and so finds layers whose nominal weights are used, or whose weights on the chip are not.
 """
 
@@ -19,19 +19,20 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from correctnet.crossbar.layers import AnalogLayer, Chip, CoverageWarning, analog_layers, chip_of, programmed
-from correctnet.devices.lognormal import LogNormalVariation
+from correctnet.crossbar.convert import chip_of, programmed
+from correctnet.crossbar.layers import AnalogLayer, Chip, CoverageWarning, analog_layers
+from correctnet.devices.base import kernel_noise
 from correctnet.errors import UserError, one_line
 
-# Where a chip changes no weight by more than this fraction, its outputs may well round to the nominal ones.
+# Where a chip changes no weight by more than this fraction, its outputs may round to the nominal ones.
 VISIBLE = 1e-3
 
 
 @contextmanager
 def left_alone(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the length of a block; then the modes and random generators of before it.
+    """Use evaluation mode for the length of a block; restore modes and random generators after it.
 
-    Converted models are this thread's for that long: their modes are put back before another one notes them.
+    Other threads that enter such a block with the same converted models wait.
     """
     chips = {id(m.chip): m.chip for model in models for m in model.modules() if isinstance(m, AnalogLayer)}
     with ExitStack() as held:
@@ -43,9 +44,9 @@ def left_alone(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _left_alone(models: Iterable[nn.Module], chips: list[Chip]) -> Iterator[None]:
-    """`left_alone`, once the chips are this thread's."""
+    """Do what `left_alone` does, with the chips' locks held."""
     running = [(chip, chip.running) for chip in chips]
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002 (the caller's, whoever uses it)
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 (the caller's generator)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices), modes_kept(*models):
         for model in models:
@@ -63,7 +64,7 @@ def _left_alone(models: Iterable[nn.Module], chips: list[Chip]) -> Iterator[None
 
 @contextmanager
 def modes_kept(*models: nn.Module) -> Iterator[None]:
-    """Put the mode (`training`) of each module back as it was, also after an error."""
+    """Restore the mode (`training`) of each module after a block, also after an error."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         yield
@@ -73,18 +74,18 @@ def modes_kept(*models: nn.Module) -> Iterator[None]:
 
 
 def names_of(model: nn.Module) -> dict[int, str]:
-    """The layers' names, by identity."""
+    """Return the modules' names by identity."""
     return {id(module): name or "the network itself" for name, module in model.named_modules()}
 
 
 class Probe(TorchDispatchMode):
-    """Watches which weights the operations of a forward pass read.
+    """Observes which weights the operations of a forward pass read.
 
     Attributes:
         used: indices of the layers whose weights on the chip were read by an operation.
         changed: indices of the layers whose weights on the chip the forward pass changed in place.
-        leaked: by layer index, the operation that read its nominal weights, or those of a layer that it was copied
-            from, past the layer.
+        leaked: by layer index, the operation that bypassed the layer and read its nominal weights, or those of a layer
+            that it was copied from.
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[AnalogLayer]):
@@ -94,7 +95,7 @@ class Probe(TorchDispatchMode):
         self._drawing = 0
         self._chip: dict[int, int] = {}  # by address of the weights' storage, the layer's index
         self._drawn: list[tuple[int, Tensor, Tensor]] = []  # layer index, weights, and what they were
-        self._kept: list[Tensor] = []  # so that no other tensor comes to lie at such an address
+        self._kept: list[Tensor] = []  # so that no other tensor gets such an address
         self._nominal: dict[int, int] = {}
         for layer in layers:
             copies = [ref() for ref in layer._copied_from]
@@ -103,8 +104,8 @@ class Probe(TorchDispatchMode):
             for weight in (layer.nominal, *weights):
                 if weight is not None and (where := address(weight)) is not None:
                     self._nominal[where] = layer.layer_index
-                    self._kept.append(weight)  # derived weights are made anew in each forward pass
-        # A weight that a digital module shares is read by that one rightly.
+                    self._kept.append(weight)  # derived weights are recomputed in each forward pass
+        # A digital module that shares a weight may read it.
         varied = set(map(id, layers))
         for module in model.modules():
             if id(module) not in varied:
@@ -113,7 +114,7 @@ class Probe(TorchDispatchMode):
                         self._nominal.pop(address(tensor), None)
 
     def drawing(self, layer: AnalogLayer, draw: Callable[[], Tensor]) -> Tensor:
-        """See `correctnet.crossbar.layers.Watcher`: drawing reads the nominal weights, which is no leak."""
+        """See `correctnet.crossbar.layers.Watcher`: drawing reads the nominal weights, which is not a leak."""
         self._drawing += 1
         try:
             weight = draw()
@@ -140,14 +141,14 @@ class Probe(TorchDispatchMode):
 
 
 def address(tensor: Tensor) -> int | None:
-    """Where a tensor's values lie, as a number; None for a tensor without memory of its own."""
+    """Return the address of a tensor's storage; None for a tensor without memory of its own."""
     with suppress(RuntimeError, NotImplementedError):  # sparse and wrapped tensors have none
         return tensor.untyped_storage().data_ptr() or None
     return None
 
 
 def operands(args: Any, kwargs: Any) -> Iterator[int]:
-    """The addresses of the tensors among an operation's arguments."""
+    """Yield the addresses of the tensors among an operation's arguments."""
     for value in tree_leaves((args, kwargs)):
         if isinstance(value, Tensor) and (where := address(value)) is not None:
             yield where
@@ -168,6 +169,7 @@ class Reads(TorchDispatchMode):
 
 @contextmanager
 def watching(model: nn.Module, layers: list[AnalogLayer]) -> Iterator[Probe]:
+    """Observe the weights of `layers` in the forward passes of a block."""
     probe, chip = Probe(model, layers), chip_of(model)
     chip.watcher = probe
     try:
@@ -178,7 +180,7 @@ def watching(model: nn.Module, layers: list[AnalogLayer]) -> Iterator[Probe]:
 
 
 def run(model: nn.Module, images: Tensor, what: str = "evaluate") -> Any:
-    """The outputs of a forward pass on a copy of the images, which are the caller's.
+    """Return the outputs of a forward pass on a copy of the images.
 
     Raises UserError, in one line, where the network cannot run on them.
     """
@@ -186,7 +188,7 @@ def run(model: nn.Module, images: Tensor, what: str = "evaluate") -> Any:
         return model(images.clone())
     except UserError:
         raise
-    except Exception as error:  # whatever the network's own code raises
+    except Exception as error:  # the network's own code may raise anything
         kind = str(images.dtype).removeprefix("torch.")
         raise UserError(
             f"{what}: the network cannot run on images of shape {tuple(images.shape)} and type {kind}: "
@@ -199,24 +201,24 @@ def check_reached(model: nn.Module, images: Tensor, nominal: Any, samples: Itera
     """Check that variation reaches the layers that should carry it.
 
     Args:
-        model: from `correctnet.crossbar.layers.convert`, in evaluation mode.
+        model: from `correctnet.convert`, in evaluation mode.
         images: a few inputs.
-        nominal: what the network gives for them with nominal weights.
+        nominal: the network's outputs for them with nominal weights.
         samples: a few chips.
-        first_layer: layers of a smaller index stay nominal.
+        first_layer: layers of a smaller index keep their nominal weights.
 
     Warns:
-        CoverageWarning: layers that the network does not use when it is evaluated, or a network whose outputs do not
-            depend on its weights.
+        CoverageWarning: layers that the network does not use in evaluation mode, or outputs that do not depend on the
+            weights.
 
     Raises:
-        UserError: a device model that gives no weights, or others at each call, or changes the nominal ones; nominal
-            weights of a layer are used past the layer; a layer's weights are changed by the forward pass; no layer is
-            used, or the chips do not show in the outputs.
+        UserError: a device model returns no weights, different ones at each call, or changes the nominal ones; a
+            layer's nominal weights are read by other code; the forward pass changes a layer's weights; no layer is
+            used; or the chips do not affect the outputs.
     """
     names = names_of(model)
     layers = [layer for layer in analog_layers(model) if layer.layer_index >= first_layer]
-    if not layers:  # first_layer is behind the last one
+    if not layers:  # first_layer is after the last one
         return
     samples = list(samples)
     _check_device(layers, samples[0])
@@ -250,9 +252,9 @@ def check_reached(model: nn.Module, images: Tensor, nominal: Any, samples: Itera
 
 
 def _check_device(layers: Iterable[AnalogLayer], sample: int) -> None:
-    """Check that a user's own device model gives weights, the same ones at each call, and leaves the nominal ones."""
+    """Check that a user's device model returns weights, the same at each call, and does not change the nominal ones."""
     for layer in layers:
-        if type(layer.variation) is LogNormalVariation:
+        if kernel_noise(layer.variation) is not None:
             continue
         kept, found = layer.nominal.detach().clone(), []
         for _ in range(2):
@@ -281,7 +283,7 @@ def _device(layer: AnalogLayer) -> str:
 def _check_effect(
     model: nn.Module, layers: list[AnalogLayer], images: Tensor, nominal: Any, samples: list[int], first_layer: int
 ) -> None:
-    """Find out why a chip gives the nominal outputs: its weights are too, the network ignores them, or a fault."""
+    """Find out why a chip gives the nominal outputs: nominal weights, a network that ignores them, or a fault."""
     with programmed(model, samples[0], first_layer):
         if max(change(layer) for layer in layers) < VISIBLE:
             return
@@ -308,14 +310,14 @@ def _check_effect(
 
 
 def change(layer: AnalogLayer) -> float:
-    """The largest relative change of a weight on the present chip."""
+    """Return the largest relative change of a weight on the programmed chip."""
     nominal, weight = layer.nominal.detach(), layer.chip_weight().detach()
     change = ((weight - nominal).abs() / nominal.abs()).nan_to_num(0.0)
     return float(change.max()) if change.numel() else 0.0
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two outputs are equal, NaN being equal to NaN; tensors, or what holds them."""
+    """Return whether two outputs, tensors or containers of them, are equal; NaN equals NaN."""
     first, second = tree_leaves(_plain(a)), tree_leaves(_plain(b))
     return len(first) == len(second) and all(
         torch.equal(x, y) or (x.shape == y.shape and bool(((x == y) | ((x != x) & (y != y))).all()))
@@ -326,7 +328,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def _plain(output: Any) -> Any:
-    """An output whose tensors `tree_leaves` finds: those of objects with attributes as a dict."""
+    """Return an output as `tree_leaves` understands it: objects with attributes as a dict."""
     if isinstance(output, Tensor | list | tuple | dict):
         return output
     return dict(vars(output)) if hasattr(output, "__dict__") else output

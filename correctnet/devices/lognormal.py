@@ -1,42 +1,16 @@
-"""Device variation: what programming a crossbar does to the weights that are put into it.
-
-A *chip sample* is one draw of all weights of a network; it is addressed by (seed, sample), and the same address gives
-the same weights in any batch size, chunk, thread count or process, because the noise is a function of
-(seed, layer, sample, element) (`correctnet.noise.specification`) and not a stream. `correctnet.noise.streams` says which samples are
-for what.
-"""
+"""Lognormal variation of the weights, the device model of the paper."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from correctnet.noise import core as native
-from correctnet.noise import specification as reference
-
-
-class Variation(ABC):
-    """A device model: nominal weights to the weights that one chip sample carries."""
-
-    @abstractmethod
-    def sample(self, weight: Tensor, seed: int, layer: int, sample: int) -> Tensor:
-        """The weights of chip `sample`, a differentiable function of `weight` of the same shape, dtype and device.
-
-        Args:
-            weight: nominal weights, (out, in) or (out, in / groups, kh, kw).
-            seed: 64-bit seed of the whole simulation.
-            layer: index of the layer among all conv and linear layers of the network.
-            sample: number of the chip, in [0, 2^32).
-        """
-
-    @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """The settings and the moments that follow from them, for results files."""
+from correctnet.devices.base import KernelNoise, Variation
+from correctnet.noise import draw, specification
 
 
 @dataclass(frozen=True)
@@ -44,14 +18,15 @@ class LogNormalVariation(Variation):
     """w = w_nominal exp(theta + shift), theta ~ N(0, sigma^2) independent per weight: (1) and (2) of the paper.
 
     With `centre="median"` (the paper) shift is 0 and the *mean* weight is exp(sigma^2 / 2) times nominal, 1.133 at
-    sigma 0.5. With `centre="mean"` w is programmed as w exp(-sigma^2 / 2), so that E[w] is nominal.
+    sigma 0.5. With `centre="mean"` shift is -sigma^2 / 2, so that E[w] is nominal.
 
     Attributes:
         sigma: standard deviation of the logarithm of a weight (no unit), >= 0.
-        centre: what the nominal weight is of the distribution, "median" or "mean".
+        centre: which moment of its distribution the nominal weight is, "median" or "mean".
 
     Raises:
-        ValueError: sigma no number, negative, or so large that factors leave the range of float32; centre unknown.
+        ValueError: sigma is not a number >= 0, or so large that factors leave the range of float32; or centre is
+            unknown.
     """
 
     sigma: float = 0.5
@@ -66,11 +41,11 @@ class LogNormalVariation(Variation):
             raise ValueError(f"sigma must be a finite number >= 0, not {self.sigma!r}")
         if self.centre not in ("median", "mean"):
             raise ValueError(f"centre must be 'median' or 'mean', not {self.centre!r}")
-        reference.log2_scale(self.sigma, self.shift)
+        specification.log2_scale(self.sigma, self.shift)
 
     @property
     def shift(self) -> float:
-        """What is added to theta: 0, or -sigma^2 / 2 where the mean is kept."""
+        """Mean of the factor's logarithm: 0, or -sigma^2 / 2 with `centre="mean"`."""
         return 0.0 if self.centre == "median" else -(self.sigma**2) / 2
 
     @property
@@ -83,31 +58,33 @@ class LogNormalVariation(Variation):
         """Coefficient of variation, standard deviation / mean = sqrt(exp(sigma^2) - 1); 0.533 at sigma 0.5."""
         return math.sqrt(math.expm1(self.sigma**2))
 
-    def factor(self, weight: Tensor, seed: int, layer: int, sample: int) -> Tensor:
-        """exp(theta + shift) of each weight, float32, in the shape of `weight`.
+    @property
+    def kernel_noise(self) -> KernelNoise | None:
+        """See `Variation.kernel_noise`; None for subclasses that draw in another way."""
+        return KernelNoise(self.sigma, self.shift) if type(self).sample is __class__.sample else None
 
-        `element` counts in the order (out, kh, kw, in), whatever the memory order of `weight` is.
-        """
-        draws = native.lognormal(seed, layer, sample, weight.numel(), self.sigma, self.shift)
-        flat = draws.to(weight.device)
-        if weight.dim() != 4:
-            return flat.view(weight.shape)
-        out, inputs, kh, kw = weight.shape
-        return flat.view(out, kh, kw, inputs).permute(0, 3, 1, 2)
+    def factor_moments(self) -> tuple[float, float]:
+        """See `Variation.factor_moments`."""
+        deviation = math.sqrt(math.expm1(self.sigma**2) * math.exp(self.sigma**2)) * math.exp(self.shift)
+        return self.mean, deviation
+
+    @classmethod
+    def from_settings(cls, settings: Any) -> LogNormalVariation:
+        """See `Variation.from_settings`."""
+        return cls(sigma=settings.sigma, centre=settings.centre)
 
     def sample(self, weight: Tensor, seed: int, layer: int, sample: int) -> Tensor:
         """See `Variation.sample`. At sigma 0 the result is `weight` itself."""
         if self.sigma == 0:
             return weight
-        # Rounded once, from float32: weights in bfloat16 see the same chip as weights in float32.
-        if not (
-            weight.requires_grad and torch.is_grad_enabled()
-        ):  # also inside torch.vmap, which takes no such function
-            return native.noisy_weight(weight, seed, layer, sample, self.sigma, self.shift)
+        # Rounded once, from float32: weights in bfloat16 see the same chip as weights in float32. Without a gradient
+        # no autograd.Function is used, which torch.vmap would refuse.
+        if not (weight.requires_grad and torch.is_grad_enabled()):
+            return draw.noisy_weight(weight, seed, layer, sample, self.sigma, self.shift)
         return _Programmed.apply(weight, (seed, layer, sample, self.sigma, self.shift))
 
     def describe(self) -> dict[str, Any]:
-        """The four settings that say which "lognormal" this is, with the mean and coefficient of variation."""
+        """See `Variation.describe`: the settings, with the mean and coefficient of variation of w / w_nominal."""
         return {
             "model": "lognormal",
             "on": "weight",
@@ -120,18 +97,13 @@ class LogNormalVariation(Variation):
 
 
 class _Programmed(torch.autograd.Function):
-    """weight -> weight * factor(address). Its gradient is the factor, drawn again from the address, not stored."""
+    """weight -> weight * factor(address). Its gradient is the factor, which is drawn again instead of stored."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, address: tuple[Any, ...]) -> Tensor:
         ctx.address = address
-        return native.noisy_weight(weight, *address)
+        return draw.noisy_weight(weight, *address)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return native.noisy_weight(gradient, *ctx.address), None
-
-
-def make(settings: Any) -> Variation:
-    """The device model that the `variation` section of the settings asks for."""
-    return LogNormalVariation(sigma=settings.sigma, centre=settings.centre)
+        return draw.noisy_weight(gradient, *ctx.address), None

@@ -1,23 +1,23 @@
-"""Runs a converted network on many chip samples in the C++ core, or on a GPU.
+"""Evaluation of a converted network on many chip samples in the C++ core, or on a GPU.
 
 engine = Engine(analog, images[:2])
 engine.count_correct(images, labels, samples=range(250))
 print(engine.report)                # which layers were fused, and what runs through torch
 
-The network is traced with torch.fx and cut into *plans* (csrc/engine.h): sequences of operations that the core runs
-without Python in between, each convolution or linear layer fused with its bias, BatchNorm, ReLU (either order) and
-2 x 2 max-pool, and its weights made noisy while they are packed. What a plan cannot express runs through torch, chip
-by chip; `Report` names it. A plan holds a copy of the weights: an engine is for the model as it is when it is made.
+The network is traced with torch.fx and divided into *plans*: sequences of operations that the core runs without Python
+in between. Each convolution or linear layer is fused with its bias, BatchNorm, ReLU (either order) and 2 x 2 max-pool,
+and its weights become noisy while they are packed. Torch computes what a plan cannot express, chip by chip; `Report`
+lists it. An engine snapshots the weights; create a new one after changing the model.
 
-On a GPU the weights become noisy by one of three ways (`method`):
+On a GPU, `method` selects where the weights become noisy:
 
     fused         while a kernel loads them: nothing is stored, all chips in one launch
-    materialise   in memory, for some chips at a time, by the same kernels: the same bits in the outputs
-    library       in memory, chip by chip; then cuBLAS and cuDNN compute the layers, and torch all else
+    materialise   in memory, for some chips at a time, by the same kernels: outputs with the same bits
+    library       in memory, chip by chip; cuBLAS and cuDNN then compute the layers, and torch everything else
 
-The chips, that is the weights, are the same bits in all three. The outputs of "library" are not: sums are taken in
-another order, and in bfloat16 every layer's output is rounded before bias, BatchNorm and ReLU instead of behind them.
-What torch computes in float32 here is float32, whatever is set for TF32 outside.
+The weights of the chips have the same bits with all three. The outputs of "library" differ in rounding: it sums in
+another order, and in bfloat16 rounds every layer's output before bias, BatchNorm and ReLU instead of after them.
+Float32 computed by torch in an engine never uses TF32, whatever torch's settings are.
 """
 
 from __future__ import annotations
@@ -25,93 +25,55 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from correctnet.crossbar.layers import AnalogLayer, analog_layers, chip_of, programmed
+from correctnet.crossbar.convert import chip_of, programmed
+from correctnet.crossbar.layers import AnalogLayer, analog_layers
 from correctnet.crossbar.probe import left_alone, run
-from correctnet.devices.lognormal import LogNormalVariation
+from correctnet.devices.base import kernel_noise
 from correctnet.engine.lowering import METHODS, Lowering, Method, PlanStep, TorchStep
+from correctnet.engine.report import Report, report_of
 from correctnet.engine.trace import Unsupported, call, in_place, trace
 from correctnet.errors import UserError
-from correctnet.noise import device as cuda
-from correctnet.precision import Precision
+from correctnet.noise import device as gpu
+from correctnet.precision import Precision, full_float32
 
-BLOCK = 1024  # images that a plan holds at a time, at most: enough that drawing a chip's weights does not count
+BLOCK = 1024  # images that a plan takes at a time, at most; enough to make the time of drawing weights negligible
 GPU_BLOCK = 1 << 14  # the same on a GPU
 LANES = 16  # images of one vector in the core
 MEMORY = 2 << 30  # bytes
-# Of the largest output; a wrongly translated network is off by a hundred times as much.
+# Relative to the largest output; the error of a wrongly lowered network is a hundred times as large.
 CHECK_TOLERANCE = 1e-3
-# As often as torch's own error in float32 the core's may be as large, where a network magnifies rounding.
+# The core's error may be this multiple of torch's own error in float32, for networks that amplify rounding.
 ILL_CONDITIONED = 10
 
 
-@dataclass(frozen=True)
-class Report:
-    """What of a network the core runs.
-
-    Attributes:
-        fused: the analog layers that run in the core.
-        unfused: the analog layers that run through torch, their weights made once a chip.
-        torch: every operation that runs through torch, as "name (what it is)".
-        plans: how many pieces the core runs.
-        reason: why nothing runs in the core, in one line, or None.
-        unused: the analog layers that the network does not use when it is evaluated.
-        library: whether nothing is to run in the core but the noise (`Engine`'s method "library").
-    """
-
-    fused: tuple[str, ...] = ()
-    unfused: tuple[str, ...] = ()
-    torch: tuple[str, ...] = ()
-    plans: int = 0
-    reason: str | None = None
-    library: bool = False
-    unused: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        if self.library:
-            return f"{len(self.unfused)} analog layers: their weights by the CUDA kernels, the rest by cuBLAS and cuDNN"
-        if self.reason:
-            return f"everything runs through torch: {self.reason}"
-        total = len(self.fused) + len(self.unfused)
-        parts = [f"{len(self.fused)} of {total} analog layers fused, in {self.plans} piece{'s' * (self.plans != 1)}"]
-        if self.unfused:
-            parts.append(f"unfused: {', '.join(self.unfused)}")
-        if self.torch:
-            parts.append(f"through torch: {', '.join(self.torch)}")
-        if self.unused:
-            parts.append(f"not used: {', '.join(self.unused)}")
-        return "; ".join(parts)
-
-
 class Engine:
-    """A network on many chip samples.
+    """Evaluates a network on many chip samples.
 
     Args:
-        model: from `correctnet.crossbar.layers.convert`. The engine computes what it computes in evaluation mode; it is left
-            as it is, and shares its tensors.
-        example: inputs like those to come, (at least 1, C, H, W) or (at least 1, features).
-        first_layer: layers of a smaller index stay nominal.
+        model: from `correctnet.convert`. The engine computes its outputs in evaluation mode, leaves it unchanged and
+            shares its tensors.
+        example: inputs with the shape of those to evaluate, (N >= 1, C, H, W) or (N >= 1, features).
+        first_layer: layers of a smaller index keep their nominal weights.
         precision: "float32", or "bfloat16" for weights and activations (sums are float32).
-        memory: bytes that a run may take beside the images, about.
-        sample: the chip on which the core is compared with torch, where none is programmed.
-        method: how a GPU gets at noisy weights, see above; "auto" is "fused", until another one was measured to be
-            faster. Of no meaning on a CPU.
+        memory: bytes that a run may take besides the images, about.
+        method: where weights become noisy on a GPU, see above; "auto" is "fused". Ignored on a CPU.
+        sample: the chip on which the core is compared with torch, unless one is programmed.
 
     Attributes:
         report: what runs in the core.
-        whole: whether that is all of the network, in one piece.
+        whole: whether one plan computes the whole network.
         on_gpu: whether the CUDA kernels are used.
-        library: whether they make the weights alone.
+        library: whether they only draw the weights (method "library").
 
     Raises:
-        Unsupported: the core can run nothing of the network, or not as torch does; `describe` gives a `Report` with the
-            `reason` instead.
+        Unsupported: the core can run nothing of the network, or its outputs differ from torch's. `describe` returns a
+            `Report` with the `reason` instead.
     """
 
     def __init__(
@@ -130,9 +92,9 @@ class Engine:
         self._model, self._first_layer, self._memory = model, first_layer, memory
         self._chip = chip_of(model)
         graph = Lowering(trace(model, example))
-        self.on_gpu = cuda.reaches(graph.device)
+        self.on_gpu = gpu.reaches(graph.device)
         self.library = self.on_gpu and method == "library"
-        # "auto" never is "library": which chips are counted right shall not depend on what else there is to do.
+        # "auto" never picks "library": it rounds differently, and results must not depend on the workload.
         way = method if self.on_gpu and method != "auto" else "fused"
         self._steps = graph.steps(first_layer, precision, way)
         self._output = graph.output
@@ -142,17 +104,20 @@ class Engine:
         self._dead = _last_uses(self._steps, graph.output)
         self._layers = {s.node: graph.varied(s.node, first_layer) for s in self._steps} if self.library else {}
         self._nominal = {m: _nominal(m, precision) for own in self._layers.values() for m in own.values()}
-        self.report = _report(graph, self._steps, self.library)
+        self.report = report_of(graph, self._steps, self.library)
         self._whole = self._steps[0] if len(self._steps) == 1 and isinstance(self._steps[0], PlanStep) else None
         self.whole = self._whole is not None
         self._torch_cost = [(s.sampled, *graph.cost(s.node)) for s in self._steps] if self.library else []
         self._live = _live_bytes(self._steps, self._dead, graph.input, precision) if self.library else 0
-        self._check(graph, example, sample if self._chip.sample is None else self._chip.sample)
+        present = self._chip.sample
+        if present is not None:
+            sample = present[0] if isinstance(present, tuple) else present
+        self._check(graph, example, sample)
 
     def _check(self, graph: Lowering, example: Tensor, sample: int) -> None:
-        """Compare with torch on one chip: a network that was misread must never give an accuracy.
+        """Compare with torch on one chip, so that a wrongly lowered network never gives an accuracy.
 
-        Raises Unsupported, with the reason, where they differ: torch's outputs are those that count.
+        Raises Unsupported where the outputs differ; torch's are correct by definition.
         """
         images = example[:LANES]
         steps, precision = self._steps, self._precision
@@ -192,14 +157,14 @@ class Engine:
 
     @torch.no_grad()
     def _by_torch(self, model: nn.Module, images: Tensor, sample: int, passes: int = 1) -> Tensor:
-        """What torch computes for the network on a chip, in the last of several passes."""
+        """Return torch's outputs of the network on a chip, of the last of several passes."""
         with left_alone(model), programmed(model, sample, self._first_layer), full_float32(self._device):
-            for _ in range(passes):  # each begins with the random numbers that the one before has left
+            for _ in range(passes):  # each continues the random numbers of the one before
                 outputs = run(model, images, "engine")
             return outputs
 
     def _in_float64(self, images: Tensor, sample: int) -> Tensor | None:
-        """The same in float64, with the same weights on the chip; None where the network's code takes float32 alone."""
+        """Return `_by_torch` in float64 with the same weights; None where the network's code requires float32."""
         try:
             return self._by_torch(copy.deepcopy(self._model).double(), images.double(), sample)
         except UserError:
@@ -207,7 +172,7 @@ class Engine:
 
     @torch.no_grad()
     def outputs(self, images: Tensor, samples: Sequence[int]) -> Tensor:
-        """The network's outputs on each chip, (samples, N, ...), float32."""
+        """Return the network's outputs on each chip, (S, N, ...), float32."""
         _check_samples(samples)
         if len(images) == 0:
             raise UserError("engine: no images")
@@ -220,14 +185,14 @@ class Engine:
 
     @torch.no_grad()
     def count_correct(self, images: Tensor, labels: Tensor, samples: Sequence[int]) -> list[int]:
-        """On how many of `images` the largest output is the label's, for each chip; images (N, ...), labels (N,)."""
+        """Count for each chip the images (N, ...) whose largest output is that of the label, labels (N,)."""
         return self.count(images, labels, samples)[0]
 
     @torch.no_grad()
     def count(self, images: Tensor, labels: Tensor, samples: Sequence[int]) -> tuple[list[int], list[int]]:
-        """For each chip, on how many of `images` the largest output is the label's, and on how many one is not finite.
+        """Count for each chip the correctly classified images, and those with an output that is not finite.
 
-        An image with a NaN among its outputs is not counted as correct. images (N, ...), labels (N,).
+        An image with a NaN among its outputs is not correct. images (N, ...), labels (N,).
         """
         _check_samples(samples)
         if len(images) == 0 or len(images) != len(labels):
@@ -239,16 +204,16 @@ class Engine:
             if self._whole:
                 counts = self._whole.count(x, y, self._chip.seed, samples, self._memory)
             else:
-                # Read in one go: each look at a GPU waits for it.
+                # Read at once: each read waits for the GPU.
                 counts = torch.stack([classified(o, y) for o in self._run(x, samples)], dim=1).tolist()
             found = [[a + int(b) for a, b in zip(*pair, strict=True)] for pair in zip(found, counts, strict=True)]
         return found[0], found[1]
 
     def block(self, images: int, samples: int) -> int:
-        """How many images to take at a time: equal parts that fit the memory, of at most 1,024 on a CPU.
+        """Return how many images to take at a time: equal parts that fit the memory, at most 1,024 on a CPU.
 
         Raises:
-            UserError: a single vector of images takes more than the memory.
+            UserError: the smallest block of images takes more than the memory.
         """
         size = min(GPU_BLOCK if self.on_gpu else BLOCK, _up(images, LANES))
         while True:
@@ -266,13 +231,13 @@ class Engine:
         return min(size, _up(math.ceil(images / blocks), 4 * LANES if size >= 4 * LANES else LANES))
 
     def _run(self, images: Tensor, samples: Sequence[int]) -> Iterable[Tensor]:
-        """The outputs of one chip after the other. What is the same on all chips is computed once."""
+        """Yield the outputs of each chip. Values that are the same on all chips are computed once."""
         if self._whole:
-            # Bit by bit what several plans would give, and all chips in one call.
+            # The bits that several plans would give, with all chips in one call.
             yield from self._steps[0].run(images, self._chip.seed, samples, self._memory)
             return
         if self.library and self._precision == "bfloat16" and images.dim() == 4:
-            images = images.contiguous(memory_format=torch.channels_last)  # as cuDNN's bfloat16 kernels take them
+            images = images.contiguous(memory_format=torch.channels_last)  # the order of cuDNN's bfloat16 kernels
         shared: dict[fx.Node, Any] = {self._input: images.clone()}  # the network may change its input in place
         with programmed(self._model, None), self._arithmetic():
             for step in self._steps:
@@ -280,7 +245,7 @@ class Engine:
                     shared[step.node] = self._step(step, shared, 0, {})
         numbers = self._numbers(samples) if self.library else None
         for i, sample in enumerate(samples):
-            # A library's layers get their weights from here, so that none of theirs is programmed.
+            # With "library" the layers receive their weights from here, so no chip is programmed.
             chip = None if self.library else sample
             with programmed(self._model, chip, self._first_layer), self._arithmetic():
                 weights = self._weights(*numbers, i, sample) if numbers else {}
@@ -288,12 +253,12 @@ class Engine:
             yield output.float() if self.library else output
 
     def _on_chip(self, values: dict[fx.Node, Any], sample: int, weights: dict[AnalogLayer, Tensor]) -> Any:
-        """The output on one chip, given the values that are the same on all."""
+        """Return the output on one chip, given the values that are the same on all."""
         for step in self._steps:
             if not step.sampled:
                 continue
             if not isinstance(step, PlanStep) and in_place(self._root, step.node):
-                for n in step.node.all_input_nodes:  # the next chip wants it as it is
+                for n in step.node.all_input_nodes:  # unchanged for the next chip
                     values[n] = values[n].clone() if isinstance(values[n], Tensor) else values[n]
             values[step.node] = self._step(step, values, sample, weights)
             for n in self._dead[step.node]:
@@ -311,7 +276,7 @@ class Engine:
 
     @contextmanager
     def _arithmetic(self) -> Iterator[None]:
-        """That of torch's products: float32 is not TF32, and bfloat16 is where a library is to compute."""
+        """Set the arithmetic of torch's products: no TF32, and autocast where a library computes in bfloat16."""
         with ExitStack() as stack:
             stack.enter_context(full_float32(self._device))
             if self.library:
@@ -320,44 +285,49 @@ class Engine:
             yield
 
     def _numbers(self, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Seed and chips as the noise's kernel reads them: on the device, brought there once for all layers."""
-        return cuda.on_device(self._chip.seed, self._device), cuda.on_device(samples, self._device).to(torch.uint32)
+        """Copy seed and chips to the device for the noise's kernel, once for all layers."""
+        return gpu.on_device(self._chip.seed, self._device), gpu.on_device(samples, self._device).to(torch.uint32)
 
     def _weights(self, seed: Tensor, chips: Tensor, i: int, sample: int) -> dict[AnalogLayer, Tensor]:
-        """The noisy weights of chip number `i` of those, in the precision that is asked for."""
+        """Draw the noisy weights of the `i`-th of the chips, `sample`, in the engine's precision."""
         dtype, found = torch.bfloat16 if self._precision == "bfloat16" else torch.float32, {}
         for layer, weight in self._nominal.items():
-            variation, index = layer.variation, layer.layer_index
-            if type(variation) is LogNormalVariation:
-                noise = seed, chips[i : i + 1], index, variation.sigma, variation.shift
-                found[layer] = cuda.noisy_weight(weight, *noise, dtype=dtype)[0]
+            noise = kernel_noise(layer.variation)
+            if noise is None:
+                found[layer] = layer.variation.sample(weight, self._chip.seed, layer.layer_index, sample)
             else:
-                found[layer] = variation.sample(weight, self._chip.seed, index, sample)
+                address = seed, chips[i : i + 1], layer.layer_index
+                found[layer] = gpu.noisy_weight(weight, *address, *noise, dtype=dtype)[0]
         return found
 
     @property
     def cost(self) -> tuple[float, float, int]:
-        """(FLOP an image once, FLOP an image on every chip, noisy weights of a chip) of what the core runs, or a
-        library in its place, which does not skip what padding multiplies."""
+        """(FLOP an image once, FLOP an image a chip, noisy weights a chip) of what the core or a library runs.
+
+        Unlike the core, a library also multiplies by padding.
+        """
         costs = [s.plan.cost() for s in self._steps if isinstance(s, PlanStep)]
         costs += [(0.0, flop, weights) if sampled else (flop, 0.0, 0) for sampled, flop, weights in self._torch_cost]
         return sum(c[0] for c in costs), sum(c[1] for c in costs), sum(c[2] for c in costs)
 
 
 def _kinds(outputs: Tensor) -> Tensor:
-    """What each output is: 0 finite, 1 NaN, 2 and 3 an infinity."""
+    """Classify each output: 0 finite, 1 NaN, 2 and 3 the infinities."""
     return outputs.isnan().int() + 2 * outputs.isposinf().int() + 3 * outputs.isneginf().int()
 
 
 def classified(outputs: Tensor, labels: Tensor) -> Tensor:
-    """(2,) int64: on how many images the first largest output is the label's and none is NaN; how many have one that
-    is not finite. outputs (N, classes), labels (N,)."""
+    """Count the correctly classified images, and those with an output that is not finite, as (2,) int64.
+
+    An image is correct if its first largest output is that of the label and none is NaN. outputs (N, classes),
+    labels (N,).
+    """
     correct = (outputs.argmax(1) == labels) & ~outputs.isnan().any(1)
     return torch.stack([correct.sum(), (~outputs.isfinite()).any(1).sum()])
 
 
 def describe(model: nn.Module, example: Tensor, first_layer: int = 0) -> Report:
-    """What of a converted network the core would run; a network that it cannot run at all has a `reason`."""
+    """Report which parts of a converted network the core would run, or the `reason` why it runs nothing."""
     try:
         return Engine(model, example, first_layer).report
     except Unsupported as error:
@@ -366,40 +336,9 @@ def describe(model: nn.Module, example: Tensor, first_layer: int = 0) -> Report:
 
 
 def check_method(method: str) -> None:
-    """Raises UserError where there is no such method."""
+    """Check the name of a method. Raises UserError where there is no such method."""
     if method not in METHODS:
         raise UserError(f"engine: method must be one of {', '.join(METHODS)}, not {method!r}")
-
-
-@contextmanager
-def full_float32(device: torch.device) -> Iterator[None]:
-    """Torch without TF32, whose products have ten bits and which cuDNN takes unless it is told not to."""
-    if device.type != "cuda":
-        yield
-        return
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [*_turn_tf32_off(matmul, matmul), *_turn_tf32_off(cudnn, getattr(cudnn, "conv", None))]
-    try:
-        yield
-    finally:
-        for where, name, value in reversed(before):
-            setattr(where, name, value)
-
-
-def _turn_tf32_off(old: Any, new: Any) -> list[tuple[Any, str, Any]]:
-    """What was changed for it: where, the switch's name, and what it said.
-
-    Torch has two generations of switches. To read the old one is an error where a user has set the new one alone; and
-    it does not reach what the new one says of all of torch.
-    """
-    before = []
-    with suppress(RuntimeError):
-        before.append((old, "allow_tf32", old.allow_tf32))
-        old.allow_tf32 = False
-    if getattr(new, "fp32_precision", None) == "tf32":
-        before.append((new, "fp32_precision", "tf32"))
-        new.fp32_precision = "ieee"
-    return before
 
 
 def _check_samples(samples: Sequence[int]) -> None:
@@ -415,14 +354,14 @@ def _up(n: int, multiple: int) -> int:
 
 
 def _nominal(layer: AnalogLayer, precision: Precision) -> Tensor:
-    """A layer's weights as the noise's kernel reads them and a library wants them: in bfloat16 channels_last."""
+    """Return a layer's weights in the order that a library prefers: channels_last in bfloat16."""
     weight = layer.nominal.detach().float()
     last = weight.dim() == 4 and precision == "bfloat16"
     return weight.contiguous(memory_format=torch.channels_last) if last else weight.contiguous()
 
 
 def _last_uses(steps: list[TorchStep], output: fx.Node) -> dict[fx.Node, list[fx.Node]]:
-    """By each step's node, the values that no later step reads: they need not be kept."""
+    """Return, by each step's node, the values that no later step reads."""
     dead: dict[fx.Node, list[fx.Node]] = {s.node: [] for s in steps}
     seen = {output}
     for step in reversed(steps):
@@ -435,10 +374,10 @@ def _last_uses(steps: list[TorchStep], output: fx.Node) -> dict[fx.Node, list[fx
 def _live_bytes(
     steps: list[TorchStep], dead: dict[fx.Node, list[fx.Node]], source: fx.Node, precision: Precision
 ) -> int:
-    """Bytes an image that torch's values of one chip take at once, at most; what a library takes for itself is unknown.
+    """Return the most bytes an image that torch's values of one chip take at once, without a library's workspace.
 
-    The values that all chips share stay; an operation's input in the library's precision counts beside the one in its
-    own, as autocast makes it.
+    Values shared by all chips are always counted; an operation's input is counted again for the copy that autocast
+    makes.
     """
 
     def size(node: fx.Node) -> int:
@@ -452,24 +391,3 @@ def _live_bytes(
         most = max(most, live + max((size(n) for n in step.node.all_input_nodes), default=0))
         live -= sum(size(n) for n in dead[step.node] if n in sampled)
     return most
-
-
-def _report(graph: Lowering, steps: list[TorchStep], library: bool) -> Report:
-    fused = {name for s in steps if isinstance(s, PlanStep) for name in s.layers}
-    analog = {n: m for n, m in graph.root.named_modules() if isinstance(m, AnalogLayer)}
-    names = sorted(analog, key=lambda n: analog[n].layer_index)
-    through = [s.node for s in steps if not isinstance(s, PlanStep) and "tensor_meta" in s.node.meta]
-    return Report(
-        fused=tuple(n for n in names if n in fused),
-        unfused=tuple(n for n in names if n not in fused),
-        torch=tuple(f"{n.name} ({_what(graph.root, n)})" for n in through),
-        plans=sum(isinstance(s, PlanStep) for s in steps),
-        library=library,
-        unused=graph.unused,
-    )
-
-
-def _what(root: nn.Module, node: fx.Node) -> str:
-    if node.op == "call_module":
-        return type(root.get_submodule(node.target)).__name__
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))

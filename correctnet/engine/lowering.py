@@ -1,7 +1,7 @@
-"""From a traced network to plans, the pieces that the C++ core runs (csrc/engine.h).
+"""Lowering of a traced network to plans, the pieces that the C++ core runs.
 
-A plan computes one value from one other. Inside, each convolution or linear layer takes what follows it along in one
-pass: bias, BatchNorm and ReLU in either order, a 2 x 2 max-pool. Values that no plan can compute are torch's.
+A plan computes one value from one other. Each convolution or linear layer is fused with what follows it: bias,
+BatchNorm and ReLU in either order, a 2 x 2 max-pool. Torch computes the values that no plan can.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from correctnet.crossbar.layers import AnalogLayer, nominal_weight
-from correctnet.devices.lognormal import LogNormalVariation
+from correctnet.devices.base import kernel_noise
+from correctnet.engine import cuda
 from correctnet.engine.trace import Op, Traced, changed_by, op_of, shape_of
-from correctnet.noise import device as cuda
+from correctnet.noise import core
+from correctnet.noise import device as gpu
 from correctnet.precision import Precision
 from correctnet.reloading import survives_reload
 
@@ -29,7 +31,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 @survives_reload
 @dataclass(frozen=True)
 class TorchStep:
-    """One value that is computed, by torch."""
+    """A value that torch computes; `sampled` says whether it differs from chip to chip."""
 
     node: fx.Node
     sampled: bool
@@ -38,18 +40,26 @@ class TorchStep:
 @survives_reload
 @dataclass(frozen=True)
 class PlanStep(TorchStep):
-    """One value that the core computes from one other."""
+    """A value that the core computes from one other.
+
+    Attributes:
+        source: the node of that other value.
+        plan: the plan, a `correctnet._native.Plan`.
+        shape: of the value, without the batch.
+        layers: names of the layers in the plan.
+        gpu: the plan on the device, where the network is on one.
+    """
 
     source: fx.Node
     plan: Any
     shape: tuple[int, ...]
     layers: tuple[str, ...] = ()
-    gpu: cuda.Plan | None = None  # the plan on the device, where the network is on one
+    gpu: cuda.Plan | None = None
 
     def run(self, x: Tensor, seed: int, samples: Sequence[int], memory: int) -> Tensor:
-        """The value for inputs x (N, ...) on each chip, (samples, N, *shape), float32, on the device of x.
+        """Compute the value for inputs x (N, ...) on each chip, (samples, N, *shape), float32, on the device of x.
 
-        `memory`: bytes to take beside it, about, on a GPU; on the CPU see `bytes`.
+        `memory` limits the bytes of workspace on a GPU; on the CPU see `bytes`.
         """
         if self.gpu:
             out = self.gpu.outputs(_images(x), seed, samples, memory)
@@ -60,16 +70,16 @@ class PlanStep(TorchStep):
         return out.view(len(samples), len(x), *self.shape)
 
     def count_correct(self, x: Tensor, labels: Tensor, seed: int, samples: Sequence[int], memory: int) -> list[int]:
-        """For each chip, how many of x (N, ...) are classified correctly: the first of `count`."""
+        """Return the first result of `count`."""
         return self.count(x, labels, seed, samples, memory)[0]
 
     def count(
         self, x: Tensor, labels: Tensor, seed: int, samples: Sequence[int], memory: int
     ) -> tuple[list[int], list[int]]:
-        """For each chip, on how many of x (N, ...) the value is right, and on how many it is not finite; labels (N,).
+        """Count for each chip the inputs x (N, ...) with a correct value, and those with a value that is not finite.
 
-        Right is a value of which no element is NaN and the first largest one is at the label's place. Not finite is one
-        of which an element is NaN or infinite.
+        A value is correct if no element is NaN and the first largest is at the index of the label, labels (N,). It is
+        not finite if an element is NaN or infinite.
         """
         if self.gpu:
             correct, nonfinite = self.gpu.count(_images(x), labels, seed, samples, memory).tolist()
@@ -82,7 +92,7 @@ class PlanStep(TorchStep):
         return correct.tolist(), nonfinite.tolist()
 
     def bytes(self, images: int, samples: int) -> int:
-        """That a run takes beside the images; on a GPU for a few chips at once, which is the least that pays."""
+        """Return the bytes that a run takes besides the images; on a GPU, with at most four chips at once."""
         if self.gpu:
             return self.gpu.workspace(images, min(samples, 4))
         return self.plan.bytes(images, samples, threads=torch.get_num_threads())
@@ -95,7 +105,7 @@ def _images(x: Tensor) -> Tensor:
 
 @dataclass
 class _Function:
-    """relu and affine maps behind an operation, as far as a plan takes them in one: see Pointwise in engine.h."""
+    """ReLU and affine maps after an operation that a plan fuses with it (`_native.Pointwise`)."""
 
     channels: int
     scale: np.ndarray | float = 1.0
@@ -104,9 +114,9 @@ class _Function:
     after_scale: np.ndarray | None = None
     after_shift: np.ndarray | None = None
 
-    @np.errstate(invalid="ignore", over="ignore")  # what is not finite shall reach the outputs
+    @np.errstate(invalid="ignore", over="ignore")  # infinities and NaN must reach the outputs
     def absorb(self, op: Op) -> bool:
-        """Put `op` behind, if that can be done."""
+        """Append `op` if it can be fused; return whether it was."""
         if op.kind == "same":
             return True
         if op.kind == "relu":
@@ -126,37 +136,36 @@ class _Function:
         return True
 
     def identity(self, op: Op) -> bool:
-        """Whether `op` with what was put behind it does nothing at all."""
+        """Return whether `op` with what was appended to it is the identity."""
         return op.kind == "same" and not self.relu and isinstance(self.scale, float)
 
     @np.errstate(invalid="ignore", over="ignore")
     def pointwise(self) -> Any:
-        """As the core takes it."""
-        from correctnet import _native
+        """Return the maps as the core's `Pointwise`."""
 
         def array(values: np.ndarray | float | None) -> np.ndarray | None:
             return None if values is None else np.broadcast_to(values, self.channels).astype(np.float32)
 
         after = array(self.after_scale), array(self.after_shift)
-        return _native.Pointwise(
+        return core.extension.Pointwise(
             scale=array(self.scale), shift=array(self.shift), relu=self.relu, after_scale=after[0], after_shift=after[1]
         )
 
 
 class Lowering:
-    """Which values of a traced network plans compute, and those plans."""
+    """Decides which values of a traced network are computed by plans, and makes those plans."""
 
     def __init__(self, traced: Traced):
         self.root, self.input, self.output = traced.root, traced.input, traced.output
         self.unused = traced.unused
         self.device = next(self.root.parameters()).device
         self.ops: dict[fx.Node, Op] = {}
-        self.sources: dict[fx.Node, fx.Node] = {}  # of a plan's value, the one value that the plan begins with
-        # By the step that does it, the value that it changes in place.
+        self.sources: dict[fx.Node, fx.Node] = {}  # by a plan's value, the one value that the plan reads
+        # By step, the value that it changes in place.
         self.changed = {n: value for n in self.root.graph.nodes if (value := changed_by(self.root, n))}
         for node in self.root.graph.nodes:
             op = op_of(self.root, node)
-            # A plan has one input. Where two values meet that torch made, or that it changes in place, torch goes on.
+            # A plan has one input: an operation on two values that torch computes, or changes in place, is torch's.
             sources = {n if n in self.changed.values() else self.sources.get(n, n) for n in op.inputs} if op else set()
             if len(sources) == 1 and _rank_fits(source := sources.pop()):
                 self.ops[node], self.sources[node] = op, source
@@ -164,7 +173,7 @@ class Lowering:
     def steps(
         self, first_layer: int, precision: Precision, method: cuda.Method | Literal["library"] = "fused"
     ) -> list[TorchStep]:
-        """What computes the output, in order; `method` is of CUDA plans, "library" asks for none."""
+        """Return the steps that compute the output, in order; method "library" uses no plans."""
         planned = {n for n in self.root.graph.nodes if method != "library" and self._planned(n)}
         needed: set[fx.Node] = set()
         waiting = [self.output, *self.changed]
@@ -184,9 +193,9 @@ class Lowering:
         ]
 
     def varied(self, node: fx.Node, first_layer: int) -> dict[str, AnalogLayer]:
-        """By name within the module that a step calls, its layers whose weights differ from chip to chip.
+        """Return, by name within the module that a step calls, its layers whose weights differ from chip to chip.
 
-        A step that reads a layer's weight without calling it has that layer, without a name.
+        For a step that reads a layer's weight without calling it, that layer under the name "".
         """
         if node.op == "get_attr":
             owner, _, name = node.target.rpartition(".")
@@ -197,7 +206,7 @@ class Lowering:
         return {n: m for n, m in self.root.get_submodule(node.target).named_modules() if _noise(m, first_layer)}
 
     def cost(self, node: fx.Node) -> tuple[float, int]:
-        """(FLOP an image, weights) of a step that is one convolution or linear layer; else zeros."""
+        """Return (FLOP an image, weights) of a step that is one convolution or linear layer, otherwise zeros."""
         module = self.root.get_submodule(node.target) if node.op == "call_module" else None
         if not isinstance(module, (nn.Conv2d, nn.Linear)) or not shape_of(node):
             return 0.0, 0
@@ -206,11 +215,11 @@ class Lowering:
         return 2.0 * weight.numel() * pixels, weight.numel()
 
     def _planned(self, node: fx.Node) -> bool:
-        """Whether a plan is to compute the value: where no layer is in it, torch is as fast."""
+        """Return whether a plan computes the value; without a layer in the plan torch is as fast."""
         return node in self.ops and any(self.ops[n].kind in ("conv", "linear") for n in self._region(node))
 
     def _sampled(self, first_layer: int) -> set[fx.Node]:
-        """The nodes whose values differ from chip to chip."""
+        """Return the nodes whose values differ from chip to chip."""
         sampled: set[fx.Node] = set()
         for node in self.root.graph.nodes:
             if self.varied(node, first_layer) or any(n in sampled for n in node.all_input_nodes):
@@ -220,13 +229,11 @@ class Lowering:
     def _plan(
         self, target: fx.Node, first_layer: int, precision: Precision, sampled: bool, method: cuda.Method
     ) -> PlanStep:
-        from correctnet import _native
-
         source = self.sources[target]
         region = self._region(target)
         readers = {n: [r for r in region if n in self.ops[r].inputs] for n in (source, *region)}
         channels, height, width = (*shape_of(source), 1, 1)[:3]
-        plan = _native.Plan(precision, channels, height, width)
+        plan = core.extension.Plan(precision, channels, height, width)
         values, done, layers = {source: 0}, set(), []
         for node in region:
             if node in done:
@@ -236,7 +243,7 @@ class Lowering:
             pool, last = False, node
             if op.kind in ("affine", "relu", "same"):
                 chain.absorb(op)
-            # What follows and can be done in the same pass, up to a value that something else reads, too.
+            # Fuse what follows, up to a value that has other readers.
             while op.kind in ("conv", "linear", "affine", "relu", "same", "add"):
                 after = readers[last]
                 if last is target or len(after) != 1:
@@ -253,11 +260,11 @@ class Lowering:
             if op.kind in ("conv", "linear"):
                 layers.append(node.target)
         plan.finish(values[target])
-        gpu = cuda.Plan(plan, self.device, method) if cuda.reaches(self.device) else None
-        return PlanStep(target, sampled, source, plan, shape_of(target), tuple(layers), gpu)
+        on_device = cuda.Plan(plan, self.device, method) if gpu.reaches(self.device) else None
+        return PlanStep(target, sampled, source, plan, shape_of(target), tuple(layers), on_device)
 
     def _region(self, target: fx.Node) -> list[fx.Node]:
-        """The nodes between a plan's source and its target, in order."""
+        """Return the nodes between a plan's source and its target, in order."""
         source, found, waiting = self.sources[target], set(), [target]
         while waiting:
             node = waiting.pop()
@@ -268,7 +275,7 @@ class Lowering:
 
     @np.errstate(invalid="ignore", over="ignore")
     def _emit(self, plan: Any, op: Op, x: list[int], chain: _Function, pool: bool, first_layer: int) -> int:
-        """Append an operation to a plan; the number of its value."""
+        """Append an operation to a plan; return the number of its value."""
         if op.kind == "conv":
             layer, padding = op.detail
             chain.shift = chain.shift + chain.scale * _bias(layer)
@@ -307,7 +314,7 @@ def _rank_fits(source: fx.Node) -> bool:
 
 
 def _halves(op: Op, shape: tuple[int, ...]) -> bool:
-    """Whether `op` is the 2 x 2 max-pool that a convolution does in passing."""
+    """Return whether `op` is the 2 x 2 max-pool that a convolution can be fused with."""
     return op.kind == "max_pool" and op.detail == ((2, 2), (2, 2), (0, 0)) and min(shape[1:]) >= 2
 
 
@@ -316,13 +323,10 @@ def _bias(layer: nn.Module) -> np.ndarray | float:
 
 
 def _noise(layer: nn.Module, first_layer: int) -> Any:
-    """What varies a layer's weights, or None."""
+    """Return the noise of a layer's weights, or a device model that the core cannot draw; None if nominal."""
     if not isinstance(layer, AnalogLayer) or layer.layer_index < first_layer:
         return None
-    if type(layer.variation) is not LogNormalVariation:
+    noise = kernel_noise(layer.variation)
+    if noise is None:
         return layer.variation
-    if layer.variation.sigma == 0:
-        return None
-    from correctnet import _native
-
-    return _native.LayerNoise(layer.layer_index, layer.variation.sigma, layer.variation.shift)
+    return core.layer_noise(layer.layer_index, *noise) if any(noise) else None

@@ -1,4 +1,4 @@
-"""What of a network the C++ core can express: its traced graph, and each node as an operation of a plan."""
+"""Trace of a network with torch.fx, and its nodes as operations that a plan of the C++ core can express."""
 
 from __future__ import annotations
 
@@ -16,28 +16,22 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
-from correctnet.crossbar.layers import (
-    AnalogConv2d,
-    AnalogLayer,
-    AnalogLinear,
-    analog_layers,
-    nominal_weight,
-    programmed,
-)
-from correctnet.devices.lognormal import LogNormalVariation
+from correctnet.crossbar.convert import programmed
+from correctnet.crossbar.layers import AnalogConv2d, AnalogLayer, AnalogLinear, analog_layers, nominal_weight
+from correctnet.devices.base import kernel_noise
 from correctnet.errors import UserError, one_line
-from correctnet.noise import core as native
-from correctnet.noise import device as cuda
+from correctnet.noise import core
+from correctnet.noise import device as gpu
 from correctnet.reloading import survives_reload
 
 
 @survives_reload
 class Unsupported(Exception):
-    """The core cannot run this network at all; the message says why."""
+    """The core cannot run this network; the message says why."""
 
 
 class _Shapes(fx.Interpreter):
-    """Runs a graph and notes the shape of each value, and the whole numbers: a pool's window may be a width."""
+    """Runs a graph and records the shape of each value, and integer values, which may be the window of a pool."""
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
@@ -50,7 +44,7 @@ class _Shapes(fx.Interpreter):
 
 
 class _Tracer(fx.Tracer):
-    """Analog layers, and modules with hooks (which may do anything), are single steps."""
+    """Tracer that keeps analog layers, and modules with hooks (which may do anything), as single steps."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, AnalogLayer) or _hooked(m) or super().is_leaf_module(m, module_qualified_name)
@@ -63,12 +57,12 @@ def _hooked(module: nn.Module) -> bool:
 @survives_reload
 @dataclass(frozen=True)
 class Traced:
-    """A network as a graph whose nodes know their shapes.
+    """A network as a graph whose nodes carry the shapes of their values.
 
     Attributes:
-        root: the graph, over modules that share the network's tensors but are not its own.
-        input, output: its first and its last value.
-        unused: names of the analog layers that the graph does not reach.
+        root: the graph, over copies of the network's modules that share its tensors.
+        input, output: the graph's first and last value.
+        unused: names of the analog layers that the graph does not use.
     """
 
     root: fx.GraphModule
@@ -78,11 +72,13 @@ class Traced:
 
 
 def trace(model: nn.Module, example: Tensor) -> Traced:
-    """The network as a graph, with the shapes that follow from `example`, (at least 1, ...).
+    """Trace a network with the shapes of `example`, (N >= 1, ...).
 
-    Raises Unsupported where the core can compute nothing of it, and says why.
+    Raises:
+        Unsupported: the core can compute nothing of the network.
+        UserError: no images.
     """
-    if not native.status().built:
+    if not core.status().built:
         raise Unsupported("the C++ core was not built")
     if len(example) == 0:
         raise UserError("engine: no images")
@@ -90,8 +86,8 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
     if len(devices) > 1:
         raise Unsupported(f"model and images are on several devices ({', '.join(sorted(map(str, devices)))})")
     (device,) = devices
-    if device.type != "cpu" and not cuda.reaches(device):
-        raise Unsupported(f"the model is on {device}, and {cuda.status().reason}")
+    if device.type != "cpu" and not gpu.reaches(device):
+        raise Unsupported(f"the model is on {device}, and {gpu.status().reason}")
     if any(p.dtype != torch.float32 for p in model.parameters()) or example.dtype != torch.float32:
         raise Unsupported("its parameters or its inputs are not float32")
     try:
@@ -99,12 +95,12 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
             return _traced(_twin(model), example)
     except Unsupported:
         raise
-    except Exception as error:  # whatever the network's own code raises when it is traced, or run as a graph
+    except Exception as error:  # the network's own code may raise anything
         raise Unsupported(f"torch.fx cannot trace it ({one_line(error, 160)})") from error
 
 
 def _twin(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode that shares tensors, variation and chip: tracing leaves its marks in the copy."""
+    """Copy a network, sharing tensors, variation and chip, so that tracing does not modify the original."""
     shared: dict[int, Any] = {}
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
@@ -116,7 +112,7 @@ def _twin(model: nn.Module) -> nn.Module:
 
 
 def _traced(model: nn.Module, example: Tensor) -> Traced:
-    # A layer that is itself the network would be traced through, and its variation with it.
+    # A root module is always traced through, which would lose the variation of an analog layer.
     root = nn.Sequential(model) if isinstance(model, AnalogLayer) or _hooked(model) else model
     graph = _Tracer().trace(root)
     nodes = list(graph.nodes)
@@ -127,7 +123,7 @@ def _traced(model: nn.Module, example: Tensor) -> Traced:
     module = fx.GraphModule(root, graph)
     _keep_layers(module, root)
     with torch.no_grad():
-        # Two images, whatever comes: a size of 1 would make a batch look like a feature.
+        # Two images, since a batch of 1 could not be told from a feature dimension of 1.
         _Shapes(module).run(example[:1].expand(2, *example.shape[1:]).contiguous())
     reached = set(analog_layers(module))
     unused = tuple(n for n, m in root.named_modules() if isinstance(m, AnalogLayer) and m not in reached)
@@ -135,9 +131,9 @@ def _traced(model: nn.Module, example: Tensor) -> Traced:
 
 
 def _keep_layers(module: fx.GraphModule, root: nn.Module) -> None:
-    """Put the analog layers in the places from which a graph reads their weights without calling them.
+    """Put analog layers back where a graph reads their weights without calling them.
 
-    GraphModule leaves bare parameters there, which are nominal on every chip.
+    GraphModule keeps only bare parameters there, which are nominal on every chip.
     """
     for node in module.graph.nodes:
         name = node.target.rpartition(".")[0] if node.op == "get_attr" else ""
@@ -148,7 +144,7 @@ def _keep_layers(module: fx.GraphModule, root: nn.Module) -> None:
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
-    """Of a node's output without the batch; None where it is not one tensor of a batch in float32."""
+    """Return the shape of a node's value without the batch; None where it is not a float32 tensor with a batch."""
     meta = node.meta.get("tensor_meta")
     if not hasattr(meta, "shape") or meta.dtype != torch.float32 or len(meta.shape) < 2 or meta.shape[0] != 2:
         return None
@@ -156,7 +152,7 @@ def shape_of(node: fx.Node) -> tuple[int, ...] | None:
 
 
 def in_place(root: nn.Module, node: fx.Node) -> bool:
-    """Whether a step may change its first input."""
+    """Return whether a step may change its first input in place."""
     if node.kwargs.get("inplace"):
         return True
     if node.op == "call_module":
@@ -166,13 +162,13 @@ def in_place(root: nn.Module, node: fx.Node) -> bool:
 
 
 def changed_by(root: nn.Module, node: fx.Node) -> fx.Node | None:
-    """The value that a step changes in place for others to see, or None."""
+    """Return the value that a step changes in place while other steps read it, or None."""
     inputs = node.all_input_nodes
     return inputs[0] if inputs and len(inputs[0].users) > 1 and in_place(root, node) else None
 
 
 def call(root: nn.Module, node: fx.Node, values: dict[fx.Node, Any], weights: dict[str, Tensor] | None = None) -> Any:
-    """What torch gives for a node; `weights`: tensors in the place of parameters of the module that it calls."""
+    """Compute a node by torch; `weights` replace parameters of the module that it calls."""
     args = fx.node.map_arg(node.args, values.__getitem__)
     kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
     if node.op == "call_module":
@@ -185,13 +181,13 @@ def call(root: nn.Module, node: fx.Node, values: dict[fx.Node, Any], weights: di
     return node.target(*args, **kwargs)
 
 
-# ---- what the core can do -------------------------------------------------------------------------------------------
+# ---- operations -----------------------------------------------------------------------------------------------------
 
 
 @survives_reload
 @dataclass(frozen=True)
 class Op:
-    """One operation that a plan can express: its kind, the nodes it reads, and what it needs beside."""
+    """An operation that a plan can express: its kind, the nodes that it reads, and its parameters."""
 
     kind: Literal[
         "conv", "linear", "affine", "relu", "max_pool", "average_pool", "adaptive", "flatten", "same", "concat", "add"
@@ -201,7 +197,7 @@ class Op:
 
 
 def op_of(root: nn.Module, node: fx.Node) -> Op | None:
-    """A node as an operation of a plan; None where there is none, or where it may not be what it seems."""
+    """Return a node as an operation of a plan; None where no operation is certain to compute the same."""
     op = None
     if not shape_of(node):
         return None
@@ -212,7 +208,7 @@ def op_of(root: nn.Module, node: fx.Node) -> Op | None:
     elif node.op == "call_method" and node.target in _METHODS:
         op = _function_op(node, node.target)
     if changed_by(root, node):
-        return None  # what else reads the input may want to see it changed
+        return None  # other steps may rely on the change
     return op if op and all(shape_of(n) for n in op.inputs) else None
 
 
@@ -221,7 +217,7 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _bind(node: fx.Node, names: Sequence[str], **defaults: Any) -> dict[str, Any] | None:
-    """A function's arguments by name; None where one is unknown, or is itself computed."""
+    """Return a function's arguments by name; None where one is unknown or is itself computed."""
     found = {**defaults, **dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
     if len(node.args) - 1 > len(names) or not set(found) <= set(names):
         return None
@@ -234,7 +230,7 @@ def _module_op(node: fx.Node, module: nn.Module) -> Op | None:
         return None
     x, kind = node.args[0], type(module)
     shape = shape_of(x)
-    if isinstance(module, AnalogLayer) and type(module.variation) is not LogNormalVariation:
+    if isinstance(module, AnalogLayer) and kernel_noise(module.variation) is None:
         return None
     if kind in (nn.Conv2d, AnalogConv2d, nn.Linear, AnalogLinear) and nominal_weight(module).numel() == 0:
         return None
@@ -273,7 +269,7 @@ def _conv_padding(conv: nn.Conv2d) -> tuple[int, int] | None:
 
 
 def _batchnorm(norm: nn.modules.batchnorm._BatchNorm) -> tuple[np.ndarray, np.ndarray]:
-    """(scale, shift) of a BatchNorm in evaluation mode."""
+    """Return (scale, shift) of a BatchNorm in evaluation mode."""
     mean, variance = norm.running_mean.double(), norm.running_var.double()
     scale = torch.rsqrt(variance + norm.eps)
     if norm.weight is not None:
@@ -305,7 +301,7 @@ def _pool(kind: Any, x: fx.Node, options: dict[str, Any]) -> Op | None:
     kernel, padding = _pair(options["kernel_size"]), _pair(options.get("padding", 0))
     stride = options.get("stride")
     stride = kernel if stride in (None, ()) else _pair(stride)
-    # Sizes that are rounded up are the core's own, rounded down, where the windows end with the map.
+    # ceil_mode makes no difference where the windows end with the map; the core rounds down.
     rests = [(n + 2 * p - k) % s for n, p, k, s in zip(shape[1:], padding, kernel, stride, strict=True)]
     if options.get("ceil_mode") and any(rests):
         return None
@@ -320,7 +316,7 @@ def _adaptive(node: fx.Node, x: fx.Node) -> Op | None:
 
 
 def _mean(node: fx.Node, x: fx.Node) -> Op | None:
-    """A mean over height and width is an average pool."""
+    """Return a mean over height and width as an average pool."""
     bound, shape = _bind(node, ("dim", "keepdim"), dim=None, keepdim=False), shape_of(x)
     if bound is None or shape is None or len(shape) != 3 or bound["dim"] is None:
         return None
@@ -380,7 +376,7 @@ def _function_op(node: fx.Node, name: str) -> Op | None:
     return None
 
 
-# Functions are known by identity: a user's own `relu` is not torch's.
+# Functions are matched by identity, not by name: a user may define another `relu`.
 _FUNCTIONS: dict[Callable[..., Any], str] = {
     function: name
     for name, functions in {

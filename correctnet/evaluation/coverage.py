@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from correctnet.crossbar.layers import AnalogLayer, analog_layers, crossbar_layers, programmed
+from correctnet.crossbar.convert import programmed
+from correctnet.crossbar.layers import AnalogLayer, analog_layers, crossbar_layers
 from correctnet.crossbar.probe import Reads, address, change, left_alone, run, same, watching
 from correctnet.engine.engine import CHECK_TOLERANCE, Engine
 from correctnet.engine.trace import Unsupported

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from correctnet.crossbar.layers import AnalogLayer, analog_layers, chip_of, keeping, programmed
+from correctnet.crossbar.convert import chip_of, keeping, programmed
+from correctnet.crossbar.layers import AnalogLayer, analog_layers
 from correctnet.crossbar.probe import check_reached, left_alone, run, same
 from correctnet.datasets.batches import Batch, Batches, Data, check_outputs, looks_across
 from correctnet.engine.engine import BLOCK, GPU_BLOCK, MEMORY, Engine, Method, Unsupported, check_method, classified
@@ -107,7 +108,7 @@ def evaluate(
     """Accuracy of chips `start`, ..., `start + chips - 1` over all of `data`.
 
     Args:
-        model: from `correctnet.crossbar.layers.convert`. It is evaluated in evaluation mode; its modes and buffers, the chip
+        model: from `correctnet.crossbar.convert.convert`. It is evaluated in evaluation mode; its modes and buffers, the chip
             that it carries, and the random generators of torch, numpy and Python are what they were before.
         data: a `Split`, an (images, labels) pair of tensors, or a loader of such batches that can be iterated often
             and gives the same images each time. images (N, ...), labels (N,) classes; the network gives (N, classes).

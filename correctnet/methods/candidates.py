@@ -17,10 +17,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from correctnet.crossbar.layers import ANALOG, analog_layers, convert, crossbar_layers, nominal_weight, programmed
+from correctnet.crossbar.convert import convert, programmed
+from correctnet.crossbar.layers import ANALOG, analog_layers, crossbar_layers, nominal_weight
 from correctnet.crossbar.probe import Reads, address, left_alone, run
 from correctnet.datasets.batches import first_images
-from correctnet.devices.lognormal import Variation
+from correctnet.devices.base import Variation
 from correctnet.engine.engine import MEMORY, Method
 from correctnet.errors import UserError
 from correctnet.evaluation.montecarlo import Batches, clean_accuracy, evaluate
@@ -120,7 +121,7 @@ def sweep(
     Layer i is the i-th that the network runs.
 
     Args:
-        model: from `correctnet.crossbar.layers.convert`, no layer excluded.
+        model: from `correctnet.crossbar.convert.convert`, no layer excluded.
         data: validation images, never the test set: the result is a choice.
         original: clean accuracy of the pre-trained network on them, in (0, 1].
         threshold: candidates are the first i layers for the first i (from the last layer backwards) whose mean
@@ -172,7 +173,7 @@ def sensitivity(
 
     Args:
         model: an ordinary network, compensated or not; its digital layers stay as they are.
-        variation, seed: as in `correctnet.crossbar.layers.convert`. A layer carries the same weights on chip n here as on chip n
+        variation, seed: as in `correctnet.crossbar.convert.convert`. A layer carries the same weights on chip n here as on chip n
             of the whole network.
         data, chips, start, precision, gpu_method, memory, progress: as in `correctnet.evaluation.montecarlo.evaluate`.
 

@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from correctnet.crossbar.layers import convert, crossbar_layers, program
+from correctnet.crossbar.convert import convert, program
+from correctnet.crossbar.layers import crossbar_layers
 from correctnet.datasets.base import Split
 from correctnet.datasets.batches import as_pair, check_batch, check_outputs
-from correctnet.devices.lognormal import Variation
+from correctnet.devices.base import Variation
 from correctnet.errors import UserError, one_line, whole
 from correctnet.evaluation.montecarlo import evaluate
 from correctnet.files import storage
@@ -401,7 +402,7 @@ def fit_compensators(
     generators stay as they are.
 
     Args:
-        model: any network that `correctnet.crossbar.layers.convert` takes, with outputs (N, classes).
+        model: any network that `correctnet.crossbar.convert.convert` takes, with outputs (N, classes).
         filters: generator filters by layer name, e.g. {"conv1": 16}; `filters_of` makes them from ratios.
         images: (N, ...) training inputs, `labels`: (N,) their classes, integers.
         variation: the device model to compensate.

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from correctnet.crossbar.layers import programmed
+from correctnet.crossbar.convert import programmed
 from correctnet.crossbar.probe import modes_kept, run
 from correctnet.errors import UserError
 from correctnet.precision import Precision, products
@@ -29,7 +29,7 @@ def recalibrate(
     has, before scale and shift, mean 0 and variance 1. That takes a part of a forward pass for each BatchNorm and chip.
 
     Args:
-        model: from `correctnet.crossbar.layers.convert`. The mode of each module stays as it is.
+        model: from `correctnet.crossbar.convert.convert`. The mode of each module stays as it is.
         images: (N, C, H, W), training images.
         samples: None: on the chip that is programmed now, which a real chip's owner can do only by measuring that
             chip; else over these simulated chips, which needs no chip.

@@ -1,7 +1,7 @@
-"""How the polynomials of `correctnet.noise.specification` were fitted. Not needed to run anything.
+"""Fits of the polynomials in `correctnet.noise.specification`; not needed at run time.
 
-`python -m correctnet.noise.normal_table` fits the octave table anew and rewrites `normal_table.inc`: 6 x 32 coefficients as
-hexadecimal floats, a form that Python parses and C++ includes, so that both read one file.
+`python -m correctnet.noise.normal_table` fits the octave table and rewrites `normal_table.inc`: 6 x 32 coefficients as
+hexadecimal floats, which Python parses and C++ includes, so that both read one file.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> None:
     """Fit the octave table and write it."""
     lines = ["// Octave table of the inverse normal distribution: coefficient of t^j in octave k at row j, column k."]
     lines += [
-        "// Written by `python -m correctnet.noise.normal_table`, which says how it is fitted; read by C++ and Python."
+        "// Written by `python -m correctnet.noise.normal_table`, where the fit is described; read by C++ and Python."
     ]
     for row in fit_normal():
         words = [float(value).hex() + "," for value in row]

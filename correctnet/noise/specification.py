@@ -1,15 +1,16 @@
-"""Device noise as a function of its address: the specification, in numpy, that every kernel matches bit for bit.
+"""Specification of the device noise in numpy, which every kernel matches bit for bit.
 
-The noise of a weight depends on (seed, layer, sample, element) alone, never on what was drawn before, in which order,
-on how many threads or on which device:
+The noise of a weight is a function of (seed, layer, sample, element) alone. It does not depend on earlier draws, their
+order, the number of threads or the device:
 
     word   Philox4x32-10, key (seed mod 2^32, seed div 2^32), counter (element div 4, sample, layer, purpose);
            the four words of a block belong to four consecutive elements
     z      inverse normal distribution of p, signed: m = word div 2, p = m (2^-32 - 2^-56) + 2^-33, sign = word mod 2
     w / w_nominal = exp(sigma z + shift) = 2^(z s + h), s = sigma log2(e), h = shift log2(e)
 
-Only integer operations and float32 +, -, * and fused multiply-add are used, each correctly rounded everywhere, so that
-equality of bits can be demanded of AVX2, AVX-512 and CUDA. numpy has no fused multiply-add: `fma` makes one of float64.
+Only integer operations and float32 +, -, * and fused multiply-add are used, each correctly rounded on all hardware, so
+that AVX2, AVX-512 and CUDA kernels can be required to give the same bits. numpy has no fused multiply-add: `fma`
+emulates one in float64.
 
 Philox: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -30,13 +31,13 @@ MAX_NORMAL = 6.34  # the table ends at ndtri(2^-33) = -6.338
 MAX_EXPONENT = 126.0  # 2^x is a normal float32 for |x| up to here
 ELEMENTS = 1 << 34  # four words a block, 2^32 blocks
 
-# Elements handled at a time: the temporaries (some 64 bytes an element) then stay in a second-level cache.
+# Elements computed at a time, so that the temporaries (some 64 bytes an element) fit a second-level cache.
 BLOCK = 1 << 13
 
 # One float below 2^-32. With 2^-32 itself the last 64 values of m, which float32 rounds up to 2^31, would give p = 1/2,
-# which lies in no octave; so they give the largest float32 below 1/2. p stays a monotone function of m, as both
-# roundings are, and is smaller by at most 6e-8 of itself, far below the table's error. The sign bit does not enter,
-# so the two halves stay mirror images.
+# which lies in no octave; this way they give the largest float32 below 1/2. p remains a monotone function of m, as both
+# roundings are, and is smaller by at most 6e-8 of itself, far below the table's error. The sign bit is not involved,
+# so the two halves remain mirror images.
 UNIFORM_SCALE = np.float32(2.0**-32 - 2.0**-56)
 UNIFORM_OFFSET = np.float32(2.0**-33)
 
@@ -49,7 +50,7 @@ def _hex_floats(text: str) -> NDArray[np.float32]:
     return np.array([float.fromhex(word) for word in text.replace(",", " ").split()], np.float32)
 
 
-# (DEGREE + 1, OCTAVES): row j holds the coefficients of t^j. `correctnet.noise.normal_table` has the two fits.
+# (DEGREE + 1, OCTAVES): row j holds the coefficients of t^j. Both fits are in `correctnet.noise.normal_table`.
 NORMAL = _hex_floats(
     "\n".join(line for line in NORMAL_PATH.read_text(encoding="ascii").splitlines() if not line.startswith("//"))
 )
@@ -58,11 +59,11 @@ EXP2 = _hex_floats("0x1p+0 0x1.62e43p-1 0x1.ebf9b2p-3 0x1.c6afb0p-5 0x1.3ced86p-
 
 
 def fma(a: ArrayLike, b: ArrayLike, c: ArrayLike) -> NDArray[np.float32]:
-    """a * b + c of finite float32 numbers, rounded once to float32 (ties to even), as the hardware instruction does.
+    """Compute a * b + c of finite float32 numbers, rounded once (ties to even), as the hardware instruction does.
 
     The product of two float32 is exact in float64. Its sum with c is rounded to *odd* (Boldo and Melquiond, 2008):
-    where the sum is inexact, which its error (Knuth's TwoSum) tells, the last bit is made 1. With 29 bits to spare,
-    rounding that to float32 is right, whereas a sum rounded to nearest could be rounded twice.
+    where the sum is inexact, which its error (Knuth's TwoSum) tells, the last bit is set. With 29 bits to spare,
+    rounding that to float32 is correct, whereas a sum rounded to nearest could be rounded twice.
     """
     c = np.asarray(c, np.float64)
     product = np.multiply(a, b, dtype=np.float64)
@@ -79,32 +80,38 @@ def fma(a: ArrayLike, b: ArrayLike, c: ArrayLike) -> NDArray[np.float32]:
 
 
 def horner(coefficients: NDArray[np.float32], x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Sum of coefficients[j] x^j by Horner's rule in float32 `fma`; the first axis counts j, others broadcast."""
+    """Evaluate the sum of coefficients[j] x^j by Horner's rule in float32 `fma`; axes after the first broadcast."""
     result = coefficients[-1]
     for coefficient in coefficients[-2::-1]:
         result = fma(result, x, coefficient)
     return result
 
 
-def philox4x32(counter: ArrayLike, key: ArrayLike) -> NDArray[np.uint32]:
-    """Philox4x32-10: a bijection of the 128-bit counters for every 64-bit key.
+def philox4x32(counter: list[NDArray[np.uint64]], key: list[int]) -> list[NDArray[np.uint32]]:
+    """Philox4x32-10, a bijection of the 128-bit counters for every 64-bit key.
 
     Args:
-        counter: (..., 4), 32-bit words, the lowest first.
-        key: (2,), 32-bit words, the low one first.
+        counter: four arrays of 32-bit words in uint64, the lowest word first, that broadcast against each other.
+        key: two 32-bit words, the low one first.
 
     Returns:
-        uint32, the shape of `counter`.
+        The four words of each block.
     """
-    counter = np.asarray(counter, np.uint32).astype(np.uint64)
-    return np.stack(_philox([counter[..., i] for i in range(4)], [int(k) for k in np.asarray(key)]), axis=-1)
+    low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = (p1 >> shift) ^ c1 ^ np.uint64(k0), p1 & low, (p0 >> shift) ^ c3 ^ np.uint64(k1), p0 & low
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return [word.astype(np.uint32) for word in (c0, c1, c2, c3)]
 
 
 def words(seed: int, layer: int, sample: int, count: int, start: int = 0, purpose: int = 0) -> NDArray[np.uint32]:
-    """The random words of elements start, ..., start + count - 1.
+    """Return the random words of elements start, ..., start + count - 1.
 
     Args:
-        seed: 64-bit seed; a negative int64 stands for its two's complement.
+        seed: 64-bit seed; a negative int64 is read as its two's complement.
         layer: index among all conv and linear layers of the network, in [0, 2^32).
         sample: number of the chip, in [0, 2^32).
         count: how many, >= 0.
@@ -125,13 +132,13 @@ def words(seed: int, layer: int, sample: int, count: int, start: int = 0, purpos
 
 
 def standard_normal(words: NDArray[np.uint32]) -> NDArray[np.float32]:
-    """Standard normal numbers of random words: bounded by 6.34, error below 6e-6.
+    """Map random words to standard normal numbers, bounded by 6.34, with an error below 6e-6.
 
-    word ^ 1 gives the negative of what word gives, and the value ascends with word / 2 where word is even.
+    word ^ 1 gives the negative of word's value, and for even words the value ascends with word / 2.
     """
     words = np.asarray(words, np.uint32)
     p = fma((words >> np.uint32(1)).astype(np.float32), UNIFORM_SCALE, UNIFORM_OFFSET)
-    # Octave k holds p in [2^-(k+2), 2^-(k+1)); t in [-1/2, 1/2) is the place within it, exact.
+    # Octave k holds p in [2^-(k+2), 2^-(k+1)); t in [-1/2, 1/2) is the position within it, exact.
     bits = p.view(np.uint32)
     octave = (np.uint32(0x3EFFFFFF) - bits) >> np.uint32(23)
     t = ((bits & np.uint32(0x7FFFFF)) | np.uint32(0x3F800000)).view(np.float32) - np.float32(1.5)
@@ -140,7 +147,7 @@ def standard_normal(words: NDArray[np.uint32]) -> NDArray[np.float32]:
 
 
 def exp2(x: ArrayLike) -> NDArray[np.float32]:
-    """2^x in float32, relative error below 2e-7; 2^0 is 1.
+    """Compute 2^x in float32 with a relative error below 2e-7; 2^0 is 1.
 
     Raises:
         ValueError: |x| above 126, where the result would not be a normal float32, or not a number.
@@ -148,7 +155,7 @@ def exp2(x: ArrayLike) -> NDArray[np.float32]:
     x = np.asarray(x, np.float32)
     if not (np.abs(x) <= MAX_EXPONENT).all():
         raise ValueError(f"x must be between -{MAX_EXPONENT:g} and {MAX_EXPONENT:g}")
-    # Adding 1.5 * 2^23 rounds x to the nearest integer, which then stands in the low bits of the sum.
+    # Adding 1.5 * 2^23 rounds x to the nearest integer, which the low bits of the sum then hold.
     magic = np.float32(1.5 * 2**23)
     rounded = x + magic
     power = horner(EXP2, x - (rounded - magic))
@@ -165,7 +172,9 @@ def lognormal(
     start: int = 0,
     purpose: int = 0,
 ) -> NDArray[np.float32]:
-    """Factors exp(sigma z + shift) of elements start, ..., start + count - 1: (1) and (2) of the paper at shift 0.
+    """Return the factors exp(sigma z + shift) of elements start, ..., start + count - 1.
+
+    These are (1) and (2) of the paper at shift 0.
 
     Args:
         sigma: standard deviation of the factor's logarithm, finite, >= 0.
@@ -188,7 +197,7 @@ def lognormal(
 
 
 def log2_scale(sigma: float, shift: float) -> tuple[np.float32, np.float32]:
-    """(sigma log2(e), shift log2(e)), rounded to float32: the two numbers by which the kernels are told the noise.
+    """Return (sigma log2(e), shift log2(e)), rounded to float32: the two parameters of the kernels' noise.
 
     Raises:
         ValueError: see `lognormal`.
@@ -206,7 +215,7 @@ def log2_scale(sigma: float, shift: float) -> tuple[np.float32, np.float32]:
 def address(
     seed: int, layer: int, sample: int, count: int, start: int, purpose: int
 ) -> tuple[list[int], list[NDArray[np.uint64]]]:
-    """The arguments of `words`, checked: the two words of the key, and the upper three of the counter, (1,) each.
+    """Check the arguments of `words`; return the two words of the key and the upper three of the counter, (1,) each.
 
     Raises:
         ValueError: see `words`.
@@ -219,27 +228,15 @@ def address(
     return [seed & 0xFFFFFFFF, seed >> 32], counter
 
 
-def _philox(counter: list[NDArray[np.uint64]], key: list[int]) -> list[NDArray[np.uint32]]:
-    """Ten rounds; the words of a counter are 32-bit numbers in uint64 arrays that broadcast against each other."""
-    low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        p0, p1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
-        c0, c1, c2, c3 = (p1 >> shift) ^ c1 ^ np.uint64(k0), p1 & low, (p0 >> shift) ^ c3 ^ np.uint64(k1), p0 & low
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return [word.astype(np.uint32) for word in (c0, c1, c2, c3)]
-
-
 def _words(key: list[int], upper: list[NDArray[np.uint64]], start: int, stop: int) -> NDArray[np.uint32]:
-    """The words of elements start, ..., stop - 1; `upper` is (sample, layer, purpose)."""
+    """Return the words of elements start, ..., stop - 1; `upper` is (sample, layer, purpose)."""
     blocks = np.arange(start // 4, -(-stop // 4), dtype=np.uint64)
-    flat = np.stack(_philox([blocks, *upper], key), axis=-1).reshape(-1)
+    flat = np.stack(philox4x32([blocks, *upper], key), axis=-1).reshape(-1)
     return flat[start % 4 : start % 4 + stop - start]
 
 
 def _blocks(start: int, count: int) -> Iterator[slice]:
-    """Slices that cover range(count); their inner borders are multiples of BLOCK, as elements."""
+    """Yield slices that cover range(count) and whose inner borders, as elements, are multiples of BLOCK."""
     stop = start + count
     borders = [start, *range(start - start % BLOCK + BLOCK, stop, BLOCK), stop]
     for first, last in itertools.pairwise(borders):
@@ -247,7 +244,7 @@ def _blocks(start: int, count: int) -> Iterator[slice]:
 
 
 def _integer(name: str, value: int, low: int, high: int) -> int:
-    """`value` as an int between `low` and `high`."""
+    """Return `value` as an int. Raises ValueError where it is no integer between `low` and `high`."""
     try:
         number = operator.index(value)
     except TypeError:

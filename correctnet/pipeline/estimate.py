@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from correctnet.crossbar.layers import convert, crossbar_layers, program, programmed
+from correctnet import devices
+from correctnet.crossbar.convert import convert, program, programmed
+from correctnet.crossbar.layers import crossbar_layers
 from correctnet.datasets import DATASETS
-from correctnet.devices import lognormal as variation
 from correctnet.engine.engine import Engine, Unsupported
 from correctnet.errors import UserError
+from correctnet.machine import available_cpus
 from correctnet.networks import NETWORKS
 from correctnet.networks.building import build
 from correctnet.noise import streams
@@ -55,14 +57,14 @@ def costs(settings: Settings) -> Costs:
 
     # One layer stands for all: the cost of sampling is proportional to the number of weights.
     layer = min((m for _, m in crossbar_layers(model)), key=lambda m: abs(m.weight.numel() - 50000))
-    analog = convert(layer, variation.make(s.variation))
+    analog = convert(layer, devices.make(s.variation))
     weights = sum(m.weight.numel() for _, m in crossbar_layers(model))
 
     def sample() -> None:
         program(analog, 0)
         analog.chip_weight()
 
-    network = convert(model.eval(), variation.LogNormalVariation(max(s.variation.sigma, 0.1)))
+    network = convert(model.eval(), devices.LogNormalVariation(max(s.variation.sigma, 0.1)))
     test = _test_seconds(network, images, s.montecarlo.precision)
     with torch.no_grad():
         sampling = _seconds(sample) * weights / layer.weight.numel()
@@ -132,7 +134,6 @@ def _duration(seconds: float) -> str:
 
 def main() -> None:
     """Print the estimate for --run of the configuration on standard input (JSON), as the workflow does at its start."""
-    from correctnet.machine import available_cpus
 
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--run", required=True)

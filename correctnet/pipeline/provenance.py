@@ -43,7 +43,7 @@ def here(device: str = "cpu", threads: int | None = None) -> dict[str, Any]:
     """The present process: version, revision, Python, torch, CPU, device, threads, start and command."""
     import torch
 
-    from correctnet import __version__
+    from correctnet import __version__, machine
     from correctnet.noise import core as native
 
     status = native.status()
@@ -52,7 +52,7 @@ def here(device: str = "cpu", threads: int | None = None) -> dict[str, Any]:
         "revision": revision(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cpu": native.cpu_name(),
+        "cpu": machine.cpu_name(),
         "kernels": status.isa if status.built else "none",
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "threads": threads or torch.get_num_threads(),

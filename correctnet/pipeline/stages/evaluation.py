@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from correctnet.crossbar.layers import analog_layers, convert
+from correctnet import devices
+from correctnet.crossbar.convert import convert
+from correctnet.crossbar.layers import analog_layers
 from correctnet.devices.lognormal import LogNormalVariation
-from correctnet.devices.lognormal import make as make_variation
 from correctnet.engine.engine import describe
 from correctnet.errors import UserError
 from correctnet.evaluation.coverage import check_coverage
@@ -37,7 +38,7 @@ def sensitivity(settings: Settings, path: Path, out: Path, runtime: Runtime) -> 
     model, description = read_network(path, runtime.device)
     table = sweeping.sensitivity(
         model,
-        make_variation(s.variation),
+        devices.make(s.variation),
         s.seed,
         runtime.load(s, description, path).validation.take(s.sensitivity.images),
         chips=s.sensitivity.chips,
@@ -81,7 +82,7 @@ def evaluate_chips(
     model, description = read_network(path, runtime.device)
     data = runtime.load(s, description, path)
     images = getattr(data, s.evaluate.split).take(s.evaluate.images)
-    analog = convert(model, make_variation(s.variation), s.seed)
+    analog = convert(model, devices.make(s.variation), s.seed)
     history = description.get("history", [])
     plan = description.get("compensation") or {"filters": {}}
     columns = {

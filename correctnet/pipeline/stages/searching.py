@@ -13,9 +13,10 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from correctnet.crossbar.layers import convert, crossbar_layers
+from correctnet import devices
+from correctnet.crossbar.convert import convert
+from correctnet.crossbar.layers import crossbar_layers
 from correctnet.datasets.base import Split
-from correctnet.devices.lognormal import make as make_variation
 from correctnet.errors import UserError
 from correctnet.evaluation.montecarlo import clean_accuracy, evaluate
 from correctnet.files import storage
@@ -41,7 +42,7 @@ def sweep(settings: Settings, pretrained: Path, base: Path, out: Path, runtime: 
         raise UserError(f"sweep: {base} and {pretrained} were trained on other splits of the images")
     images = runtime.load(s, description, base).validation.take(s.sweep.images)
     found = sweeping.sweep(
-        convert(model, make_variation(s.variation), s.seed),
+        convert(model, devices.make(s.variation), s.seed),
         images,
         clean_accuracy(original, images),
         s.sweep.threshold,
@@ -145,7 +146,7 @@ def _search_problem(
     layers = dict(crossbar_layers(model))
     names = _candidate_names(candidates, layers)
     section = s.compensate.model_copy(update={"epochs": s.search.train_epochs})
-    device = make_variation(s.variation)
+    device = devices.make(s.variation)
 
     @functools.cache
     def splits() -> tuple[Split, Split]:  # read once, and not at all where nothing is trained

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from correctnet.crossbar.layers import convert, program
+from correctnet import devices
+from correctnet.crossbar.convert import convert, program
 from correctnet.datasets.base import DataSet
-from correctnet.devices.lognormal import make as make_variation
 from correctnet.errors import UserError
 from correctnet.evaluation.montecarlo import clean_accuracy
 from correctnet.files import storage
@@ -103,7 +103,7 @@ def suppress(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) 
     if s.suppress.start == "scratch":
         model = build_described(base["network"], s.seed, "suppress").to(runtime.device)
         base = {"network": base["network"], "data": storage.training_data(base)}
-    lam = lipschitz.bound(s.variation.sigma, s.suppress.k, make_variation(s.variation).shift)
+    lam = lipschitz.bound(s.variation.sigma, s.suppress.k, devices.make(s.variation).shift)
     ramp, beta = s.suppress.ramp, s.suppress.beta
     norms = lipschitz.batchnorms(model) if s.suppress.fold_batchnorm else {}
     hooks = Hooks(
@@ -143,7 +143,7 @@ def _train_with_variation(
         check_uncompensated(stage, path, base)
     elif "compensation" not in base:
         raise UserError(f"finetune: {path} is no model of `compensate`; `inject` trains one that is not compensated")
-    analog = convert(model, make_variation(s.variation), s.seed)
+    analog = convert(model, devices.make(s.variation), s.seed)
     hooks = Hooks(
         before_batch=lambda draw: program(analog, streams.chip(f"train-{stage}", draw)),
         update_batchnorm=getattr(s, stage).batchnorm == "updated",
@@ -169,7 +169,7 @@ def compensate(settings: Settings, base: Path, found: Sequence[Path], out: Path,
     best = results[best_state(means, [r["overhead"] for r in results])]
     model, described = read_network(base, runtime.device)
     check_uncompensated("compensate", base, described)
-    device = make_variation(s.variation)
+    device = devices.make(s.variation)
     analog, plan, hooks = compensation.prepare(model, best["filters"], s.compensate, device, s.seed, "compensate")
     described |= {"compensation": plan, "overhead": compensation.overhead(model, plan["filters"]), "search": best}
     parameters = compensation.trained_parameters(analog, s.compensate)

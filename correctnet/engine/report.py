@@ -1,0 +1,70 @@
+"""Report on which parts of a network an engine runs in the C++ core."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from correctnet.crossbar.layers import AnalogLayer
+from correctnet.engine.lowering import Lowering, PlanStep, TorchStep
+
+
+@dataclass(frozen=True)
+class Report:
+    """Report on which parts of a network the core runs.
+
+    Attributes:
+        fused: the analog layers that run in the core.
+        unfused: the analog layers that run through torch, their weights drawn once a chip.
+        torch: the operations that run through torch, as "name (type)".
+        plans: number of plans.
+        reason: why nothing runs in the core, in one line, or None.
+        library: whether only the noise is drawn by the kernels (`Engine`'s method "library").
+        unused: the analog layers that the network does not use in evaluation mode.
+    """
+
+    fused: tuple[str, ...] = ()
+    unfused: tuple[str, ...] = ()
+    torch: tuple[str, ...] = ()
+    plans: int = 0
+    reason: str | None = None
+    library: bool = False
+    unused: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if self.library:
+            return f"{len(self.unfused)} analog layers: their weights by the CUDA kernels, the rest by cuBLAS and cuDNN"
+        if self.reason:
+            return f"everything runs through torch: {self.reason}"
+        total = len(self.fused) + len(self.unfused)
+        parts = [f"{len(self.fused)} of {total} analog layers fused, in {self.plans} piece{'s' * (self.plans != 1)}"]
+        if self.unfused:
+            parts.append(f"unfused: {', '.join(self.unfused)}")
+        if self.torch:
+            parts.append(f"through torch: {', '.join(self.torch)}")
+        if self.unused:
+            parts.append(f"not used: {', '.join(self.unused)}")
+        return "; ".join(parts)
+
+
+def report_of(graph: Lowering, steps: list[TorchStep], library: bool) -> Report:
+    """Return the report on the steps that a network was lowered to."""
+    fused = {name for s in steps if isinstance(s, PlanStep) for name in s.layers}
+    analog = {n: m for n, m in graph.root.named_modules() if isinstance(m, AnalogLayer)}
+    names = sorted(analog, key=lambda n: analog[n].layer_index)
+    through = [s.node for s in steps if not isinstance(s, PlanStep) and "tensor_meta" in s.node.meta]
+    return Report(
+        fused=tuple(n for n in names if n in fused),
+        unfused=tuple(n for n in names if n not in fused),
+        torch=tuple(f"{n.name} ({_what(graph.root, n)})" for n in through),
+        plans=sum(isinstance(s, PlanStep) for s in steps),
+        library=library,
+        unused=graph.unused,
+    )
+
+
+def _what(root: nn.Module, node: fx.Node) -> str:
+    if node.op == "call_module":
+        return type(root.get_submodule(node.target)).__name__
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
