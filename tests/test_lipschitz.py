@@ -16,11 +16,11 @@ from correctnet.networks.lenet import lenet5
 
 def test_lambda_of_the_paper_s_setting():
     # (10) with k = 1, sigma = 0.5, worked out by hand: 1 / (1.13315 + 3 x 0.60390) = 0.33958.
-    assert lipschitz.bound(0.5) == pytest.approx(0.33958, abs=5e-6)
-    assert lipschitz.bound(0.5, k=2) == pytest.approx(2 * 0.33958, abs=1e-5)
-    assert lipschitz.bound(0.0) == 1.0
+    assert lipschitz.bound(LogNormalVariation(0.5)) == pytest.approx(0.33958, abs=5e-6)
+    assert lipschitz.bound(LogNormalVariation(0.5), k=2) == pytest.approx(2 * 0.33958, abs=1e-5)
+    assert lipschitz.bound(LogNormalVariation(0.0)) == 1.0
     # With the mean preserved the factor's mean is 1 and its standard deviation 0.60390 / 1.13315 = 0.53294.
-    assert lipschitz.bound(0.5, shift=-0.125) == pytest.approx(1 / (1 + 3 * 0.53294), abs=5e-6)
+    assert lipschitz.bound(LogNormalVariation(0.5, "mean")) == pytest.approx(1 / (1 + 3 * 0.53294), abs=5e-6)
 
 
 def literal(matrix: np.ndarray, lam: float) -> float:

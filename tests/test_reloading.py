@@ -23,10 +23,10 @@ import torch
 from torch import nn
 import correctnet
 from correctnet import LogNormalVariation, convert, errors, evaluate
-from correctnet.crossbar import layers as analog
+from correctnet.crossbar import convert as analog
 from correctnet.evaluation import montecarlo
 from correctnet.crossbar import operators as ops
-from correctnet import devices as variation
+from correctnet.devices import lognormal as variation
 
 modules = {n: importlib.import_module("correctnet." + n) for n in %r}
 torch.set_num_threads(1)

@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -6,8 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from correctnet import devices
+from correctnet.devices.base import Variation, kernel_noise
 from correctnet.devices.lognormal import LogNormalVariation
+from correctnet.errors import UserError
 from correctnet.noise import specification
+from correctnet.settings import VariationSettings
 
 
 def test_moments_of_the_paper_s_setting():
@@ -100,3 +105,37 @@ def test_bad_sigma(sigma):
 def test_bad_centre():
     with pytest.raises(ValueError, match="centre"):
         LogNormalVariation(0.5, "mode")
+
+
+@pytest.mark.parametrize("centre", ["median", "mean"])
+def test_moments_of_the_factor(centre):
+    model = LogNormalVariation(0.5, centre)
+    mean, deviation = model.factor_moments()
+    assert mean == model.mean
+    assert deviation == pytest.approx(model.mean * model.cv)
+
+
+def test_devices_are_made_from_settings():
+    made = devices.make(VariationSettings(sigma=0.25, centre="mean"))
+    assert made == LogNormalVariation(0.25, "mean")
+    with pytest.raises(UserError, match=r"variation\.model: no device 'memristor' \(known: lognormal\)"):
+        devices.make(SimpleNamespace(model="memristor"))
+
+
+class Doubled(LogNormalVariation):
+    def sample(self, weight, seed, layer, sample):
+        return 2 * super().sample(weight, seed, layer, sample)
+
+
+class Named(LogNormalVariation):
+    pass
+
+
+def test_the_kernels_draw_what_the_device_draws():
+    """A subclass that draws in another way must not be drawn by the kernels."""
+    assert kernel_noise(LogNormalVariation(0.5, "mean")) == (0.5, -0.125)
+    assert kernel_noise(Named(0.5)) == (0.5, 0.0)
+    assert kernel_noise(Doubled(0.5)) is None
+    assert kernel_noise(object()) is None
+    with pytest.raises(NotImplementedError, match="Own"):
+        type("Own", (Variation,), {"sample": None, "describe": None})().factor_moments()

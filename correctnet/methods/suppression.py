@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
@@ -14,25 +13,24 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from correctnet.crossbar.layers import AnalogLayer, crossbar_layers, nominal_weight
+from correctnet.devices.base import Variation
 from correctnet.errors import UserError
 from correctnet.networks.blocks import Block
 
 
-def bound(sigma: float, k: float = 1.0, shift: float = 0.0) -> float:
-    """lambda = k / (exp(sigma^2 / 2) + 3 sqrt((exp(sigma^2) - 1) exp(sigma^2))) / exp(shift): (10) of the paper.
-
-    The denominator is mean + 3 standard deviations of the lognormal factor exp(theta + shift), theta ~ N(0, sigma^2).
+def bound(device: Variation, k: float = 1.0) -> float:
+    """Return lambda = k / (mean + 3 standard deviations of w / w_nominal), the bound (10) of the paper.
 
     Args:
-        sigma: standard deviation of theta, >= 0.
+        device: the device model; for the paper's lognormal variation the denominator is
+            exp(sigma^2 / 2) + 3 sqrt((exp(sigma^2) - 1) exp(sigma^2)).
         k: the Lipschitz constant that a layer under variation is to keep; 1 in the paper.
-        shift: that of `correctnet.LogNormalVariation`; 0 in the paper.
 
     Returns:
         The bound on the spectral norm of a nominal weight matrix: 0.33958 at sigma 0.5, k at sigma 0.
     """
-    variance = math.expm1(sigma**2) * math.exp(sigma**2)
-    return k / (math.exp(sigma**2 / 2) + 3 * math.sqrt(variance)) / math.exp(shift)
+    mean, deviation = device.factor_moments()
+    return k / (mean + 3 * deviation)
 
 
 def weight_matrix(weight: Tensor) -> Tensor:

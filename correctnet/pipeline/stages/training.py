@@ -103,7 +103,7 @@ def suppress(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) 
     if s.suppress.start == "scratch":
         model = build_described(base["network"], s.seed, "suppress").to(runtime.device)
         base = {"network": base["network"], "data": storage.training_data(base)}
-    lam = lipschitz.bound(s.variation.sigma, s.suppress.k, devices.make(s.variation).shift)
+    lam = lipschitz.bound(devices.make(s.variation), s.suppress.k)
     ramp, beta = s.suppress.ramp, s.suppress.beta
     norms = lipschitz.batchnorms(model) if s.suppress.fold_batchnorm else {}
     hooks = Hooks(
