@@ -21,9 +21,9 @@ _PUBLIC = {
     "Result": "evaluation.results",
     "compensate": "methods.compensation",
     "overhead": "methods.compensation",
-    "save": "methods.compensation",
-    "load": "methods.compensation",
-    "fit_compensators": "methods.compensation",
+    "save": "methods.saved",
+    "load": "methods.saved",
+    "fit_compensators": "methods.compensation_training",
     "UserError": "errors",
 }
 __all__ = ["__version__", *_PUBLIC]

@@ -220,7 +220,8 @@ class Compensate(Training):
     """fresh chip samples a batch, over which the gradient is averaged"""
 
 
-# Chip samples on which a network with trained compensators is compared with the one without, see `correctnet.methods.compensation.keep_better`.
+# Chip samples on which trained compensators are compared with none, see
+# `correctnet.methods.compensation_training.keep_better`.
 JUDGED_CHIPS = 10
 
 
@@ -238,8 +239,8 @@ class Search(Section):
     """Search for the layers to compensate and their numbers of filters: REINFORCE over the candidates, reward (12)."""
 
     strategy: Literal["reinforce", "random", "greedy", "all"] = "reinforce"
-    """REINFORCE with an LSTM policy; random states; or no search: greedy, the candidates in order, each with the largest
-    S that still fits the largest limit; all, every candidate with the largest S, whatever the limit"""
+    """REINFORCE with an LSTM policy; random states; or no search: greedy, the candidates in order, each with the
+    largest S that still fits the largest limit; all, every candidate with the largest S, whatever the limit"""
     limits: tuple[float, ...] = (0.01, 0.02, 0.03)
     """overhead limits, one search each; the most accurate result of all is used"""
     ratios: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -251,8 +252,8 @@ class Search(Section):
     rollouts: int = Field(4, ge=1)
     """states drawn an episode"""
     population: int | None = Field(None, ge=1)
-    """new states an episode, drawn until there are that many; the workflow trains each in its own job, so that a cluster
-    works on a population at a time. Empty: those among the rollouts, all in one job"""
+    """new states an episode, drawn until there are that many; the workflow trains each in its own job, so that a
+    cluster works on a population at a time. Empty: those among the rollouts, all in one job"""
     learning_rate: float = Field(0.1, gt=0)
     """of the policy (Adam)"""
     entropy: float = Field(0.3, ge=0)
@@ -293,8 +294,8 @@ class Search(Section):
 SEARCHING = ("reinforce", "random")
 
 
-def search_rounds(search: Any) -> int:
-    """Largest number of populations that a search trains after the state without compensation; 0 without populations."""
+def search_rounds(search: Search) -> int:
+    """Largest number of populations that a search trains after the state without compensation; 0 if it has none."""
     return math.ceil(search.evaluations / search.population) if search.population else 0
 
 

@@ -1,11 +1,11 @@
-"""Short trainings of compensators under changed settings, compared on validation images: the tables of reproduction.md.
+"""Short trainings of compensators with changed settings, compared on validation images: tables of reproduction.md.
 
     python docs/trials.py MODEL --dataset cifar10 --filters conv1.layer=64 --filters conv2.layer=64 --images 8000 \\
         'learning_rate=1e-3 epochs=4' 'learning_rate=1e-3 batch=128 epochs=4' --out trials.csv
 
-MODEL is what a stage wrote (suppress, pretrain, inject). Each quoted argument is a trial: fields of
-`correctnet.settings.Compensate`. Seed 0, sigma 0.5; chips and images of all trials are the same. The first row of the
-CSV is the model as it is.
+MODEL is the output of a stage (suppress, pretrain, inject). Each quoted argument is a trial: fields of
+`correctnet.settings.Compensate`. Seed 0, sigma 0.5; all trials use the same chips and images. The first row of the CSV
+is the model without compensation.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import pandas as pd
 import torch
 
 from correctnet import LogNormalVariation, convert, evaluate
-from correctnet.datasets import loading
 from correctnet.files.storage import training_data, write_csv
-from correctnet.methods import compensation
+from correctnet.methods.compensation import overhead
+from correctnet.methods.compensation_training import prepare, trained_parameters
 from correctnet.noise import streams
 from correctnet.pipeline.models import read_network
 from correctnet.settings import Compensate, validate
@@ -30,7 +30,7 @@ from correctnet.training.loop import fit
 
 
 def _value(text: str) -> Any:
-    """A setting's value as it is given: a number, true, false or null, else a text."""
+    """Parse a setting's value: a number, true, false or null, else text."""
     try:
         return json.loads(text)
     except ValueError:
@@ -67,17 +67,17 @@ def main(
     made = training_data(description)
     if made.get("dataset", dataset) != dataset:
         raise click.UsageError(f"--dataset {dataset}: {model} was trained on {made['dataset']}")
-    # What it was not trained on is what was held out for it.
+    # Hold out the images that were held out when the model was trained.
     loaded = loading.load(dataset, validation=made.get("validation", 0.1), seed=made.get("seed", 0))
     train, judged = loaded.train.take(images), loaded.validation.take(validation)
     plan = {name: int(m) for name, m in (item.split("=") for item in filters)}
     variation = LogNormalVariation(0.5)
     rows: list[dict[str, Any]] = []
 
-    def judge(trial: str, analog: torch.nn.Module, overhead: float, seconds: float) -> None:
+    def judge(trial: str, analog: torch.nn.Module, added: float, seconds: float) -> None:
         first = streams.chips("validation", chips).start
         result = evaluate(analog, judged, chips, start=first, precision=precision, progress=False)
-        row = {"trial": trial, "training_images": images, "overhead": overhead, "seconds": round(seconds, 1)}
+        row = {"trial": trial, "training_images": images, "overhead": added, "seconds": round(seconds, 1)}
         rows.append(row | {"mean": result.mean, "std": result.std, "chips": chips, "validation_images": len(judged)})
         write_csv(out, pd.DataFrame(rows))
         click.echo(f"{result.mean:.2%} +- {100 * result.std:.2f}  {trial}")
@@ -86,12 +86,12 @@ def main(
     for trial in trials:
         fields = {key: _value(text) for key, text in (item.split("=", 1) for item in trial.split())}
         section = validate(Compensate, {"precision": precision, "epochs": 1, **fields}, trial)
-        analog, _, hooks = compensation.prepare(network, plan, section, variation, 0)
+        analog, _, hooks = prepare(network, plan, section, variation, 0)
         hooks.augment = augment
-        trained = compensation.trained_parameters(analog, section)
+        trained = trained_parameters(analog, section)
         began = time.monotonic()
         fit(analog, train, section, 0, stage="fit_compensators", parameters=trained, hooks=hooks, quiet=True)
-        judge(trial, analog, compensation.overhead(network, plan), time.monotonic() - began)
+        judge(trial, analog, overhead(network, plan), time.monotonic() - began)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -22,7 +21,9 @@ from scipy import stats
 
 from correctnet.files import storage
 from correctnet.methods import search as searching
-from correctnet.methods.search import Filters, Problem, search
+from correctnet.methods.search import search
+from correctnet.methods.search_log import Filters, Problem
+from correctnet.methods.search_policy import Room
 from correctnet.settings import Search
 
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -82,7 +83,7 @@ VARIANTS = {
 BUDGETS = (12, 24, 150)
 
 
-class AlikeRoom(searching.Room):
+class AlikeRoom(Room):
     """All actions that fit are alike at the start, however many sequences go on from them."""
 
     def log_probabilities(self, prefix):
@@ -105,7 +106,7 @@ def problem_of(name: str, noise: float, seed: int) -> tuple[Problem, Callable[[F
 def found(name: str, noise: float, seed: int, **changes: object) -> float:
     """The true mean of the state that a search with changed settings chooses."""
     problem, true = problem_of(name, noise, seed)
-    settings = SimpleNamespace(**{**Search().model_dump(), "episodes": 100, **changes})
+    settings = Search(**{"episodes": 100, **changes})
     return true(search(problem, settings, seed, progress=False).best().filters)
 
 
@@ -134,14 +135,13 @@ def main() -> None:
     parser.add_argument("--name", default="shipped")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    room: type[searching.Room] = searching.Room
     rows = []
     for variant in arguments.variant or VARIANTS:
         shipped = variant == "shipped"
         for name in arguments.problem or (PROBLEMS if shipped else ["six layers"]):
             for noise in (0.002, 0.0) if shipped and name == "six layers" else (0.002,):
                 for evaluations in BUDGETS:
-                    searching.Room = AlikeRoom if "alike" in variant else room
+                    searching.Room = AlikeRoom if "alike" in variant else Room
                     measured = differences(name, noise, evaluations, arguments.seeds, **VARIANTS[variant])
                     mean, low, high = (round(x, 5) for x in interval(measured))
                     label = arguments.name if shipped else variant

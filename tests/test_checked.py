@@ -4,7 +4,7 @@ import pytest
 
 from correctnet.errors import UserError
 from correctnet.files import csvfile as checked
-from correctnet.methods import search
+from correctnet.methods.search_log import read_log
 from correctnet.report import figures, tables
 
 REFERENCE = Path(__file__).parents[1] / "results" / "reference"
@@ -27,7 +27,7 @@ def test_committed_samples_are_read(name):
 def test_committed_files_of_stages_are_read(name):
     path = REFERENCE / name
     if "search" in name:
-        states = search.read_log(path)
+        states = read_log(path)
         columns = ["filters", "overhead", "mean", "std", "reward", "seconds", "candidates"]
         table = figures.read_table(path, columns)
         assert [s.mean for s in states if s.mean is not None] == table["mean"].dropna().tolist()

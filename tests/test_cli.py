@@ -403,7 +403,7 @@ def test_a_gpu_without_kernels_is_said_once(stage, built, tmp_path, monkeypatch)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
     monkeypatch.setattr(cuda, "_problem", Kernels.problem)
-    monkeypatch.setattr(cuda, "_kernels", lambda: Kernels if built else None)
+    monkeypatch.setattr(cuda, "kernels", lambda: Kernels if built else None)
     inputs = {"sweep": ["--pretrained", "p", "--base", "b"], "search": ["--base", "b", "--candidates", "c"]}
     inputs |= {name: ["--pretrained", "p"] for name in ("suppress", "inject")}
     inputs |= {name: ["--model", "m"] for name in ("sensitivity", "evaluate")}

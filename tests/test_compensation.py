@@ -2,7 +2,6 @@ import random
 import re
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +17,10 @@ from correctnet.datasets.base import Split
 from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.errors import UserError
 from correctnet.evaluation.montecarlo import evaluate
-from correctnet.methods import compensation
+from correctnet.methods import compensation, compensation_training
 from correctnet.methods.compensation import Compensated, compensate
+from correctnet.methods.compensation_training import CompensationWarning, fit_compensators
+from correctnet.methods.saved import load, plan_of, save
 from correctnet.networks.blocks import Block
 from correctnet.networks.building import build
 from correctnet.networks.lenet import lenet5
@@ -68,7 +69,7 @@ def test_place_block_stands_behind_batchnorm_and_relu(tiny):
     assert [n for n, _ in compensated[0].original.named_children()] == ["layer", "norm", "relu"]
     at_layer = compensate(tiny, {"0.layer": 2}, place="layer")
     assert isinstance(at_layer[0].layer, Compensated)
-    with pytest.raises(UserError, match="in no Block"):
+    with pytest.raises(UserError, match="not in a Block"):
         compensate(tiny, {"4": 2}, place="block")
 
 
@@ -106,16 +107,16 @@ def test_only_compensation_parameters_are_named(lenet):
 def test_saved_and_loaded_as_a_plain_module(lenet, tmp_path):
     filters = {"conv1.layer": 3, "linear1.layer": 2}
     compensated = compensate(lenet, filters, place="block", init="random", activation="none", pool="kernel").eval()
-    compensation.save(compensated, tmp_path)
+    save(compensated, tmp_path)
     plan = {"filters": filters, "place": "block", "activation": "none", "pool": "kernel"}
-    assert compensation.plan_of(compensated) == plan
-    loaded = compensation.load(lenet5(), tmp_path).eval()
+    assert plan_of(compensated) == plan
+    loaded = load(lenet5(), tmp_path).eval()
     assert isinstance(loaded, nn.Module)
     x = torch.randn(3, 1, 32, 32)
     assert torch.equal(loaded(x), compensated(x))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
     with pytest.raises(UserError, match="made for another network"):
-        compensation.load(lenet5(widths=(3, 4, 5, 6)), tmp_path)
+        load(lenet5(widths=(3, 4, 5, 6)), tmp_path)
 
 
 @pytest.mark.parametrize("options", [{}, {"activation": "none"}, {"pool": "kernel"}, {"place": "block"}])
@@ -124,26 +125,26 @@ def test_saved_and_loaded_as_a_plain_module(lenet, tmp_path):
 )
 def test_a_saved_network_computes_what_it_did(lenet, tmp_path, filters, options):
     compensated = compensate(lenet, filters, init="random", **options).eval()
-    compensation.save(compensated, tmp_path)
+    save(compensated, tmp_path)
     x = torch.randn(2, 1, 32, 32)
-    assert torch.equal(compensation.load(lenet5(), tmp_path).eval()(x), compensated(x))
+    assert torch.equal(load(lenet5(), tmp_path).eval()(x), compensated(x))
 
 
 def test_models_of_names_that_differ_behind_a_dot_are_saved_and_loaded_apart(lenet, tmp_path):
     saved = {}
     for k in (3, 5):
         saved[k] = compensate(lenet, {"conv1.layer": k}, seed=k, init="random")
-        compensation.save(saved[k], tmp_path / f"sigma0.{k}.safetensors")
+        save(saved[k], tmp_path / f"sigma0.{k}.safetensors")
     assert len(list(tmp_path.iterdir())) == 4
     for k, model in saved.items():
-        back = compensation.load(lenet, tmp_path / f"sigma0.{k}.json").state_dict()
+        back = load(lenet, tmp_path / f"sigma0.{k}.json").state_dict()
         assert all(torch.equal(value, back[name]) for name, value in model.state_dict().items())
 
 
 def test_what_compensate_cannot_make_is_not_saved(lenet, tmp_path):
     mixed = compensate(compensate(lenet, {"conv1.layer": 2}), {"conv2.layer": 2}, activation="none")
     with pytest.raises(UserError, match="differ in place, activation or pooling"):
-        compensation.save(mixed, tmp_path)
+        save(mixed, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -158,18 +159,18 @@ def test_bad_plans(lenet):
 
 def test_compensators_win_accuracy_back(tiny, blobs):
     variation = LogNormalVariation(1.0)
-    fit(tiny, blobs, SimpleNamespace(**{**Training().model_dump(), "epochs": 10, "batch": 32}), seed=0, quiet=True)
+    fit(tiny, blobs, Training(epochs=10, batch=32), seed=0, quiet=True)
     before = {k: v.clone() for k, v in tiny.state_dict().items()}
     filters = {"0.layer": 4, "3.layer": 8, "4": 3}
     options = {"epochs": 20, "batch": 32, "learning_rate": 0.01, "chips_per_batch": 4, "quiet": True}
-    compensated = compensation.fit_compensators(tiny, filters, blobs.images, blobs.labels, variation, **options)
+    compensated = fit_compensators(tiny, filters, blobs.images, blobs.labels, variation, **options)
     bare, helped = (evaluate(convert(m, variation), blobs, 40, progress=False) for m in (tiny, compensated))
     assert helped.minus(bare).low > 0.01
     assert not any(isinstance(m, AnalogLayer) for m in compensated.modules())
     after = {k.replace(".original", ""): v for k, v in compensated.state_dict().items()}
     assert all(torch.equal(after[k], v) for k, v in before.items()), "the original weights stay as they were"
     with pytest.raises(UserError, match=r"fit_compensators: epoch: unknown key .did you mean 'epochs'"):
-        compensation.fit_compensators(tiny, {"0.layer": 4}, blobs.images, blobs.labels, variation, epoch=3)
+        fit_compensators(tiny, {"0.layer": 4}, blobs.images, blobs.labels, variation, epoch=3)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +181,7 @@ def test_what_of_batchnorm_changes_while_compensators_train(tiny, blobs, batchno
     options = {"epochs": 5, "quiet": True, "batchnorm": batchnorm}
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # that they are not kept
-        compensated = compensation.fit_compensators(
+        compensated = fit_compensators(
             tiny, {"0.layer": 2}, blobs.images, blobs.labels, LogNormalVariation(0.3), **options
         )
     before, after = tiny[0].norm.state_dict(), compensated[0].norm.state_dict()
@@ -193,7 +194,7 @@ def test_what_of_batchnorm_changes_while_compensators_train(tiny, blobs, batchno
 
 
 def test_nothing_to_compensate_is_the_network_itself(tiny, blobs):
-    untouched = compensation.fit_compensators(tiny, {}, blobs.images, blobs.labels, LogNormalVariation(0.3), quiet=True)
+    untouched = fit_compensators(tiny, {}, blobs.images, blobs.labels, LogNormalVariation(0.3), quiet=True)
     with torch.no_grad():
         assert torch.equal(untouched(blobs.images), tiny(blobs.images))
 
@@ -308,9 +309,9 @@ def test_a_layer_with_several_names_is_compensated_at_all_places(tmp_path):
     expected = compensated.last(compensated.c(compensated.c(compensated.c(y)).relu()))
     assert torch.equal(compensated(x), expected)
     assert len(compensation.compensation_parameters(compensated)) == 4
-    compensation.save(compensated, tmp_path)
-    assert torch.equal(compensation.load(network, tmp_path).eval()(x), expected)
-    trained = compensation.fit_compensators(
+    save(compensated, tmp_path)
+    assert torch.equal(load(network, tmp_path).eval()(x), expected)
+    trained = fit_compensators(
         network, {"c": 3}, x, torch.arange(20) % 3, LogNormalVariation(0.3), epochs=1, quiet=True
     )
     assert trained.again is trained.c
@@ -325,21 +326,21 @@ def test_a_network_that_is_one_layer(network, name, place, tmp_path):
     assert isinstance(compensated, Compensated)
     x = torch.randn(5, 4)
     torch.testing.assert_close(compensated(x), network(x))
-    compensation.save(compensated, tmp_path)
-    assert torch.equal(compensation.load(network, tmp_path)(x), compensated(x))
+    save(compensated, tmp_path)
+    assert torch.equal(load(network, tmp_path)(x), compensated(x))
 
 
 def test_a_layer_in_two_blocks_is_not_half_compensated():
     shared = nn.Linear(4, 4)
     network = nn.Sequential(Block(shared), Block(shared))
-    with pytest.raises(UserError, match=r"layer '0\.layer' is used outside of its Block, too"):
+    with pytest.raises(UserError, match=r"layer '0\.layer' is also used outside of its Block"):
         compensate(network, {"0.layer": 2}, place="block")
     assert isinstance(compensate(network, {"0.layer": 2})[1].layer, Compensated)
 
 
 def test_a_compensated_layer_is_not_compensated_again(lenet):
     once = compensate(lenet, {"conv1.layer": 2})
-    with pytest.raises(UserError, match=r"conv1\.layer\.original is compensated already"):
+    with pytest.raises(UserError, match=r"conv1\.layer\.original is already compensated"):
         compensate(once, {"conv1.layer.original": 2})
 
 
@@ -432,7 +433,7 @@ class Listed(nn.Module):
 @pytest.mark.parametrize(
     ("network", "name", "line"),
     [
-        (Encoder, "encoder.layers.0.linear1", "is never called on these images, so that compensating it has no effect"),
+        (Encoder, "encoder.layers.0.linear1", "is never called on these images, so compensating it has no effect"),
         (Direct, "second", "is never called on these images"),
         (lambda: Listed(False), "first", "is never called on these images"),
         (lambda: Listed(True), "first", "is also called from where it cannot be compensated"),
@@ -446,7 +447,7 @@ def test_a_layer_that_is_used_behind_its_back_is_not_trained(network, name, line
     def fitted(name):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what carries no variation, what is not kept
-            return compensation.fit_compensators(
+            return fit_compensators(
                 network, {name: 2}, images, torch.arange(40) % 3, LogNormalVariation(0.3), epochs=1, quiet=True
             )
 
@@ -462,7 +463,7 @@ def test_a_vision_transformer_s_linear_layers_are_compensated():
     )
     images = torch.randn(60, 16)
     filters = {"1": 2, "3": 2, "5": 2}
-    compensated = compensation.fit_compensators(
+    compensated = fit_compensators(
         network, filters, images, torch.arange(60) % 3, LogNormalVariation(0.3), epochs=2, quiet=True
     )
     assert compensated(images).shape == (60, 3)
@@ -473,7 +474,7 @@ VARIATION = LogNormalVariation(1.0)
 
 
 def trained_tiny(tiny, blobs):
-    fit(tiny, blobs, SimpleNamespace(**{**Training().model_dump(), "epochs": 10, "batch": 32}), seed=0, quiet=True)
+    fit(tiny, blobs, Training(epochs=10, batch=32), seed=0, quiet=True)
     return tiny
 
 
@@ -485,10 +486,8 @@ def test_compensators_that_end_worse_are_not_kept(tiny, blobs, init, batchnorm, 
     validation = (blobs.images[:60], blobs.labels[:60]) if given else None
     options = {"epochs": 1, "learning_rate": 20.0, "init": init, "batchnorm": batchnorm, "validation": validation}
     filters = {"0.layer": 4, "4": 3}
-    with pytest.warns(compensation.CompensationWarning, match="not kept: over 10 validation chips") as caught:
-        compensated = compensation.fit_compensators(
-            network, filters, blobs.images, blobs.labels, VARIATION, quiet=True, **options
-        )
+    with pytest.warns(CompensationWarning, match="not kept: over 10 validation chips") as caught:
+        compensated = fit_compensators(network, filters, blobs.images, blobs.labels, VARIATION, quiet=True, **options)
     assert Path(caught[0].filename) == Path(__file__), "the warning points at the call"
     with torch.no_grad():
         torch.testing.assert_close(compensated(blobs.images), network(blobs.images))
@@ -504,7 +503,7 @@ def test_compensators_that_win_are_kept_without_a_word(tiny, blobs):
     options = {"epochs": 10, "chips_per_batch": 4, "quiet": True}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        compensated = compensation.fit_compensators(
+        compensated = fit_compensators(
             network, {"0.layer": 4, "3.layer": 8, "4": 3}, blobs.images, blobs.labels, VARIATION, **options
         )
     assert not torch.allclose(compensated(blobs.images), network(blobs.images))
@@ -535,8 +534,8 @@ def used(count, **options):
     images[:, 0] = torch.arange(count)
     labels = torch.arange(count) % 3
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", compensation.CompensationWarning)
-        compensation.fit_compensators(
+        warnings.simplefilter("ignore", CompensationWarning)
+        fit_compensators(
             network, {"linear": 2}, images, labels, LogNormalVariation(0.3), epochs=1, quiet=True, **options
         )
     return network.trained, network.judged
@@ -544,7 +543,7 @@ def used(count, **options):
 
 @pytest.mark.parametrize("count", [20, 57, 100])
 def test_a_tenth_of_the_images_is_held_out(count, monkeypatch):
-    monkeypatch.setattr(compensation, "_check_calls", lambda *_: None)
+    monkeypatch.setattr(compensation_training, "check_calls", lambda *_: None)
     trained, judged = used(count)
     assert len(judged) == count // 10
     assert trained | judged == set(range(count))
@@ -554,7 +553,7 @@ def test_a_tenth_of_the_images_is_held_out(count, monkeypatch):
 
 
 def test_of_few_images_none_is_held_out(monkeypatch):
-    monkeypatch.setattr(compensation, "_check_calls", lambda *_: None)
+    monkeypatch.setattr(compensation_training, "check_calls", lambda *_: None)
     assert used(19) == (set(range(19)), set(range(19)))
     validation = Split(torch.full((5, 4), 77.0), torch.arange(5) % 3)
     assert used(100, validation=validation) == (set(range(100)), {77})
@@ -576,7 +575,7 @@ def test_the_caller_s_state_is_left_as_it_was(tiny, blobs):
         before = torch.get_rng_state(), random.getstate(), str(np.random.get_state(legacy=False))  # noqa: NPY002
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            compensated = compensation.fit_compensators(
+            compensated = fit_compensators(
                 tiny, {"0.layer": 2}, blobs.images, blobs.labels, VARIATION, epochs=1, batchnorm="updated", quiet=True
             )
         compensate(tiny, {"0.layer": 2})
@@ -608,8 +607,8 @@ NO_CLASSES = [
     (lambda x, y: (x, y - 1), "from 0 on; there is a -1"),
     (lambda x, y: (x[:0], y[:0]), "there are no images"),
     (lambda x, y: (x.numpy(), y.numpy()), "a tensor of images and one of labels are expected"),
-    (lambda x, y: (x[:, :, 0], y), "the network cannot compute these images"),
-    (lambda x, y: ((255 * x).byte(), y), "the network cannot compute these images"),
+    (lambda x, y: (x[:, :, 0], y), "the network cannot run on images of shape"),
+    (lambda x, y: ((255 * x).byte(), y), "the network cannot run on images of shape"),
 ]
 
 
@@ -617,14 +616,14 @@ NO_CLASSES = [
 def test_inputs_that_are_no_classification(tiny, blobs, spoilt, line):
     def fitted(images, labels, **options):
         with pytest.raises(UserError) as caught:
-            compensation.fit_compensators(tiny, {"0.layer": 2}, images, labels, VARIATION, quiet=True, **options)
+            fit_compensators(tiny, {"0.layer": 2}, images, labels, VARIATION, quiet=True, **options)
         assert re.search(line, str(caught.value))
         assert str(caught.value).startswith("fit_compensators: ")
         assert len(str(caught.value).splitlines()) == 1
 
     bad = spoilt(blobs.images, blobs.labels)
     fitted(*bad)
-    if "cannot compute" not in line:
+    if "cannot run" not in line:
         line = line.replace("images and labels", "validation")
         fitted(blobs.images, blobs.labels, validation=bad)
 
@@ -633,7 +632,7 @@ def test_inputs_that_are_no_classification(tiny, blobs, spoilt, line):
 def test_networks_that_are_no_classifiers(blobs, outputs):
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), outputs)
     with pytest.raises(UserError, match=r"must give \(N, classes\) with 2 classes or more"):
-        compensation.fit_compensators(network, {"1": 2}, blobs.images, blobs.labels * 0, VARIATION, quiet=True)
+        fit_compensators(network, {"1": 2}, blobs.images, blobs.labels * 0, VARIATION, quiet=True)
 
 
 @pytest.mark.parametrize(
@@ -649,7 +648,7 @@ def test_networks_that_are_no_classifiers(blobs, outputs):
 )
 def test_filters_that_are_none(tiny, blobs, filters, line):
     with pytest.raises(UserError, match=line):
-        compensation.fit_compensators(tiny, filters, blobs.images, blobs.labels, VARIATION, quiet=True)
+        fit_compensators(tiny, filters, blobs.images, blobs.labels, VARIATION, quiet=True)
 
 
 def test_a_network_and_its_generators_begin_with_unrelated_weights():

@@ -200,7 +200,7 @@ GOOD = "row,sigma,sample,correct,images,accuracy,seed\nr,0.5,0,40,50,0.8,7\nr,0.
         ("r,0.5,1", "r,0.4,1", "line 3: sigma: 0.4 where the lines before have 0.5; one evaluation is expected"),
         ("r,0.5,1", "s,0.5,1", "line 3: row: s where the lines before have r; one evaluation is expected"),
         ("r,0.5,1", "r,inf,1", "line 3: sigma: a number that is at least 0 is expected; 'inf' was found"),
-        ("r,0.5,1", "r,0.5,0", "line 3: sample: chip 0 comes twice"),
+        ("r,0.5,1", "r,0.5,0", "line 3: sample: chip 0 occurs twice"),
         ("seed\n", "sample\n", "line 1: two columns are named 'sample'"),
     ],
 )
@@ -230,7 +230,7 @@ def test_bad_files(tmp_path):
 
 
 def test_chunks_that_overlap_or_differ():
-    with pytest.raises(UserError, match="a chip comes twice"):
+    with pytest.raises(UserError, match="a chip occurs twice"):
         Result.concatenate([result([0.9, 0.8]), result([0.7], start=1)])
     with pytest.raises(UserError, match="different numbers of images"):
         Result.concatenate([result([0.9]), result([0.7], start=1, images=10)])
@@ -266,8 +266,8 @@ def test_bad_calls(tiny, blobs):
         ({"first_layer": -1}, "first_layer must lie in 0 to "),
         ({"first_layer": 9}, "first_layer must lie in 0 to "),
         ({"first_layer": 0.5}, "first_layer must be a whole number"),
-        ({"batch": 0}, "batch and memory must be at least 1"),
-        ({"memory": -5}, "batch and memory must be at least 1"),
+        ({"batch": 0}, "batch must be at least 1, not 0"),
+        ({"memory": -5}, "memory must be at least 1 byte, not -5"),
         ({"chunk": 1.5}, "chunk must be a whole number"),
         ({"prepare": 3}, "int cannot be called"),
         ({"save": 3}, "the path of a file"),

@@ -1,6 +1,5 @@
 import itertools
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -16,7 +15,9 @@ from correctnet.crossbar.layers import crossbar_layers
 from correctnet.errors import UserError
 from correctnet.methods import compensation
 from correctnet.methods import search as searching
-from correctnet.methods.search import Explored, Log, Pending, Policy, Problem, read_log, reward, search
+from correctnet.methods.search import search
+from correctnet.methods.search_log import Explored, Log, Pending, Problem, read_log, reward
+from correctnet.methods.search_policy import Policy, Room
 from correctnet.networks.blocks import parameter_count
 from correctnet.networks.vgg import vgg16
 from correctnet.settings import Search, search_rounds
@@ -28,7 +29,7 @@ GAIN = np.array([0.20, 0.16, 0.10, 0.05, 0.01, 0.01])
 
 
 def settings(**changes):
-    return SimpleNamespace(**{**Search().model_dump(), **changes})
+    return Search(**changes)
 
 
 def synthetic(limit=0.02, calls=None):
@@ -135,7 +136,7 @@ def test_every_sequence_that_is_drawn_fits(widths, ratios, limit, seed):
     policy = Policy(len(widths), len(ratios) + 1)
     torch.nn.init.normal_(policy.head.weight, std=10.0)
     generator = torch.Generator().manual_seed(seed)
-    actions, logs, _ = policy(searching.Room(problem).offer, generator, 20)
+    actions, logs, _ = policy(Room(problem).offer, generator, 20)
     assert all(problem.overhead(problem.filters(row)) <= limit for row in actions.tolist())
     assert torch.isfinite(logs).all()
     for strategy in ("reinforce", "random"):
@@ -155,7 +156,7 @@ def test_the_actions_of_uniform_sequences(costs, data):
     problem = Problem(
         (4,) * n, (0.5, 0.0, 1.0), 1.0, lambda f: sum(t[m] for t, m in zip(table, f, strict=True)) / 64, None
     )
-    room = searching.Room(problem)
+    room = Room(problem)
     prefix = data.draw(st.lists(st.integers(0, 2), max_size=n - 1))
     sequences = itertools.product(range(3), repeat=n)
     fitting = [s for s in sequences if problem.overhead(problem.filters(s)) <= 1.0]
@@ -184,7 +185,7 @@ def chi_square(problem, drawn, without=()):
 
 def test_the_start_is_uniform_over_the_sequences_that_fit():
     problem = small()
-    room = searching.Room(problem)
+    room = Room(problem)
     actions, _, _ = Policy(3, 3)(room.offer, torch.Generator().manual_seed(0), 8000)
     assert chi_square(problem, [problem.filters(row) for row in actions.tolist()]) > 1e-3
 
@@ -211,10 +212,10 @@ def test_a_population_ends_where_it_is_complete():
     # What is drawn behind the last of its new states is left out, known or new, so that no kind of state is preferred.
     problem, wanted = synthetic(), settings(population=5, rollouts=4)
     torch.manual_seed(0)
-    policy, room = Policy(6, 5), searching.Room(problem)
+    policy, room = Policy(6, 5), Room(problem)
     log = Log(problem)
     log.explore((0,) * 6, 0)
-    states, logs, entropies = searching._draw(problem, policy, room, torch.Generator().manual_seed(1), wanted, log)
+    states, logs, entropies = searching.draw(problem, policy, room, torch.Generator().manual_seed(1), wanted, log)
     again = torch.Generator().manual_seed(1)
     drawn = [policy(room.offer, again, 4) for _ in range(4)]
     sequences = torch.cat([actions for actions, _, _ in drawn])

@@ -15,10 +15,8 @@ from correctnet.engine.engine import Engine
 from correctnet.errors import UserError
 from correctnet.evaluation import montecarlo
 from correctnet.files import storage
-from correctnet.methods import compensation
+from correctnet.methods import compensation_training
 from correctnet.noise import streams
-from correctnet.pipeline.stages import evaluation, searching
-from correctnet.pipeline.stages import training as training_stages
 from correctnet.training import loop as training
 
 
@@ -128,7 +126,7 @@ class Record:
         self._patch.setattr(streams, "seed_of", seeds)
         self._patch.setattr(LogNormalVariation, "sample", through_torch)
         self._patch.setattr(torch, "randperm", permuted)
-        for module in (training_stages, searching, compensation):
+        for module in (training_stages, searching, compensation_training):
             self._patch.setattr(module, "fit", fitted)
         for name in ("outputs", "count"):
             self._patch.setattr(Engine, name, self._through_core(getattr(Engine, name)))
@@ -203,13 +201,13 @@ def test_simulated_chips_of_recalibration_are_its_own(tmp_path, monkeypatch):
     by_hand.succeed("pretrain", *few, *network, "--out", tmp_path / "pretrain")
     record.watch()
     record.command = "evaluate"
-    programmed, outputs = [], montecarlo.evaluate
+    programmed, outputs = [], montecarlo.simulate
 
     def evaluated(*args, **kwargs):
         programmed.append(set(record.chips["evaluate"]))
         return outputs(*args, **kwargs)
 
-    monkeypatch.setattr(evaluation, "evaluate", evaluated)
+    monkeypatch.setattr(evaluation, "simulate", evaluated)
     options = ["--recalibrate", "simulated", "--recalibrate-images", 4, "--images", 4, "--chips", 2]
     by_hand.succeed("evaluate", *few, *options, "--model", tmp_path / "pretrain", "--out", tmp_path / "e.csv")
     recalibrated = {n for _, n in programmed[0]} - {0}  # that variation reaches all layers is looked at on chip 0

@@ -12,8 +12,11 @@ from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.errors import UserError
 from correctnet.evaluation.montecarlo import clean_accuracy, evaluate
 from correctnet.evaluation.results import COLUMNS, Result
+from correctnet.evaluation.simulation import Simulation
 from correctnet.methods.candidates import Sweep, executed, sensitivity, sweep
 from correctnet.networks.building import build
+
+SILENT, FROM_NINE = Simulation(progress=False), Simulation(start=9, progress=False)
 
 
 def curve(accuracies, threshold=0.95, original=1.0):
@@ -45,7 +48,7 @@ def test_the_threshold_is_relative_to_the_original_accuracy():
 
 def test_variation_reaches_from_layer_i_to_the_last(tiny, blobs):
     analog = convert(tiny, LogNormalVariation(0.5))
-    found = sweep(analog, blobs, original=1.0, chips=3, start=9, progress=False)
+    found = sweep(analog, blobs, original=1.0, chips=3, simulation=FROM_NINE)
     assert found.names == ("0.layer", "3.layer", "4")
     for i in (1, 2, 3):
         expected = evaluate(analog, blobs, 3, start=9, first_layer=i - 1, progress=False)
@@ -76,7 +79,7 @@ def test_layers_are_counted_as_they_are_run_and_keep_their_addresses(blobs):
     blobs = Split(blobs.images, network(blobs.images).argmax(1))
     addresses = {"head": 0, "late": 1, "early": 2}  # of registration
     analog = convert(network, variation, seed=5)
-    found = sweep(analog, blobs, original=1.0, chips=4, start=9, progress=False)
+    found = sweep(analog, blobs, original=1.0, chips=4, simulation=FROM_NINE)
     assert found.names == ("early", "late", "head")
     assert list(found.table().groupby("layer")["name"].first()) == ["early", "late", "head"]
     for i in (1, 2, 3):
@@ -87,7 +90,7 @@ def test_layers_are_counted_as_they_are_run_and_keep_their_addresses(blobs):
                 layer.weight.data = variation.sample(layer.weight.data, 5, addresses[name], row["sample"])
             assert row["accuracy"] == clean_accuracy(chip, blobs)
     assert len({r.mean for r in found.results.values()}) == 3
-    alone = sensitivity(network, variation, 5, blobs, chips=2, progress=False)
+    alone = sensitivity(network, variation, 5, blobs, chips=2, simulation=SILENT)
     assert list(alone["name"]) == ["early", "early", "late", "late", "head", "head"]
     assert [type(m).__name__ for m in (analog.head, network.head)] == ["AnalogLinear", "Linear"], "neither was changed"
 
@@ -111,12 +114,12 @@ def test_a_layer_that_is_never_called_is_refused(tiny, blobs):
             return self.used(x)
 
     with pytest.raises(UserError, match=r"^spare is not used"):
-        sweep(convert(Spare(), LogNormalVariation(0.5)), blobs, original=1.0, progress=False)
+        sweep(convert(Spare(), LogNormalVariation(0.5)), blobs, original=1.0, simulation=SILENT)
 
 
 def test_sensitivity_is_variation_in_one_layer_alone(tiny, blobs):
     variation = LogNormalVariation(1.0)
-    found = sensitivity(tiny, variation, 3, blobs, chips=2, start=9, progress=False)
+    found = sensitivity(tiny, variation, 3, blobs, chips=2, simulation=FROM_NINE)
     assert list(found["layer"]) == [1, 1, 2, 2, 3, 3]
     assert list(found["sample"]) == [9, 10] * 3
     assert set(found["clean"]) == {clean_accuracy(tiny, blobs)}
@@ -155,8 +158,8 @@ def test_a_layer_whose_weight_is_read_is_run():
     model, x = Reading().eval(), torch.randn(60, 20, generator=torch.Generator().manual_seed(1))
     data, half = (x, model(x).argmax(1)), LogNormalVariation(0.5)
     assert executed(model, data) == executed(convert(model, half), data) == ["first", "middle", "head"]
-    found = sweep(convert(model, half), data, 1.0, chips=3, progress=False)
-    table = sensitivity(model, half, 0, data, chips=3, progress=False)
+    found = sweep(convert(model, half), data, 1.0, chips=3, simulation=SILENT)
+    table = sensitivity(model, half, 0, data, chips=3, simulation=SILENT)
     for i, name in enumerate(found.names, start=1):
         wanted = []
         for chip in range(3):
@@ -185,8 +188,8 @@ def test_a_layer_whose_weight_is_read_is_run():
 def test_data_that_are_refused(tiny, blobs, make, message):
     images, labels = blobs.images, blobs.labels
     for call in (
-        lambda data: sweep(convert(tiny, LogNormalVariation(0.5)), data, 1.0, chips=1, progress=False),
-        lambda data: sensitivity(tiny, LogNormalVariation(0.5), 0, data, chips=1, progress=False),
+        lambda data: sweep(convert(tiny, LogNormalVariation(0.5)), data, 1.0, chips=1, simulation=SILENT),
+        lambda data: sensitivity(tiny, LogNormalVariation(0.5), 0, data, chips=1, simulation=SILENT),
     ):
         with pytest.raises(UserError, match=message):
             call(make(images, labels))

@@ -169,7 +169,7 @@ def test_one_chip_has_no_interval_anywhere(tmp_path):
     for name in ("2", "yield"):
         texts = [t.get_text() for t in figures.FIGURES[name]([tmp_path / "s.csv"]).axes[0].texts]
         assert any("1 chip, no interval" in text for text in texts)
-    ax = figures.chip_histogram(Result(one[one["sigma"] == 0.5].iloc[:1]))
+    ax = Result(one[one["sigma"] == 0.5].iloc[:1]).plot()
     assert [t.get_text() for t in ax.texts] == ["1 chip, no interval"]
     plt.close("all")
 

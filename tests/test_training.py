@@ -1,7 +1,6 @@
 import copy
 import math
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,11 +17,12 @@ from correctnet.networks.building import build
 from correctnet.noise import streams
 from correctnet.settings import Training
 from correctnet.training import loop as training
-from correctnet.training.loop import Checkpoint, Hooks, fit
+from correctnet.training.checkpoint import Checkpoint
+from correctnet.training.loop import Hooks, fit
 
 
 def section(**changes):
-    return SimpleNamespace(**{**Training().model_dump(), "batch": 32, "epochs": 4, "learning_rate": 0.01, **changes})
+    return Training(**{"batch": 32, "epochs": 4, "learning_rate": 0.01, **changes})
 
 
 def weights(model):
@@ -448,7 +448,7 @@ def test_a_network_that_writes_into_its_input_sees_the_same_images_on_every_chip
 def test_a_last_batch_of_one_image_that_batchnorm_cannot_normalise():
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
     data = Split(torch.randn(33, 4), torch.arange(33) % 3)
-    with pytest.raises(UserError, match="a batch of 33 images is a single one; choose another batch size"):
+    with pytest.raises(UserError, match="the last of 33 images is alone in its batch; choose another"):
         fit(model, data, section(epochs=1, batch=32), seed=0, quiet=True)
     fit(model, data, section(epochs=1, batch=32), seed=0, hooks=Hooks(update_batchnorm=False), quiet=True)
 

@@ -245,7 +245,7 @@ def check_reached(model: nn.Module, images: Tensor, nominal: Any, samples: Itera
         warnings.warn(
             f"{', '.join(unused)} not used when the network is evaluated: no variation from there",
             CoverageWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     if same(nominal, output):
         _check_effect(model, layers, images, nominal, samples, first_layer)
@@ -305,7 +305,7 @@ def _check_effect(
     warnings.warn(
         f"the network's outputs do not depend on the weights of {listed}: they are the same on every chip",
         CoverageWarning,
-        stacklevel=5,
+        stacklevel=6,
     )
 
 

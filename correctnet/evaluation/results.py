@@ -1,4 +1,4 @@
-"""What a Monte Carlo run gave: accuracies of many chips, with their statistics."""
+"""Per-chip accuracies of a Monte Carlo run, with statistics."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ import numpy as np
 import pandas as pd
 
 from correctnet.errors import UserError
-from correctnet.files import csvfile as checked
-from correctnet.files import storage
+from correctnet.files import csvfile, storage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLUMNS = ["sample", "correct", "images", "accuracy", "seed"]
 IDENTITY = ["data", "device", "model"]
-"""what an evaluation was of, where it is known: digest of the images and labels, device model, digest of the network"""
-# What two results must agree in, beside their chips and images, to be compared chip by chip: the device, by whichever
-# columns describe it, and the images.
+"""columns that say what was evaluated, where it is known: digest of images and labels, device model, digest of the
+network"""
+NO_INTERVAL = "1 chip, no interval"
+# Columns in which two results must agree, apart from chips and images, to be compared chip by chip: the device, by
+# whichever columns describe it, and the images.
 PAIRED = ["data", "device", "dataset", "split", "variation", "on", "sigma", "centre", "resample"]
 
 
@@ -37,15 +38,15 @@ class Interval:
 
     def __str__(self) -> str:
         if np.isnan(self.low):
-            return f"{self.estimate:.4f} (1 chip, no interval)"
+            return f"{self.estimate:.4f} ({NO_INTERVAL})"
         return f"{self.estimate:.4f} [{self.low:.4f}, {self.high:.4f}]"
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What a Monte Carlo run gave: a table with one row a chip, `sample, correct, images, accuracy, seed`.
+    """Per-chip accuracies of a Monte Carlo run: a table with one row a chip, `sample, correct, images, accuracy, seed`.
 
-    Further columns say what it was of (`IDENTITY`, and those of `record`), the same on every chip.
+    Further columns (`IDENTITY`, and those that `record` adds) say what was evaluated; they are the same on every chip.
     """
 
     table: pd.DataFrame
@@ -62,7 +63,7 @@ class Result:
 
     @property
     def images(self) -> int:
-        """Images that each chip saw."""
+        """Number of images that each chip classified."""
         return int(self.table["images"].iloc[0])
 
     @property
@@ -76,14 +77,14 @@ class Result:
         return float(self.accuracies.std(ddof=1)) if self.chips > 1 else 0.0
 
     def interval(self, level: float = 0.95) -> Interval:
-        """Student's t interval of the mean: mean +- t std / sqrt(chips). One chip has none: its bounds are NaN.
+        """Student's t interval of the mean: mean +- t std / sqrt(chips); NaN bounds for one chip.
 
-        Raises UserError where `level` is no fraction between 0 and 1.
+        Raises UserError unless `level` is a fraction between 0 and 1.
         """
         return _mean_interval(self.accuracies, level)
 
     def percentile(self, q: float) -> float:
-        """The q-th percentile of the chips' accuracies. Raises UserError where q is not in [0, 100]."""
+        """The q-th percentile of the chips' accuracies. Raises UserError unless 0 <= q <= 100."""
         if not 0 <= q <= 100:
             raise UserError(f"percentile: q is a number between 0 and 100 (5 for the 5th percentile), not {q}")
         return float(np.percentile(self.accuracies, q))
@@ -91,9 +92,9 @@ class Result:
     def yield_at(self, threshold: float, level: float = 0.95) -> Interval:
         """The fraction of chips whose accuracy is at or above `threshold`, with Wilson's binomial interval.
 
-        Raises UserError where `threshold` or `level` is no fraction between 0 and 1.
+        Raises UserError unless `threshold` and `level` are fractions between 0 and 1.
         """
-        from scipy import stats  # slow to import, and wanted for intervals only
+        from scipy import stats  # slow to import, and needed for intervals only
 
         if not 0 <= threshold <= 1:
             raise UserError(f"yield_at: a fraction between 0 and 1 is expected (0.9, not 90); threshold is {threshold}")
@@ -105,8 +106,8 @@ class Result:
     def minus(self, other: Result, level: float = 0.95) -> Interval:
         """Mean difference of accuracy to `other` on the *same* chips, with the paired t interval.
 
-        Raises UserError where the two did not see the same chips, images and device; it names what differs. Whether
-        the images and the device are the same is known where both results say it (`data`, `device`, `sigma`, ...).
+        Raises UserError for results on different chips, images or devices, and names the difference. Images and
+        devices are compared where both results describe them (`data`, `device`, `sigma`, ...).
         """
         what = "a paired comparison needs two results on the same chips and images"
         mine, others = (
@@ -129,9 +130,9 @@ class Result:
 
     @classmethod
     def from_csv(cls, path: str | Path) -> Result:
-        """Read what `to_csv` wrote: the chips of one evaluation.
+        """Read a file of `to_csv`: the chips of one evaluation.
 
-        Raises UserError where it is absent, cut short, edited or no such table; it names the line and the column.
+        Raises UserError for a file that is missing, truncated, edited or another table; it names line and column.
         """
         return cls(read_chips(path))
 
@@ -139,11 +140,11 @@ class Result:
     def concatenate(cls, results: Iterable[Result]) -> Result:
         """Results of several chunks as one, ordered by sample.
 
-        Raises UserError for a chip that comes twice, and for chunks that are not of one evaluation.
+        Raises UserError for a chip that occurs twice, and for chunks of different evaluations.
         """
         table = pd.concat([r.table for r in results], ignore_index=True).sort_values("sample", ignore_index=True)
         if table.duplicated(["seed", "sample"]).any():
-            raise UserError("chunks of a Monte Carlo run overlap: a chip comes twice")
+            raise UserError("chunks of a Monte Carlo run overlap: a chip occurs twice")
         if table["images"].nunique() != 1:
             raise UserError("chunks of a Monte Carlo run saw different numbers of images")
         for column in ["seed", *table.columns.difference(COLUMNS)]:
@@ -153,14 +154,36 @@ class Result:
         return cls(table)
 
     def plot(self, ax: Axes | None = None, label: str | None = None) -> Axes:
-        """Histogram of the chips' accuracies with the mean and its interval; returns the matplotlib axes."""
-        from correctnet.report.figures import chip_histogram
+        """Histogram of the chips' accuracies, with the mean and its 95 % confidence interval.
 
-        return chip_histogram(self, ax, label)
+        Args:
+            ax: matplotlib axes to draw on; None: those of a new figure.
+            label: entry in the legend; None: no legend.
+
+        Returns:
+            The axes.
+        """
+        import matplotlib.pyplot as plt  # slow to import, and needed for plots only
+        from matplotlib.ticker import PercentFormatter
+
+        if ax is None:
+            _, ax = plt.subplots()
+        _, _, patches = ax.hist(self.accuracies, bins="auto", alpha=0.5, label=label)
+        interval, colour = self.interval(), patches[0].get_facecolor()[:3]
+        ax.axvline(self.mean, color=colour)
+        if self.chips > 1:
+            ax.axvspan(interval.low, interval.high, color=colour, alpha=0.3, linewidth=0)
+        else:
+            ax.text(0.02, 0.98, NO_INTERVAL, transform=ax.transAxes, fontsize=7, va="top")
+        ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=int(np.ptp(self.accuracies) < 0.05)))
+        ax.set(xlabel="accuracy", ylabel="chips")
+        if label:
+            ax.legend()
+        return ax
 
     def __str__(self) -> str:
         if self.chips == 1:
-            return f"accuracy {self.mean:.2%} (1 chip, no interval) over 1 chip x {self.images} images"
+            return f"accuracy {self.mean:.2%} ({NO_INTERVAL}) over 1 chip x {self.images} images"
         ci = self.interval()
         return (
             f"accuracy {self.mean:.2%} +- {self.std:.2%} (mean +- standard deviation; 95 % CI {ci.low:.2%} to "
@@ -169,23 +192,23 @@ class Result:
 
 
 def missing_chip(samples: pd.Series) -> int | None:
-    """The first chip between the least and the greatest that is not there; None: all are."""
+    """The first chip missing between the smallest and the largest number; None: there is no gap."""
     ordered = sorted(set(samples.tolist()))
     return next((a + 1 for a, b in itertools.pairwise(ordered) if b != a + 1), None)
 
 
 def read_chips(path: str | Path, by: Sequence[str] = ()) -> pd.DataFrame:
-    """A CSV file with a row a chip, each cell checked.
+    """A CSV file with a row a chip, each cell csvfile.
 
     Args:
         path: the file.
-        by: columns that tell the evaluations of the file apart (pair, row, sigma); () where it holds one.
+        by: columns that distinguish the evaluations of the file (pair, row, sigma); (): it holds one.
 
     Raises:
-        UserError: what `correctnet.files.csvfile.read` refuses, an accuracy that is not correct / images, a chip that comes
-            twice, or a column whose value changes within an evaluation. It names file, line and column.
+        UserError: what `correctnet.files.csvfile.read` refuses, an accuracy that is not correct / images, a chip that
+            occurs twice, or a column whose value changes within an evaluation. It names file, line and column.
     """
-    read = checked.read(path, known=checked.EVALUATION)
+    read = csvfile.read(path, known=csvfile.EVALUATION)
     table = read.table
     if not set(COLUMNS) <= set(table.columns) or table.empty:
         raise UserError(f"{path}: not a Monte Carlo result (columns {', '.join(COLUMNS)} are expected)")
@@ -194,7 +217,7 @@ def read_chips(path: str | Path, by: Sequence[str] = ()) -> pd.DataFrame:
     again = table.duplicated([*by, "seed", "sample"])
     if again.any():
         row = int(again.argmax())
-        read.refuse(row, "sample", f"chip {table['sample'].iloc[row]} comes twice")
+        read.refuse(row, "sample", f"chip {table['sample'].iloc[row]} occurs twice")
     groups = [table] if not by else [rows for _, rows in table.groupby(by, sort=False)]
     for rows in groups:
         for column in rows.columns.difference(["sample", "correct", "accuracy"]):
@@ -207,8 +230,8 @@ def read_chips(path: str | Path, by: Sequence[str] = ()) -> pd.DataFrame:
     return table
 
 
-def check_accuracies(read: checked.Checked) -> None:
-    """Raise a UserError, with the line, where the correct images are no part of the images, or not the accuracy."""
+def check_accuracies(read: csvfile.Checked) -> None:
+    """Raise a UserError, with the line, where correct > images or accuracy is not correct / images."""
     table = read.table
     for row, (correct, images, accuracy) in enumerate(
         zip(*(table[c].tolist() for c in ("correct", "images", "accuracy")), strict=True)
@@ -226,7 +249,7 @@ def _chips(result: Result) -> str:
 
 
 def _known(values: pd.Series) -> list[str]:
-    """The different values of a column, those that are empty left out."""
+    """The distinct values of a column, without empty ones."""
     return sorted({str(value) for value in values.tolist() if not pd.isna(value) and value != ""})
 
 
@@ -247,9 +270,9 @@ def _mean_interval(values: np.ndarray, level: float) -> Interval:
 
 
 def record(result: Result, columns: Mapping[str, Any]) -> Result:
-    """`result` with further columns of constant value (pair, row, sigma, ...), put first.
+    """`result` with further columns of constant value (pair, row, sigma, ...) in front.
 
-    Raises UserError where the result has a column of that name.
+    Raises UserError if the result already has a column of that name.
     """
     table = result.table.copy()
     if taken := [name for name in columns if name in table]:

@@ -1,7 +1,7 @@
-"""Which layers variation hurts: from layer i to the last (Fig. 9 of the paper), and each layer alone.
+"""Candidate layers for compensation: accuracy with variation from layer i to the last (Fig. 9), or in one layer alone.
 
-Layers are counted in the order in which the network runs them, whatever the order of their registration; the address
-of a layer's noise, its layer index, is that of registration and stays what it is.
+Layers are counted in the order in which the network runs them. The layer index, which addresses a layer's noise, is
+counted in the order of registration instead.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from tqdm import tqdm
 from correctnet.crossbar.convert import convert, programmed
 from correctnet.crossbar.layers import ANALOG, analog_layers, crossbar_layers, nominal_weight
 from correctnet.crossbar.probe import Reads, address, left_alone, run
-from correctnet.datasets.batches import first_images
+from correctnet.datasets.batches import Batches, first_images
 from correctnet.devices.base import Variation
-from correctnet.engine.engine import MEMORY, Method
 from correctnet.errors import UserError
-from correctnet.evaluation.montecarlo import Batches, clean_accuracy, evaluate
+from correctnet.evaluation.montecarlo import clean_accuracy, simulate
 from correctnet.evaluation.results import Result
-from correctnet.precision import Precision
+from correctnet.evaluation.simulation import Simulation
 
 
 @dataclass(frozen=True)
@@ -36,15 +35,15 @@ class Sweep:
     results: dict[int, Result]
     """by i, 1 <= i <= L, counted as in the paper"""
     names: tuple[str, ...]
-    """of the L layers, in the order of execution"""
+    """names of the L layers, in the order of execution"""
     original: float
-    """clean accuracy of the pre-trained network, on the same images"""
+    """clean accuracy of the pre-trained network on the same images"""
     threshold: float
-    """fraction of `original` that must be kept"""
+    """fraction of `original` below which layers become candidates"""
 
     @property
     def candidates(self) -> tuple[str, ...]:
-        """The first i layers, i the largest whose mean accuracy is under threshold * original; () where none is."""
+        """The first i layers, for the largest i with a mean accuracy below threshold * original; () if none."""
         below = [i for i, r in self.results.items() if r.mean < self.threshold * self.original]
         return self.names[: max(below, default=0)]
 
@@ -57,7 +56,7 @@ class Sweep:
         return pd.concat(parts, ignore_index=True)
 
     def summary(self) -> dict[str, Any]:
-        """What the search needs, as JSON."""
+        """The result as a JSON object: candidates, original, threshold, and mean accuracies by layer."""
         return {
             "candidates": list(self.candidates),
             "original": self.original,
@@ -67,7 +66,7 @@ class Sweep:
 
 
 def executed(model: nn.Module, data: Batches) -> list[str]:
-    """The names of the conv and linear layers in the order in which `model` first runs them, or reads their weights.
+    """Names of the conv and linear layers in the order in which `model` first calls them or reads their weights.
 
     Observed on images of `data`, in evaluation mode. Raises UserError for a layer that is not used: variation in it has
     no effect.
@@ -76,7 +75,7 @@ def executed(model: nn.Module, data: Batches) -> list[str]:
     layers = dict(crossbar_layers(model))
     device = next(model.parameters()).device
     order: dict[str, None] = {}
-    # A weight that several layers share does not tell them apart; their calls do.
+    # Layers that share a weight are told apart by their calls alone.
     places = {name: address(nominal_weight(layer)) for name, layer in layers.items()}
     shared = Counter(places.values())
     read = {place: name for name, place in places.items() if place is not None and shared[place] == 1}
@@ -90,7 +89,7 @@ def executed(model: nn.Module, data: Batches) -> list[str]:
         for hook in hooks:
             hook.remove()
     if never := [name for name in layers if name not in order]:
-        raise UserError(f"{never[0]} is not used, so variation in it has no effect; take it out of the network")
+        raise UserError(f"{never[0]} is not used, so variation in it has no effect; remove it from the network")
     return list(order)
 
 
@@ -110,24 +109,25 @@ def sweep(
     threshold: float = 0.95,
     *,
     chips: int = 50,
-    start: int = 0,
-    precision: Precision = "float32",
-    gpu_method: Method = "auto",
-    memory: int = MEMORY,
-    progress: bool = True,
+    simulation: Simulation | None = None,
 ) -> Sweep:
-    """Inject variation into layers i..L for i = L, L-1, ..., 1, each over the same chips.
+    """Evaluate with variation in layers i..L for i = L, L-1, ..., 1, each on the same chips (Fig. 9).
 
     Layer i is the i-th that the network runs.
 
     Args:
-        model: from `correctnet.crossbar.convert.convert`, no layer excluded.
-        data: validation images, never the test set: the result is a choice.
+        model: from `correctnet.convert`, no layer excluded.
+        data: validation images, never the test set: the result is used to choose.
         original: clean accuracy of the pre-trained network on them, in (0, 1].
         threshold: candidates are the first i layers for the first i (from the last layer backwards) whose mean
             accuracy is below threshold * original; 0.95 in the paper.
-        chips, start, precision, gpu_method, memory, progress: as in `correctnet.evaluation.montecarlo.evaluate`.
+        chips: chip samples a layer.
+        simulation: how chips are simulated.
+
+    Raises:
+        UserError: accuracies that are not fractions, a layer that carries no variation, or one that is not used.
     """
+    simulation = simulation or Simulation()
     if not 0 < original <= 1:
         raise UserError(f"sweep: the original accuracy must lie in (0, 1], not {original}")
     if not 0 < threshold <= 1:
@@ -138,21 +138,11 @@ def sweep(
     with programmed(model, None):
         names = tuple(executed(model, data))
     results = {}
-    for i in tqdm(range(len(names), 0, -1), desc="sweep", unit="layer", disable=not progress):
+    for i in tqdm(range(len(names), 0, -1), desc="sweep", unit="layer", disable=not simulation.progress):
         in_order = names == registered
-        results[i] = evaluate(
-            model if in_order else _nominal(model, names[: i - 1]),
-            data,
-            chips,
-            start=start,
-            first_layer=i - 1 if in_order else 0,
-            precision=precision,
-            gpu_method=gpu_method,
-            memory=memory,
-            chunk=chips,
-            progress=progress,
-            title=names[i - 1],
-        )
+        varied = model if in_order else _nominal(model, names[: i - 1])
+        first_layer = i - 1 if in_order else 0
+        results[i] = simulate(varied, data, chips, simulation, first_layer=first_layer, chunk=chips, title=names[i - 1])
     return Sweep(results, names, original, threshold)
 
 
@@ -163,41 +153,29 @@ def sensitivity(
     data: Batches,
     *,
     chips: int = 20,
-    start: int = 0,
-    precision: Precision = "float32",
-    gpu_method: Method = "auto",
-    memory: int = MEMORY,
-    progress: bool = True,
+    simulation: Simulation | None = None,
 ) -> pd.DataFrame:
-    """Accuracy with variation in one layer alone, every other layer at its nominal weights.
+    """Accuracy with variation in one layer alone and nominal weights in every other layer, for each layer.
 
     Args:
-        model: an ordinary network, compensated or not; its digital layers stay as they are.
-        variation, seed: as in `correctnet.crossbar.convert.convert`. A layer carries the same weights on chip n here as on chip n
-            of the whole network.
-        data, chips, start, precision, gpu_method, memory, progress: as in `correctnet.evaluation.montecarlo.evaluate`.
+        model: a digital network, compensated or not.
+        variation: the device model.
+        seed: of the chips. A layer carries the same weights on chip n here as on chip n of the converted network.
+        data: images and labels, as in `correctnet.evaluate`.
+        chips: chip samples a layer.
+        simulation: how chips are simulated.
 
     Returns:
-        One row a layer and chip: layer (1 is the first that the network runs), name, weights (of the layer), sample,
+        One row a layer and chip: layer (1 is the first that the network runs), name, weights (their number), sample,
         accuracy, ..., clean (accuracy of the nominal network on the same images).
     """
+    simulation = simulation or Simulation()
     layers = dict(crossbar_layers(model))
     names = executed(model, data)
     clean = clean_accuracy(model, data)
     parts = []
-    for i, name in enumerate(tqdm(names, desc="sensitivity", unit="layer", disable=not progress), start=1):
+    for i, name in enumerate(tqdm(names, desc="sensitivity", unit="layer", disable=not simulation.progress), start=1):
         alone = convert(model, variation, seed, exclude=[other for other in names if other != name])
-        result = evaluate(
-            alone,
-            data,
-            chips,
-            start=start,
-            precision=precision,
-            gpu_method=gpu_method,
-            memory=memory,
-            chunk=chips,
-            progress=progress,
-            title=name,
-        )
+        result = simulate(alone, data, chips, simulation, chunk=chips, title=name)
         parts.append(result.table.assign(layer=i, name=name, weights=layers[name].weight.numel(), clean=clean))
     return pd.concat(parts, ignore_index=True)

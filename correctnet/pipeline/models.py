@@ -13,7 +13,7 @@ from torch import nn
 from correctnet.datasets import DATASETS
 from correctnet.errors import UserError, one_line
 from correctnet.files import storage
-from correctnet.methods import compensation
+from correctnet.methods import saved
 from correctnet.networks.building import build
 from correctnet.pipeline.specs import STAGES, Stage
 from correctnet.settings import Settings, exact
@@ -26,14 +26,12 @@ def read_network(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict
     """
     tensors, description = storage.read_model(path)
     if "network" not in description:
-        raise UserError(
-            f"{path}: holds no network of correctnet.networks.models; load it with correctnet.methods.compensation.load"
-        )
+        raise UserError(f"{path}: holds no network of correctnet.networks; load it with correctnet.load")
     _check_description(storage.model_files(path)[1], description)
     try:
         # Other weights take the place of those drawn here.
         model = build_described(description["network"], 0, "restore")
-        model = compensation.restore(model, tensors, description, str(path))
+        model = saved.restore(model, tensors, description, str(path))
     except (TypeError, ValueError) as error:  # settings that no network and no compensation has
         raise UserError(f"{storage.model_files(path)[1]}: describes no network ({one_line(error)})") from error
     return model.eval().to(device), description

@@ -14,6 +14,7 @@ from correctnet.datasets import loading
 from correctnet.datasets.base import DataSet
 from correctnet.engine.engine import MEMORY
 from correctnet.errors import UserError
+from correctnet.evaluation.simulation import Simulation
 from correctnet.files import storage
 from correctnet.pipeline.specs import STAGES, Stage
 from correctnet.settings import Settings
@@ -31,7 +32,7 @@ class Runtime:
     memory: int = MEMORY
     """bytes that Monte Carlo may take beside the data, about"""
 
-    def load(self, settings: Any, description: dict[str, Any] | None = None, source: Path | str = "") -> DataSet:
+    def load(self, settings: Settings, description: dict[str, Any] | None = None, source: Path | str = "") -> DataSet:
         """The data set that a stage's settings name, on the device; that of the model at `source`, if it is described.
 
         The model's images are split as they were for it: another seed of the settings is that of chips and batches
@@ -46,8 +47,14 @@ class Runtime:
             )
         return loading.load(settings.data.dataset, self.data_dir, settings.data.validation, seed).to(self.device)
 
+    def simulation(self, settings: Settings, start: int, progress: bool = True) -> Simulation:
+        """How a stage simulates its chips, the first of which is `start`."""
+        own = settings.montecarlo
+        progress = progress and not self.quiet
+        return Simulation(start, "auto", own.precision, own.gpu_method, self.memory, progress)
 
-def split_seed(settings: Any, description: dict[str, Any] | None, source: Path | str) -> int:
+
+def split_seed(settings: Settings, description: dict[str, Any] | None, source: Path | str) -> int:
     """The seed of the split into training and validation images: that of the model, if there is one.
 
     Raises UserError where the settings name other images than those that the model was trained on.

@@ -18,6 +18,7 @@ from correctnet.errors import UserError
 from correctnet.evaluation.results import Result, check_accuracies
 from correctnet.files import csvfile as checked
 from correctnet.files import storage
+from correctnet.methods.search_log import best_state
 from correctnet.report import tables
 from correctnet.settings import exact
 
@@ -236,7 +237,7 @@ def figure10(files: Sequence[Path]) -> plt.Figure:
                 continue
             x, name = 100 * table["overhead"], path.parent.name.replace("limit-", "limit ")
             ax.errorbar(x, table["mean"], table["std"], fmt=marker, color=colour, alpha=0.6, markersize=4, label=name)
-            best = table.index[tables.best_state(list(table["mean"]), list(table["overhead"]))]
+            best = table.index[best_state(list(table["mean"]), list(table["overhead"]))]
             ring = {"s": 110, "facecolor": "none", "edgecolor": colour, "linewidth": 1.5, "zorder": 3}
             ax.scatter([x[best]], [table["mean"][best]], **ring)
         ax.set(xlabel="overhead, % of the network's parameters", ylabel="validation accuracy")
@@ -370,24 +371,6 @@ def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     if {"correct", "images", "accuracy"} <= set(read.table):
         check_accuracies(read)
     return read.table
-
-
-def chip_histogram(result: Result, ax: Axes | None = None, label: str | None = None) -> Axes:
-    """Histogram of the chips' accuracies, with the mean and its 95 % confidence interval; one chip has none."""
-    if ax is None:
-        _, ax = plt.subplots()
-    _, _, patches = ax.hist(result.accuracies, bins="auto", alpha=0.5, label=label)
-    interval, colour = result.interval(), patches[0].get_facecolor()[:3]
-    ax.axvline(result.mean, color=colour)
-    if result.chips > 1:
-        ax.axvspan(interval.low, interval.high, color=colour, alpha=0.3, linewidth=0)
-    else:
-        ax.text(0.02, 0.98, tables.NO_INTERVAL, transform=ax.transAxes, fontsize=7, va="top")
-    ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=int(np.ptp(result.accuracies) < 0.05)))
-    ax.set(xlabel="accuracy", ylabel="chips")
-    if label:
-        ax.legend()
-    return ax
 
 
 FIGURES: dict[str, Callable[..., plt.Figure]] = {

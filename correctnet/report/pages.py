@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from correctnet.methods.search_log import best_state
 from correctnet.report import tables
 from correctnet.report.figures import SEARCH_COLOURS, folder_name, read_table
 from correctnet.settings import exact
@@ -121,7 +122,7 @@ def search_scatter(logs: Sequence[Path]) -> str:
         for colour, path in zip(itertools.cycle(SEARCH_COLOURS), paths, strict=False):
             table = read_table(path, ["evaluation", "episode", "filters", "overhead", "mean", "std", "candidates"])
             table = table.dropna(subset=["mean"]).fillna({"std": 0.0})
-            chosen = tables.best_state(list(table["mean"]), list(table["overhead"])) if len(table) else None
+            chosen = best_state(list(table["mean"]), list(table["overhead"])) if len(table) else None
             best = [i == chosen for i in range(len(table))]
             source = ColumnDataSource(
                 {

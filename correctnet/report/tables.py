@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from correctnet.errors import UserError
-from correctnet.evaluation.results import COLUMNS, Result, missing_chip, read_chips
+from correctnet.evaluation.results import COLUMNS, NO_INTERVAL, Result, missing_chip, read_chips
 from correctnet.settings import exact
 
 # What the paper states (Section IV), as fractions, by (network, data set): clean accuracy, and by row at sigma 0.5
@@ -28,7 +28,6 @@ PAPER = {
 }
 PAPER_SIGMA = 0.5
 
-NO_INTERVAL = "1 chip, no interval"
 KEYS = ["pair", "row", "network", "dataset", "split", "sigma", "centre", "overhead", "layers", "epochs"]
 
 
@@ -36,14 +35,6 @@ def paper_mean(samples: pd.DataFrame, row: str) -> float | None:
     """The paper's mean of a row at PAPER_SIGMA, for the network and data set of a pair's samples; None: not stated."""
     key = (samples["network"].iloc[0], samples["dataset"].iloc[0])
     return PAPER.get(key, {}).get(row, (None,))[0]
-
-
-def best_state(means: Sequence[float], overheads: Sequence[float]) -> int:
-    """The position of the state that a search chooses: the best mean accuracy, of equals the least overhead.
-
-    Of states that are equal in both, the first.
-    """
-    return max(range(len(means)), key=lambda i: (means[i], -overheads[i]))
 
 
 def read_samples(files: Iterable[Path]) -> pd.DataFrame:

@@ -16,7 +16,7 @@ from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.engine.engine import describe
 from correctnet.errors import UserError
 from correctnet.evaluation.coverage import check_coverage
-from correctnet.evaluation.montecarlo import evaluate
+from correctnet.evaluation.montecarlo import simulate
 from correctnet.evaluation.results import COLUMNS, IDENTITY, Result, record
 from correctnet.files import storage
 from correctnet.methods import candidates as sweeping
@@ -42,11 +42,7 @@ def sensitivity(settings: Settings, path: Path, out: Path, runtime: Runtime) -> 
         s.seed,
         runtime.load(s, description, path).validation.take(s.sensitivity.images),
         chips=s.sensitivity.chips,
-        start=streams.chips("sensitivity", s.sensitivity.chips).start,
-        precision=s.montecarlo.precision,
-        gpu_method=s.montecarlo.gpu_method,
-        memory=runtime.memory,
-        progress=not runtime.quiet,
+        simulation=runtime.simulation(s, streams.chips("sensitivity", s.sensitivity.chips).start),
     )
     storage.write_csv(out, table.assign(stage=last_stage(description), sigma=s.variation.sigma))
 
@@ -118,11 +114,10 @@ def evaluate_chips(
         save = resumable(
             runtime.work, "chips", stage_identity("evaluate", settings, description, *storage.model_files(path))
         )
-    how = {"precision": s.montecarlo.precision, "gpu_method": s.montecarlo.gpu_method, "memory": runtime.memory}
-    how |= {"start": first, "prepare": prepare}
-    result = evaluate(analog, images, chips, save=save, progress=not runtime.quiet, **how)
+    result = simulate(analog, images, chips, runtime.simulation(s, first), save=save, prepare=prepare)
+    silent = runtime.simulation(s, first, progress=False)
     counts = {
-        n: evaluate(analog, images.take(n), 1, progress=False, **how).table["correct"][0]
+        n: simulate(analog, images.take(n), 1, silent, prepare=prepare).table["correct"][0]
         for n in sorted(set(prefixes))
         if n < len(images)
     }

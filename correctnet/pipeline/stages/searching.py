@@ -18,10 +18,10 @@ from correctnet.crossbar.convert import convert
 from correctnet.crossbar.layers import crossbar_layers
 from correctnet.datasets.base import Split
 from correctnet.errors import UserError
-from correctnet.evaluation.montecarlo import clean_accuracy, evaluate
+from correctnet.evaluation.montecarlo import clean_accuracy, simulate
 from correctnet.files import storage
 from correctnet.methods import candidates as sweeping
-from correctnet.methods import compensation
+from correctnet.methods import compensation, compensation_training
 from correctnet.methods import search as searching
 from correctnet.noise import streams
 from correctnet.pipeline.models import check_uncompensated, expect, is_number, is_whole, read_network
@@ -47,11 +47,7 @@ def sweep(settings: Settings, pretrained: Path, base: Path, out: Path, runtime: 
         clean_accuracy(original, images),
         s.sweep.threshold,
         chips=s.sweep.chips,
-        start=streams.chips("sweep", s.sweep.chips).start,
-        precision=s.montecarlo.precision,
-        gpu_method=s.montecarlo.gpu_method,
-        memory=runtime.memory,
-        progress=not runtime.quiet,
+        simulation=runtime.simulation(s, streams.chips("sweep", s.sweep.chips).start),
     )
     storage.write_csv(out / "accuracy.csv", found.table())
     storage.write_json(out / "candidates.json", {**found.summary(), "chips": s.sweep.chips, "images": len(images)})
@@ -155,22 +151,16 @@ def _search_problem(
 
     def score(filters: searching.Filters) -> tuple[float, float]:
         train, images = splits()
-        analog, _, hooks = compensation.prepare(model, _named(names, filters), section, device, s.seed, "search")
-        parameters = compensation.trained_parameters(analog, section)
+        analog, _, hooks = compensation_training.prepare(
+            model, _named(names, filters), section, device, s.seed, "search"
+        )
+        parameters = compensation_training.trained_parameters(analog, section)
         if parameters:
             hooks.augment = s.data.augment
             how = {"title": "compensators " + " ".join(map(str, filters)), "quiet": runtime.quiet}
             fit(analog, train, section, s.seed, stage="search", parameters=parameters, hooks=hooks, **how)
-        result = evaluate(
-            analog,
-            images,
-            s.search.chips,
-            start=streams.chips("search", s.search.chips).start,
-            precision=s.montecarlo.precision,
-            gpu_method=s.montecarlo.gpu_method,
-            memory=runtime.memory,
-            progress=False,
-        )
+        first = streams.chips("search", s.search.chips).start
+        result = simulate(analog, images, s.search.chips, runtime.simulation(s, first, progress=False))
         return result.mean, result.std
 
     problem = searching.Problem(

@@ -13,9 +13,11 @@ from correctnet.crossbar.convert import convert, program
 from correctnet.datasets.base import DataSet
 from correctnet.errors import UserError
 from correctnet.evaluation.montecarlo import clean_accuracy
+from correctnet.evaluation.simulation import Simulation
 from correctnet.files import storage
-from correctnet.methods import compensation
+from correctnet.methods import compensation, compensation_training
 from correctnet.methods import suppression as lipschitz
+from correctnet.methods.search_log import best_state
 from correctnet.networks import NETWORKS
 from correctnet.noise import streams
 from correctnet.pipeline.config import network_mistake, sizes_mistake
@@ -30,7 +32,6 @@ from correctnet.pipeline.models import (
 )
 from correctnet.pipeline.runtime import Runtime, split_seed, stage_identity
 from correctnet.pipeline.specs import STAGES, Stage
-from correctnet.report.tables import best_state
 from correctnet.settings import Settings
 from correctnet.training.loop import Checkpoint, Hooks, fit
 
@@ -170,9 +171,11 @@ def compensate(settings: Settings, base: Path, found: Sequence[Path], out: Path,
     model, described = read_network(base, runtime.device)
     check_uncompensated("compensate", base, described)
     device = devices.make(s.variation)
-    analog, plan, hooks = compensation.prepare(model, best["filters"], s.compensate, device, s.seed, "compensate")
+    analog, plan, hooks = compensation_training.prepare(
+        model, best["filters"], s.compensate, device, s.seed, "compensate"
+    )
     described |= {"compensation": plan, "overhead": compensation.overhead(model, plan["filters"]), "search": best}
-    parameters = compensation.trained_parameters(analog, s.compensate)
+    parameters = compensation_training.trained_parameters(analog, s.compensate)
     if not parameters:
         data = runtime.load(s, described, base)
         metrics = {"epochs": 0, "validation": clean_accuracy(analog, data.validation)}
@@ -183,8 +186,9 @@ def compensate(settings: Settings, base: Path, found: Sequence[Path], out: Path,
     data = runtime.load(s, described, base)
 
     def judge() -> dict[str, Any]:
-        how = {"stage": "compensate", "memory": runtime.memory}
-        return {"judged": compensation.keep_better(analog, model, plan, data.validation, s.seed, **how)}
+        simulation = Simulation(memory=runtime.memory)
+        kept = compensation_training.keep_better(analog, model, plan, data.validation, s.seed, "compensate", simulation)
+        return {"judged": kept}
 
     _train("compensate", analog, described, data, settings, hooks, out, runtime, inputs, parameters, judge)
 

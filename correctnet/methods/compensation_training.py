@@ -1,0 +1,262 @@
+"""Training of generators and compensators, and the check that they are better than none."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from correctnet.crossbar.convert import convert, program
+from correctnet.crossbar.probe import run
+from correctnet.datasets.base import Split
+from correctnet.datasets.batches import as_pair, check_batch, check_outputs
+from correctnet.devices.lognormal import Variation
+from correctnet.errors import UserError, whole
+from correctnet.evaluation.montecarlo import simulate
+from correctnet.evaluation.simulation import Simulation
+from correctnet.methods.compensation import (
+    check_filters,
+    compensate,
+    compensation_modules,
+    compensation_parameters,
+    layer_of,
+)
+from correctnet.noise import streams
+from correctnet.settings import JUDGED_CHIPS, Compensate, validate
+from correctnet.training.loop import Hooks, fit
+
+# With at least this many images and none given for validation, `fit_compensators` holds out a tenth of them.
+LEAST_TO_SPLIT = 20
+
+
+class CompensationWarning(UserWarning):
+    """Trained compensators lost accuracy under variation and were replaced by the identity."""
+
+
+def trained_parameters(model: nn.Module, section: Compensate) -> list[nn.Parameter]:
+    """The parameters to train: those of the compensation, with `batchnorm: affine` also BatchNorm's scales and shifts.
+
+    The list is empty if no layer is compensated.
+    """
+    parameters = compensation_parameters(model)
+    if parameters and section.batchnorm == "affine":
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine]
+        parameters += [p for norm in norms for p in norm.parameters()]
+    return parameters
+
+
+def prepare(
+    model: nn.Module,
+    filters: Mapping[str, int],
+    section: Compensate,
+    variation: Variation,
+    seed: int,
+    stage: str = "fit_compensators",
+) -> tuple[nn.Module, dict[str, Any], Hooks]:
+    """Build the analog model with untrained compensators, the compensation plan, and the training hooks.
+
+    The hooks program `section.chips_per_batch` fresh chip samples for every batch, from the range of chips on which
+    this stage alone trains. The loss is that of the original network.
+
+    Args:
+        model: the digital network, suppressed or not.
+        filters: generator filters by layer name.
+        section: how the compensators are built and trained.
+        variation: the device model.
+        seed: of the chips and of the initial weights.
+        stage: the stage that trains, "compensate", "search" or "fit_compensators"; see `correctnet.noise.streams`.
+
+    Returns:
+        The converted copy of `model`; the arguments of `compensate` that gave it; the hooks for `fit`.
+    """
+    plan = {"filters": dict(filters), "place": section.place, "seed": seed}
+    plan |= {"activation": section.activation, "init": section.init, "pool": section.pool}
+    analog = convert(compensate(model, **plan, stage=stage), variation, seed)
+    hooks = Hooks(
+        before_batch=lambda draw: program(analog, streams.chip(f"train-{stage}", draw)),
+        draws_per_batch=section.chips_per_batch,
+        dropout=False,
+        update_batchnorm=section.batchnorm == "updated",
+    )
+    return analog, plan, hooks
+
+
+def keep_better(
+    analog: nn.Module,
+    model: nn.Module,
+    plan: Mapping[str, Any],
+    data: Split,
+    seed: int,
+    stage: str = "fit_compensators",
+    simulation: Simulation | None = None,
+) -> dict[str, Any]:
+    """Compare trained compensators with none, and replace them by the identity if they lost accuracy.
+
+    Both are evaluated on the same `JUDGED_CHIPS` chips, which are used neither for training nor for another choice.
+
+    Args:
+        analog: the trained network, from `prepare`; its compensators may be replaced.
+        model, plan: the digital network and the plan it was made from.
+        data: validation images.
+        seed: of the initial weights.
+        stage: as for `prepare`.
+        simulation: how chips are simulated, apart from `start` and `progress`.
+
+    Returns:
+        without, with: mean accuracies; kept: "without" or "with"; chips, images: their numbers.
+
+    Warns:
+        CompensationWarning: the compensators are not kept.
+    """
+    chips = streams.chips(f"validate-{stage}", JUDGED_CHIPS)
+    trained = {name: value.clone() for name, value in analog.state_dict().items()}
+    simulation = replace(simulation or Simulation(), start=chips.start, progress=False)
+    identity = compensate(model, **{**plan, "init": "identity"}, stage=stage).state_dict()
+
+    def mean(state: dict[str, Tensor]) -> float:
+        analog.load_state_dict(state)
+        return simulate(analog, data, len(chips), simulation).mean
+
+    without, with_them = mean(identity), mean(trained)
+    kept = "with" if with_them >= without else "without"
+    if kept == "without":
+        analog.load_state_dict(identity)
+        warnings.warn(
+            f"the trained compensators are not kept: over {len(chips)} validation chips the network has a mean "
+            f"accuracy of {with_them:.2%} with them and of {without:.2%} without; train them for more epochs or with a "
+            "lower learning rate",
+            CompensationWarning,
+            stacklevel=3,
+        )
+    return {"without": without, "with": with_them, "kept": kept, "chips": len(chips), "images": len(data)}
+
+
+def fit_compensators(
+    model: nn.Module,
+    filters: Mapping[str, int],
+    images: Tensor,
+    labels: Tensor,
+    variation: Variation,
+    *,
+    validation: tuple[Tensor, Tensor] | Split | None = None,
+    seed: int = 0,
+    quiet: bool = False,
+    **settings: Any,
+) -> nn.Module:
+    """Train generators and compensators for `model`; returns a compensated copy as a plain `nn.Module`.
+
+    After training, the network is evaluated on a few chips with compensators and without. If they lost accuracy, a
+    warning says so, and the compensators of the copy are the identity: it computes what `model` does. `model` and
+    torch's global generators are left unchanged.
+
+    Args:
+        model: any network that `correctnet.convert` accepts, with outputs (N, classes).
+        filters: generator filters by layer name, e.g. {"conv1": 16}; `filters_of` computes them from ratios.
+        images: (N, ...) training inputs.
+        labels: (N,) their classes, integers.
+        variation: the device model to compensate.
+        validation: images and labels for that comparison. None: a tenth of `images`, drawn with `seed` and not used
+            for training; with fewer than 20 images none is held out, and the training images are used.
+        seed: of the batches, the chips, the initial weights and the images that are held out.
+        quiet: show no progress bar.
+        settings: fields of `correctnet.settings.Compensate`, e.g. epochs=5, learning_rate=1e-3.
+
+    Returns:
+        The compensated network, in evaluation mode.
+
+    Raises:
+        UserError: inputs or outputs that are not those of a classifier, an unknown layer or setting, a layer whose
+            weight the network uses without calling it, so that it cannot be compensated, or a loss that is not finite.
+
+    Warns:
+        CompensationWarning: the trained compensators are not kept.
+    """
+    caller = "fit_compensators"
+    section = validate(Compensate, settings, caller)
+    check_filters(filters, caller)
+    seed = whole(seed, f"{caller}: the seed")
+    device = next(model.parameters(), torch.empty(0)).device
+    train = _labelled((images, labels), f"{caller}: images and labels", device)
+    if validation is not None:
+        judged = _labelled(validation, f"{caller}: validation", device)
+    elif len(train) >= LEAST_TO_SPLIT:
+        generator = streams.torch_generator(seed, "held-out", caller)
+        order = torch.randperm(len(train), generator=generator, device="cpu").to(device)
+        held_out, rest = order[: len(train) // 10], order[len(train) // 10 :]
+        train, judged = (Split(train.images[part], train.labels[part]) for part in (rest, held_out))
+    else:
+        judged = train
+    analog, plan, hooks = prepare(model, filters, section, variation, seed, caller)
+    compensated = compensate(model, **plan, stage=caller).eval()
+    largest = max(int(train.labels.max()), int(judged.labels.max()))
+    check_calls(compensated, train.images[:8], largest, caller)
+    parameters = trained_parameters(analog, section)
+    if parameters:  # none where no layer is compensated
+        fit(analog, train, section, seed, stage=caller, parameters=parameters, hooks=hooks, quiet=quiet)
+        keep_better(analog, model, plan, judged, seed, caller, Simulation(engine="torch"))
+    compensated.load_state_dict(analog.state_dict())
+    return compensated
+
+
+def _labelled(data: Any, what: str, device: torch.device) -> Split:
+    """Images and labels on the model's device, checked."""
+    pair = as_pair(data)
+    if pair is None:
+        raise UserError(f"{what}: a tensor of images and one of labels are expected")
+    split = Split(*check_batch(tuple(part.to(device) for part in pair), what))
+    if not len(split):
+        raise UserError(f"{what}: there are no images")
+    return split
+
+
+def check_calls(model: nn.Module, images: Tensor, largest: int, what: str) -> None:
+    """Raise UserError if a compensated network is not a classifier, or uses a compensated layer's weight itself.
+
+    The network runs as in evaluation, without gradients and without hooks: where there are hooks, torch takes other
+    code paths, which call layers that it does not call otherwise.
+    """
+    compensated, calls = compensation_modules(model), dict.fromkeys(compensation_modules(model), 0)
+    layers = {name: layer_of(m.original) for name, m in compensated.items()}
+    own = dict.fromkeys(layers, 0)
+    with _counted(compensated, calls), _counted(layers, own), torch.no_grad():
+        outputs = run(model, images, what)
+    check_outputs(outputs, images, largest, what)
+    for name in compensated:
+        if calls[name] == 0:
+            raise UserError(
+                f"{what}: {name} is never called on these images, so compensating it has no effect: the network does "
+                "not use it, or uses its weight directly"
+            )
+        if own[name] > calls[name]:
+            raise UserError(f"{what}: {name} is also called from where it cannot be compensated (a list or function)")
+
+
+@contextmanager
+def _counted(modules: Mapping[str, nn.Module], calls: dict[str, int]) -> Iterator[None]:
+    """Count the calls of modules, by name, for the length of a block, without hooks."""
+
+    def count(name: str, module: nn.Module) -> None:
+        forward = module.forward
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return forward(*args, **kwargs)
+
+        module.forward = counting
+
+    before = [(module, module.__dict__.get("forward")) for module in modules.values()]
+    for name, module in modules.items():
+        count(name, module)
+    try:
+        yield
+    finally:
+        for module, forward in before:
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
