@@ -18,7 +18,6 @@ configfile: "config.yaml"
 
 
 include: "workflow/rules/common.smk"
-include: "workflow/rules/resources.smk"
 
 
 report: "workflow/report/workflow.rst"
@@ -26,17 +25,17 @@ report: "workflow/report/workflow.rst"
 
 rule all:
     input:
-        targets("paper"),
+        layout.targets("paper"),
 
 
-# `snakemake lenet`, `snakemake quick`, and any other run that config.yaml names
-for run in RUNS:
+# `snakemake lenet`, `snakemake quick`, and any other run of the configuration
+for run in layout.target_runs():
 
     rule:
         name:
             run
         input:
-            targets(run),
+            layout.targets(run),
 
 
 include: "workflow/rules/data.smk"
@@ -47,5 +46,8 @@ include: "workflow/rules/summary.smk"
 
 
 onstart:
-    note_place()
-    print_estimate()
+    begin()
+
+
+onsuccess:
+    end()

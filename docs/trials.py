@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 
 from correctnet import LogNormalVariation, convert, evaluate
+from correctnet.datasets import loading
 from correctnet.files.storage import training_data, write_csv
 from correctnet.methods.compensation import overhead
 from correctnet.methods.compensation_training import prepare, trained_parameters

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from click.testing import CliRunner, Result
 
-from correctnet.cli.commands import main
+from correctnet.cli import main
 
 
 def run(*arguments: object) -> Result:

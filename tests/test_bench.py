@@ -15,7 +15,7 @@ from torch import nn
 from correctnet.bench import baseline, gpu_timing, gpu_training, report, workloads
 from correctnet.bench import cpu as bench
 from correctnet.bench import gpu as bench_gpu
-from correctnet.cli.commands import main
+from correctnet.cli import main
 from correctnet.errors import UserError
 from correctnet.files import storage
 from correctnet.networks.lenet import lenet5

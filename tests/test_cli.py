@@ -420,10 +420,10 @@ def test_the_engine_does_not_say_again_that_there_are_no_kernels(tmp_path):
     reason = cuda.status().reason
     code = f"""
 import warnings
-from correctnet.cli import commands as cli
+from correctnet.cli import options
 from correctnet.evaluation.montecarlo import EngineWarning
 warnings.showwarning = lambda message, *_, **__: print(message)
-cli._say_without_kernels()
+options.warn_without_kernels()
 warnings.warn("everything runs through torch: the model is on cuda:0, and " + {reason!r}, EngineWarning)
 warnings.warn("not all of the network runs in the C++ core", EngineWarning)
 """

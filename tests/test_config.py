@@ -285,7 +285,7 @@ def test_no_run_has_the_name_of_a_rule():
     """RULES are the rules of the workflow's files."""
     source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "workflow" / "rules").glob("*.smk"))
     source += (ROOT / "Snakefile").read_text(encoding="utf-8")
-    assert set(re.findall(r"^rule (\w+):", source, re.MULTILINE)) == set(RULES)
+    assert set(re.findall(r"^(?:use rule \w+ as|rule) (\w+)", source, re.MULTILINE)) == set(RULES)
 
 
 @pytest.mark.parametrize("name", ["nan", "null", "none", "inf", "true", "1", "a.b", "no"])

@@ -181,7 +181,7 @@ def test_a_wheel_that_computes_other_bits_says_so(tmp_path: Path) -> None:
     assert done.returncode
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("correctnet.errors.UserError: the C++ core computes other bits than specified")
-    code = NOT_EDITABLE + "from correctnet.cli.commands import main; main(['info'])"
+    code = NOT_EDITABLE + "from correctnet.cli import main; main(['info'])"
     assert "it computes other bits than specified" in run([sys.executable, "-c", code], **options)
 
 

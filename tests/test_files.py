@@ -220,7 +220,7 @@ def test_data_of_somebody_else(closed, tmp_path):
     command = [
         sys.executable,
         "-m",
-        "correctnet.cli.commands",
+        "correctnet.cli",
         "pretrain",
         "--dataset",
         "mnist",

@@ -436,7 +436,7 @@ def test_no_memory_left_is_one_clear_line() -> None:
 def test_a_stage_runs_on_the_device(tmp_path: Any) -> None:
     from click.testing import CliRunner
 
-    from correctnet.cli.commands import main
+    from correctnet.cli import main
 
     command = f"pretrain --dataset digits --epochs 2 --device cuda --quiet --out {tmp_path / 'p'}"
     assert CliRunner().invoke(main, command.split(), catch_exceptions=False).exit_code == 0

@@ -17,15 +17,13 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from isolated import NOT_EDITABLE
 from scipy import stats
 from scipy.special import ndtri
 from torch import nn
 
 from correctnet import LogNormalVariation, convert, evaluate
-from correctnet.cli.commands import main
+from correctnet.cli import main
 from correctnet.crossbar.operators import noisy_linear
 from correctnet.errors import UserError
 from correctnet.noise import core, draw, specification

@@ -163,7 +163,7 @@ def test_a_stage_writes_its_provenance_into_its_log(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "correctnet.cli.commands",
+        "correctnet.cli",
         "pretrain",
         "--dataset",
         "digits",

@@ -1,4 +1,4 @@
-"""The report as a colleague would see it: one file, opened in a browser without a network."""
+"""The report as a reader sees it: one file, opened in a browser without a network."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def report(folder):
 def test_the_report_holds_captions_and_results(report):
     text = report.read_text()
     for caption in (
+        "Table I: run quick",
         "Figure 2: accuracy of the unprotected networks",
         "Figure 7: accuracy of CorrectNet",
         "Figure 9: accuracy of the network trained under",
@@ -68,11 +69,30 @@ def pixels(element):
 
 
 def colours(picture, colour, tolerance=40):
-    """How many pixels are about of a colour."""
+    """The number of pixels that have a colour, approximately."""
     return int((np.abs(picture.astype(int) - colour).sum(axis=2) < tolerance).sum())
 
 
 BLUE, ORANGE = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)
+
+
+@needs_browser
+def test_it_opens_with_table1_and_the_figure_of_all_rows(report, browser):
+    """Without a click and without scrolling; the graph of rules comes after them."""
+    browser.get(report.as_uri())
+    table, figure = (browser.find_element("css selector", f".correctnet {kind}") for kind in ("table", "svg"))
+    rows = [row.text for row in table.find_elements("tag name", "tr")]
+    assert len(rows) == 1 + len(PAIR["rows"])
+    assert rows[3].startswith("CorrectNet")
+    assert "overhead" in rows[0]
+    assert 0 < table.rect["y"] < figure.rect["y"]
+    assert figure.rect["y"] + figure.rect["height"] < 1000
+    shot = pixels(figure)
+    assert min(colours(shot, BLUE), colours(shot, ORANGE)) > 20
+    graph = browser.find_element("css selector", "svg.marks, canvas.marks")
+    assert graph.rect["y"] > figure.rect["y"] + figure.rect["height"]
+    browser.find_element("link text", "2. Figures").click()
+    assert browser.find_element("xpath", "//tr[contains(., 'Figure 7:')]").is_displayed()
 
 
 @needs_browser

@@ -17,6 +17,8 @@ from correctnet.evaluation import montecarlo
 from correctnet.files import storage
 from correctnet.methods import compensation_training
 from correctnet.noise import streams
+from correctnet.pipeline.stages import evaluation, searching
+from correctnet.pipeline.stages import training as training_stages
 from correctnet.training import loop as training
 
 

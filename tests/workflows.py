@@ -1,4 +1,4 @@
-"""A workflow with tiny budgets in a folder of its own, for the tests that run it."""
+"""The workflow with tiny budgets in a folder of its own, for the tests that run it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,19 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 
+ROWS = {
+    "unprotected": {"evaluate": "pretrain", "label": "unprotected", "curve": True},
+    "suppressed": {"evaluate": "suppress", "label": "Lipschitz regularisation alone"},
+    "correctnet": {"evaluate": "compensate", "label": "CorrectNet", "curve": True},
+    "mean-preserving": {"evaluate": "pretrain", "label": "mean-preserving", "set": {"variation": {"centre": "mean"}}},
+    "injected": {"evaluate": "inject", "label": "variation-aware training"},
+    "finetuned": {"evaluate": "finetune", "label": "CorrectNet, fine-tuned"},
+}
+DEFAULTS = {
+    "sweep": {"threshold": 0.95},
+    "search": {"limits": [0.01, 0.02, 0.03]},
+    "evaluate": {"chips": 250, "sigmas": [0.1, 0.2, 0.3, 0.4], "curve_chips": 50, "chunk": 125},
+}
 PAIR = {
     "rows": ["unprotected", "suppressed", "correctnet", "mean-preserving"],
     "data": {"dataset": "digits", "validation": 0.15},
@@ -25,19 +38,23 @@ PAIR = {
     "evaluate": {"chips": 3, "sigmas": [0.2], "curve_chips": 2, "chunk": 2, "images": 50},
     "sensitivity": {"chips": 2, "images": 50},
 }
-# What of a result no two runs have in common: when and where it was made, and how long that took.
+# Columns that differ between any two runs.
 MACHINE = {"seconds", "process"}
 
 
 def configuration() -> dict:
-    config = yaml.safe_load((ROOT / "config.yaml").read_text())
-    config["pairs"] = {"one": copy.deepcopy(PAIR), "two": {**copy.deepcopy(PAIR), "rows": ["unprotected"]}}
-    config["runs"] = {"paper": ["one"], "quick": ["one"], "both": ["one", "two"]}
-    return config
+    """A configuration with two pairs of tiny budgets, `one` with four rows and `two` with the original network."""
+    return {
+        "results": "results",
+        "runs": {"paper": ["one"], "quick": ["one"], "both": ["one", "two"]},
+        "rows": copy.deepcopy(ROWS),
+        "defaults": copy.deepcopy(DEFAULTS),
+        "pairs": {"one": copy.deepcopy(PAIR), "two": {**copy.deepcopy(PAIR), "rows": ["unprotected"]}},
+    }
 
 
 def short(config: dict) -> dict:
-    """With the original network alone: a few jobs."""
+    """`config` with the original network alone: a few jobs."""
     config["pairs"]["one"]["rows"] = ["unprotected"]
     config["pairs"]["one"]["evaluate"]["sigmas"] = []
     return config
@@ -47,7 +64,8 @@ def prepare(folder: Path, config: dict | None = None) -> Path:
     """Put the workflow and a configuration into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(ROOT / "Snakefile", folder)
-    shutil.copytree(ROOT / "workflow", folder / "workflow")
+    for name in ("workflow", "profiles"):
+        shutil.copytree(ROOT / name, folder / name)
     configure(folder, config or configuration())
     return folder
 
@@ -85,7 +103,7 @@ def stats(dry_run: str) -> dict[str, int]:
 
 
 def results(folder: Path) -> dict[str, bytes]:
-    """Every result of a run by its path, without the columns and files that only tell of the machine."""
+    """Every result of a run by its path, without the columns and files that only describe the machine."""
     found = {}
     for path in sorted((folder / "results").rglob("*")):
         name = str(path.relative_to(folder / "results"))

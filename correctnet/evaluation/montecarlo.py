@@ -21,7 +21,6 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from correctnet.crossbar.convert import chip_of, programmed
 from correctnet.crossbar.layers import AnalogLayer, analog_layers
@@ -34,6 +33,7 @@ from correctnet.evaluation.results import COLUMNS, IDENTITY, Result, read_chips
 from correctnet.evaluation.simulation import Simulation
 from correctnet.files import storage
 from correctnet.precision import Precision
+from correctnet.progress import ProgressBar
 
 __all__ = ["EngineWarning", "OutputWarning", "clean_accuracy", "count_correct", "evaluate", "simulate"]
 
@@ -184,7 +184,7 @@ def simulate(
             setup = ChipSetup(simulation, first_layer, prepare, put_back)
             counter, size = make_counter(model, images, todo, setup)
             size = chunk or size
-            with tqdm(
+            with ProgressBar(
                 desc=title,
                 unit="image",
                 unit_scale=True,

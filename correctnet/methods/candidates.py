@@ -15,7 +15,6 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from correctnet.crossbar.convert import convert, programmed
 from correctnet.crossbar.layers import ANALOG, analog_layers, crossbar_layers, nominal_weight
@@ -26,6 +25,7 @@ from correctnet.errors import UserError
 from correctnet.evaluation.montecarlo import clean_accuracy, simulate
 from correctnet.evaluation.results import Result
 from correctnet.evaluation.simulation import Simulation
+from correctnet.progress import ProgressBar
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def sweep(
     with programmed(model, None):
         names = tuple(executed(model, data))
     results = {}
-    for i in tqdm(range(len(names), 0, -1), desc="sweep", unit="layer", disable=not simulation.progress):
+    for i in ProgressBar(range(len(names), 0, -1), desc="sweep", unit="layer", disable=not simulation.progress):
         in_order = names == registered
         varied = model if in_order else _nominal(model, names[: i - 1])
         first_layer = i - 1 if in_order else 0
@@ -174,7 +174,9 @@ def sensitivity(
     names = executed(model, data)
     clean = clean_accuracy(model, data)
     parts = []
-    for i, name in enumerate(tqdm(names, desc="sensitivity", unit="layer", disable=not simulation.progress), start=1):
+    for i, name in enumerate(
+        ProgressBar(names, desc="sensitivity", unit="layer", disable=not simulation.progress), start=1
+    ):
         alone = convert(model, variation, seed, exclude=[other for other in names if other != name])
         result = simulate(alone, data, chips, simulation, chunk=chips, title=name)
         parts.append(result.table.assign(layer=i, name=name, weights=layers[name].weight.numel(), clean=clean))

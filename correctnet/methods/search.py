@@ -28,11 +28,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from correctnet.methods.search_log import COLUMNS, Explored, Filters, Log, Pending, Problem
 from correctnet.methods.search_policy import Policy, Room
 from correctnet.noise.streams import global_generators, numpy_generator, torch_generator
+from correctnet.progress import ProgressBar
 from correctnet.settings import Search, search_rounds
 
 __all__ = ["COLUMNS", "Explored", "Filters", "Log", "Pending", "Problem", "greedy", "search"]
@@ -163,7 +163,7 @@ def search(
         raise ValueError(f"no state is within the limit of {problem.limit}, not even the one without compensation")
     log.explore(none, 0)
     strategy = {"reinforce": reinforce, "random": random_search}[settings.strategy]
-    with tqdm(total=settings.evaluations, desc="search", unit="state", disable=not progress) as bar:
+    with ProgressBar(total=settings.evaluations, desc="search", unit="state", disable=not progress) as bar:
         if problem.widths:
             for done in strategy(problem, settings, seed, log):
                 bar.update(done - bar.n)

@@ -26,6 +26,7 @@ from correctnet.pipeline.config import Config
 from correctnet.pipeline.specs import STAGES, Stage, lineage
 from correctnet.pipeline.workload import Costs
 from correctnet.precision import Precision, products
+from correctnet.progress import duration
 from correctnet.settings import Settings
 
 
@@ -120,16 +121,10 @@ def report(config: Config, run: str, cores: int) -> str:
     for pair in config.runs[run]:
         stages = {stage: seconds / cores for stage, seconds in pair_seconds(config, pair).items()}
         everything += sum(stages.values())
-        parts = ", ".join(f"{stage} {_duration(seconds)}" for stage, seconds in stages.items())
-        lines.append(f"  {pair}: about {_duration(sum(stages.values()))} ({parts})")
-    head = f"{run}: about {_duration(everything)} on {cores} cores, from a few seconds of measurement on one of them;"
+        parts = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in stages.items())
+        lines.append(f"  {pair}: about {duration(sum(stages.values()))} ({parts})")
+    head = f"{run}: about {duration(everything)} on {cores} cores, from a few seconds of measurement on one of them;"
     return "\n".join([f"{head} what is done already is not done again", *lines])
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ from correctnet.errors import UserError
 from correctnet.files import storage
 from correctnet.noise import streams
 from correctnet.precision import products
+from correctnet.progress import ProgressBar
 from correctnet.settings import Training
 from correctnet.training.checkpoint import Checkpoint
 
@@ -158,7 +159,9 @@ def fit(
         steps = settings.epochs * per_epoch
         devices = {p.device for p in model.parameters()}
 
-        bar = tqdm(total=steps, initial=done * per_epoch, desc=title, unit="batch", disable=quiet, mininterval=1.0)
+        bar = ProgressBar(
+            total=steps, initial=done * per_epoch, desc=title, unit="batch", disable=quiet, mininterval=1.0
+        )
         with bar:
             for epoch in range(done, settings.epochs):
                 began = time.monotonic()

@@ -1,4 +1,4 @@
-# The data sets: looked for, and downloaded once if they are not there.
+# The data sets: downloaded once where they are missing.
 
 
 localrules:
@@ -7,8 +7,8 @@ localrules:
 
 rule fetch:
     output:
-        touch(f"{RESULTS}/.data/{{dataset}}.ready"),
+        touch(f"{layout.results}/.data/{{dataset}}.ready"),
     log:
-        f"{RESULTS}/.logs/fetch/{{dataset}}.log",
+        layout.log("fetch/{dataset}"),
     shell:
         "correctnet fetch {wildcards.dataset:q} > {log:q} 2>&1"

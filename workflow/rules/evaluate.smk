@@ -8,23 +8,21 @@ localrules:
 
 rule evaluate:
     input:
-        data=ancient(dataset_ready),
-        model=evaluated_model,
+        data=ancient(layout.dataset_ready),
+        model=layout.evaluated_model,
     output:
-        temp(f"{RESULTS}/{{pair}}/evaluate/{{row}}/sigma-{{sigma}}/chips-{{start}}-{{stop}}.csv"),
+        temp(layout.output("evaluate/{row}/sigma-{sigma}/chips-{start}-{stop}.csv")),
     log:
-        f"{RESULTS}/.logs/{{pair}}/evaluate/{{row}}/sigma-{{sigma}}/chips-{{start}}-{{stop}}.log",
+        layout.log("{pair}/evaluate/{row}/sigma-{sigma}/chips-{start}-{stop}"),
     benchmark:
-        f"{RESULTS}/.benchmarks/{{pair}}/evaluate/{{row}}/sigma-{{sigma}}/chips-{{start}}-{{stop}}.tsv"
+        layout.benchmark("{pair}/evaluate/{row}/sigma-{sigma}/chips-{start}-{stop}")
     threads: 1
     resources:
-        mem_mb=mem_mb,
-        runtime=runtime("evaluate"),
-        gpu=GPUS,
+        **layout.resources("evaluate"),
     params:
-        settings=chunk_settings,
-        chips=lambda wildcards: int(wildcards.stop) - int(wildcards.start),
-        prefixes=prefixes,
+        settings=layout.chunk_settings,
+        chips=layout.chunk_chips,
+        prefixes=layout.prefixes,
     shell:
         "correctnet evaluate --settings {params.settings:q} --quiet --threads {threads}"
         " --note pair={wildcards.pair:q} --note row={wildcards.row:q} {params.prefixes}"
@@ -33,26 +31,26 @@ rule evaluate:
 
 rule gather:
     input:
-        chunks,
+        layout.chunks,
     output:
-        f"{RESULTS}/{{pair}}/evaluate/{{row}}/sigma-{{sigma}}.csv",
+        layout.output("evaluate/{row}/sigma-{sigma}.csv"),
     log:
-        f"{RESULTS}/.logs/{{pair}}/gather/{{row}}/sigma-{{sigma}}.log",
+        layout.log("{pair}/gather/{row}/sigma-{sigma}"),
     shell:
         "correctnet merge {input:q} --out {output:q} > {log:q} 2>&1"
 
 
 rule collect:
     input:
-        lambda wildcards: evaluations(wildcards.pair),
+        layout.evaluations,
     output:
         report(
-            f"{RESULTS}/{{pair}}/samples.csv",
+            layout.output("samples.csv"),
             caption="../report/samples.rst",
             category="5. Every chip",
             labels={"pair": "{pair}"},
         ),
     log:
-        f"{RESULTS}/.logs/{{pair}}/collect.log",
+        layout.log("{pair}/collect"),
     shell:
         "correctnet collect {input:q} --out {output:q} > {log:q} 2>&1"

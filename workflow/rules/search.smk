@@ -1,156 +1,79 @@
-# The candidate layers, the search for the best compensation within each overhead limit, and its training.
+# The candidate layers, and the search for the best compensation within each overhead limit.
 
 
-rule sweep:
+use rule pretrain as sweep with:
     input:
-        data=ancient(dataset_ready),
-        pretrained=result("pretrain"),
-        base=base_model,
+        data=ancient(layout.dataset_ready),
+        pretrained=layout.result("pretrain"),
+        base=layout.base_model,
     output:
-        accuracy=f"{RESULTS}/{{pair}}/sweep{{variant}}/accuracy.csv",
-        candidates=f"{RESULTS}/{{pair}}/sweep{{variant}}/candidates.json",
+        accuracy=layout.output("sweep{variant}/accuracy.csv"),
+        candidates=layout.output("sweep{variant}/candidates.json"),
     log:
-        f"{RESULTS}/.logs/{{pair}}/sweep{{variant}}.log",
+        layout.log("{pair}/sweep{variant}"),
     benchmark:
-        f"{RESULTS}/.benchmarks/{{pair}}/sweep{{variant}}.tsv"
-    threads: training_threads
+        layout.benchmark("{pair}/sweep{variant}")
     resources:
-        mem_mb=mem_mb,
-        runtime=runtime("sweep"),
-        gpu=GPUS,
+        **layout.resources("sweep"),
     params:
-        settings=stage_settings("sweep"),
-    shell:
-        "correctnet sweep --settings {params.settings:q} --quiet --threads {threads}"
-        " --pretrained {input.pretrained:q} --base {input.base:q}"
-        ' --out "$(dirname {output.accuracy:q})" > {log:q} 2>&1'
+        settings=layout.canonical("sweep"),
+        command=layout.command("sweep"),
 
 
 # What each layer alone costs: of the original network, the suppressed one, and the compensated one.
-rule sensitivity:
+use rule pretrain as sensitivity with:
     input:
-        data=ancient(dataset_ready),
-        model=lambda wildcards: f"{place(wildcards.pair, 'correctnet', wildcards.model)}/model.safetensors",
+        data=ancient(layout.dataset_ready),
+        model=layout.compared_model,
     output:
-        f"{RESULTS}/{{pair}}/sensitivity/{{model}}.csv",
+        layout.output("sensitivity/{model}.csv"),
     log:
-        f"{RESULTS}/.logs/{{pair}}/sensitivity/{{model}}.log",
+        layout.log("{pair}/sensitivity/{model}"),
     benchmark:
-        f"{RESULTS}/.benchmarks/{{pair}}/sensitivity/{{model}}.tsv"
-    threads: training_threads
+        layout.benchmark("{pair}/sensitivity/{model}")
     resources:
-        mem_mb=mem_mb,
-        runtime=runtime("sensitivity"),
-        gpu=GPUS,
+        **layout.resources("sensitivity"),
     params:
-        settings=stage_settings("sensitivity"),
-    shell:
-        "correctnet sensitivity --settings {params.settings:q} --quiet --threads {threads}"
-        " --model {input.model:q} --out {output:q} > {log:q} 2>&1"
+        settings=layout.canonical("sensitivity"),
+        command=layout.command("sensitivity"),
+        out=layout.output_file,
+
+
+use rule pretrain as search with:
+    input:
+        data=ancient(layout.dataset_ready),
+        base=layout.base_model,
+        candidates=layout.result("sweep", "candidates.json"),
+        known=layout.all_states,
+    output:
+        best=layout.output("search{variant}/limit-{limit}/best.json"),
+        states=layout.output("search{variant}/limit-{limit}/log.csv"),
+    log:
+        layout.log("{pair}/search{variant}-{limit}"),
+    benchmark:
+        layout.benchmark("{pair}/search{variant}-{limit}")
+    resources:
+        **layout.resources("search"),
+    params:
+        settings=layout.canonical("search"),
+        command=layout.command("search"),
 
 
 # With `search.population`, every state is trained in a job of its own: round 0 is the state without compensation, and
 # the states of each further round follow from the results of all rounds before.
-rule search_state:
+use rule search as search_state with:
     input:
-        data=ancient(dataset_ready),
-        base=base_model,
-        candidates=result("sweep", "candidates.json"),
-        known=earlier_states,
+        data=ancient(layout.dataset_ready),
+        base=layout.base_model,
+        candidates=layout.result("sweep", "candidates.json"),
+        known=layout.earlier_states,
     output:
-        f"{RESULTS}/{{pair}}/search{{variant}}/limit-{{limit}}/round-{{round}}/state-{{state}}.json",
+        layout.output("search{variant}/limit-{limit}/round-{round}/state-{state}.json"),
     log:
-        f"{RESULTS}/.logs/{{pair}}/search{{variant}}-{{limit}}/round-{{round}}-state-{{state}}.log",
+        layout.log("{pair}/search{variant}-{limit}/round-{round}-state-{state}"),
     benchmark:
-        f"{RESULTS}/.benchmarks/{{pair}}/search{{variant}}-{{limit}}/round-{{round}}-state-{{state}}.tsv"
-    threads: training_threads
+        layout.benchmark("{pair}/search{variant}-{limit}/round-{round}-state-{state}")
     resources:
-        mem_mb=mem_mb,
-        runtime=runtime("state"),
-        gpu=GPUS,
+        **layout.resources("search", state=True),
     params:
-        settings=stage_settings("search"),
-        known=lambda wildcards, input: " ".join(f"--known {shlex.quote(path)}" for path in input.known),
-    shell:
-        "correctnet search --settings {params.settings:q} --quiet --threads {threads} --limit {wildcards.limit:q}"
-        " --base {input.base:q} --candidates {input.candidates:q} {params.known}"
-        " --state {wildcards.state:q} --out {output:q} > {log:q} 2>&1"
-
-
-rule search:
-    input:
-        data=ancient(dataset_ready),
-        base=base_model,
-        candidates=result("sweep", "candidates.json"),
-        known=all_states,
-    output:
-        best=f"{RESULTS}/{{pair}}/search{{variant}}/limit-{{limit}}/best.json",
-        states=f"{RESULTS}/{{pair}}/search{{variant}}/limit-{{limit}}/log.csv",
-    log:
-        f"{RESULTS}/.logs/{{pair}}/search{{variant}}-{{limit}}.log",
-    benchmark:
-        f"{RESULTS}/.benchmarks/{{pair}}/search{{variant}}-{{limit}}.tsv"
-    threads: training_threads
-    resources:
-        mem_mb=mem_mb,
-        runtime=runtime("search"),
-        gpu=GPUS,
-    params:
-        settings=stage_settings("search"),
-        known=lambda wildcards, input: " ".join(f"--known {shlex.quote(path)}" for path in input.known),
-    shell:
-        "correctnet search --settings {params.settings:q} --quiet --threads {threads} --limit {wildcards.limit:q}"
-        " --base {input.base:q} --candidates {input.candidates:q} {params.known}"
-        ' --out "$(dirname {output.best:q})" > {log:q} 2>&1'
-
-
-rule compensate:
-    input:
-        data=ancient(dataset_ready),
-        base=base_model,
-        found=found_states,
-    output:
-        model=f"{RESULTS}/{{pair}}/compensate{{variant}}/model.safetensors",
-        description=f"{RESULTS}/{{pair}}/compensate{{variant}}/model.json",
-        epochs=f"{RESULTS}/{{pair}}/compensate{{variant}}/log.csv",
-    log:
-        f"{RESULTS}/.logs/{{pair}}/compensate{{variant}}.log",
-    benchmark:
-        f"{RESULTS}/.benchmarks/{{pair}}/compensate{{variant}}.tsv"
-    threads: training_threads
-    resources:
-        mem_mb=mem_mb,
-        runtime=runtime("compensate"),
-        gpu=GPUS,
-    params:
-        settings=stage_settings("compensate"),
-        found=lambda wildcards, input: " ".join(f"--found {shlex.quote(path)}" for path in input.found),
-    shell:
-        "correctnet compensate --settings {params.settings:q} --quiet --threads {threads}"
-        " --base {input.base:q} {params.found}"
-        ' --out "$(dirname {output.model:q})" > {log:q} 2>&1'
-
-
-# Beyond the paper: the analog weights trained with the compensators.
-rule finetune:
-    input:
-        data=ancient(dataset_ready),
-        compensated=result("compensate"),
-    output:
-        model=f"{RESULTS}/{{pair}}/finetune{{variant}}/model.safetensors",
-        description=f"{RESULTS}/{{pair}}/finetune{{variant}}/model.json",
-        epochs=f"{RESULTS}/{{pair}}/finetune{{variant}}/log.csv",
-    log:
-        f"{RESULTS}/.logs/{{pair}}/finetune{{variant}}.log",
-    benchmark:
-        f"{RESULTS}/.benchmarks/{{pair}}/finetune{{variant}}.tsv"
-    threads: training_threads
-    resources:
-        mem_mb=mem_mb,
-        runtime=runtime("finetune"),
-        gpu=GPUS,
-    params:
-        settings=stage_settings("finetune"),
-    shell:
-        "correctnet finetune --settings {params.settings:q} --quiet --threads {threads}"
-        ' --compensated {input.compensated:q} --out "$(dirname {output.model:q})" > {log:q} 2>&1'
+        out=layout.output_file,

@@ -1,73 +1,95 @@
-# Training of the original network, under the Lipschitz regulariser, and with variation injected.
-# Each resumes from its last epoch: what it needs for that stands in results/PAIR/.resume, outside the outputs.
+# Training of the original network, and of what follows from it. Each stage resumes from its last epoch; the
+# checkpoints for that are in results/PAIR/.resume, outside of the outputs.
+#
+# The rules of all stages are derived from `pretrain`. A stage's input files are options of its command, by their names.
 
 
 rule pretrain:
     input:
-        data=ancient(dataset_ready),
+        data=ancient(layout.dataset_ready),
     output:
-        model=f"{RESULTS}/{{pair}}/pretrain{{variant}}/model.safetensors",
-        description=f"{RESULTS}/{{pair}}/pretrain{{variant}}/model.json",
-        epochs=f"{RESULTS}/{{pair}}/pretrain{{variant}}/log.csv",
+        **layout.model("pretrain"),
     log:
-        f"{RESULTS}/.logs/{{pair}}/pretrain{{variant}}.log",
+        layout.log("{pair}/pretrain{variant}"),
     benchmark:
-        f"{RESULTS}/.benchmarks/{{pair}}/pretrain{{variant}}.tsv"
-    threads: training_threads
+        layout.benchmark("{pair}/pretrain{variant}")
+    threads: layout.threads
     resources:
-        mem_mb=mem_mb,
-        runtime=runtime("pretrain"),
-        gpu=GPUS,
+        **layout.resources("pretrain"),
     params:
-        settings=stage_settings("pretrain"),
+        settings=layout.canonical("pretrain"),
+        command=layout.command("pretrain"),
+        out=layout.output_folder,
     shell:
-        "correctnet pretrain --settings {params.settings:q} --quiet --threads {threads}"
-        ' --out "$(dirname {output.model:q})" > {log:q} 2>&1'
+        "correctnet {params.command} --settings {params.settings:q} --quiet --threads {threads}"
+        " --out {params.out:q} > {log:q} 2>&1"
 
 
-rule suppress:
+# Under the Lipschitz regulariser.
+use rule pretrain as suppress with:
     input:
-        data=ancient(dataset_ready),
-        pretrained=result("pretrain"),
+        data=ancient(layout.dataset_ready),
+        pretrained=layout.result("pretrain"),
     output:
-        model=f"{RESULTS}/{{pair}}/suppress{{variant}}/model.safetensors",
-        description=f"{RESULTS}/{{pair}}/suppress{{variant}}/model.json",
-        epochs=f"{RESULTS}/{{pair}}/suppress{{variant}}/log.csv",
+        **layout.model("suppress"),
     log:
-        f"{RESULTS}/.logs/{{pair}}/suppress{{variant}}.log",
+        layout.log("{pair}/suppress{variant}"),
     benchmark:
-        f"{RESULTS}/.benchmarks/{{pair}}/suppress{{variant}}.tsv"
-    threads: training_threads
+        layout.benchmark("{pair}/suppress{variant}")
     resources:
-        mem_mb=mem_mb,
-        runtime=runtime("suppress"),
-        gpu=GPUS,
+        **layout.resources("suppress"),
     params:
-        settings=stage_settings("suppress"),
-    shell:
-        "correctnet suppress --settings {params.settings:q} --quiet --threads {threads}"
-        ' --pretrained {input.pretrained:q} --out "$(dirname {output.model:q})" > {log:q} 2>&1'
+        settings=layout.canonical("suppress"),
+        command=layout.command("suppress"),
 
 
-rule inject:
+# Variation-aware training.
+use rule suppress as inject with:
+    output:
+        **layout.model("inject"),
+    log:
+        layout.log("{pair}/inject{variant}"),
+    benchmark:
+        layout.benchmark("{pair}/inject{variant}")
+    resources:
+        **layout.resources("inject"),
+    params:
+        settings=layout.canonical("inject"),
+        command=layout.command("inject"),
+
+
+# The compensators of the best state that the searches found.
+use rule pretrain as compensate with:
     input:
-        data=ancient(dataset_ready),
-        pretrained=result("pretrain"),
+        data=ancient(layout.dataset_ready),
+        base=layout.base_model,
+        found=layout.found_states,
     output:
-        model=f"{RESULTS}/{{pair}}/inject{{variant}}/model.safetensors",
-        description=f"{RESULTS}/{{pair}}/inject{{variant}}/model.json",
-        epochs=f"{RESULTS}/{{pair}}/inject{{variant}}/log.csv",
+        **layout.model("compensate"),
     log:
-        f"{RESULTS}/.logs/{{pair}}/inject{{variant}}.log",
+        layout.log("{pair}/compensate{variant}"),
     benchmark:
-        f"{RESULTS}/.benchmarks/{{pair}}/inject{{variant}}.tsv"
-    threads: training_threads
+        layout.benchmark("{pair}/compensate{variant}")
     resources:
-        mem_mb=mem_mb,
-        runtime=runtime("inject"),
-        gpu=GPUS,
+        **layout.resources("compensate"),
     params:
-        settings=stage_settings("inject"),
-    shell:
-        "correctnet inject --settings {params.settings:q} --quiet --threads {threads}"
-        ' --pretrained {input.pretrained:q} --out "$(dirname {output.model:q})" > {log:q} 2>&1'
+        settings=layout.canonical("compensate"),
+        command=layout.command("compensate"),
+
+
+# Beyond the paper: the analog weights trained with the compensators.
+use rule pretrain as finetune with:
+    input:
+        data=ancient(layout.dataset_ready),
+        compensated=layout.result("compensate"),
+    output:
+        **layout.model("finetune"),
+    log:
+        layout.log("{pair}/finetune{variant}"),
+    benchmark:
+        layout.benchmark("{pair}/finetune{variant}")
+    resources:
+        **layout.resources("finetune"),
+    params:
+        settings=layout.canonical("finetune"),
+        command=layout.command("finetune"),

@@ -1,0 +1,96 @@
+"""The process of a command: signals, the head process of the workflow, and how mistakes are reported."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import click
+
+from correctnet.errors import UserError
+from correctnet.files import storage
+
+# Commands that resume after they were stopped; the others take minutes.
+RESUMED = ("pretrain", "suppress", "inject", "search", "compensate", "finetune", "evaluate")
+
+
+class Stopped(BaseException):
+    """Raised on SIGTERM and SIGINT, so that temporary files are removed."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.signal = signal.Signals(number)
+
+
+def _stop(number: int, _frame: Any) -> None:
+    for further in (signal.SIGTERM, signal.SIGINT):  # further signals must not interrupt the cleanup
+        signal.signal(further, signal.SIG_IGN)
+    raise Stopped(number)
+
+
+def end_with(head: str | None) -> None:
+    """End this process, as by SIGTERM, when the process `head` has ended.
+
+    Stages of a workflow whose head process was killed end with it, so that none of them is still running when the
+    workflow is started again.
+    """
+    head_folder = Path("/proc") / (head or "-")
+    if not head_folder.exists():  # started by hand, or in a container that does not show the process
+        return
+
+    def watch() -> None:
+        try:  # readable once the process has ended, also while it is a zombie
+            select.select([os.pidfd_open(int(head))], [], [])
+        except OSError:  # it has ended already, or the kernel is older than 5.3
+            while head_folder.exists():
+                time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class Group(click.Group):
+    """Commands in the order of the pipeline; a UserError prints one line per mistake and exits with status 2."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of the commands, in the order of the pipeline."""
+        return list(self.commands)
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a command; letters such as σ that the terminal's encoding lacks are printed as escapes."""
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+        return super().main(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command, and report mistakes and signals."""
+        signal.signal(signal.SIGTERM, _stop)
+        signal.signal(signal.SIGINT, _stop)
+        try:
+            with warnings.catch_warnings():  # filters must not outlive the command
+                warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
+                try:
+                    return super().invoke(ctx)
+                except OSError as error:  # of a file that was not checked before
+                    if error.errno == errno.ENOSPC and error.filename is None:
+                        raise UserError(f"the output cannot be written: {error.strerror}") from error
+                    if error.filename is None:
+                        raise
+                    raise storage.unreadable(os.fsdecode(error.filename), error) from error
+        except UserError as error:
+            for line in str(error).splitlines():
+                click.echo(f"error: {line}", err=True)
+            ctx.exit(2)
+        except Stopped as stopped:
+            again = "; the same command goes on from what is done" if ctx.invoked_subcommand in RESUMED else ""
+            click.echo(f"stopped by {stopped.signal.name}{again}", err=True)
+            ctx.exit(128 + stopped.signal)
