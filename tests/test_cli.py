@@ -487,7 +487,8 @@ def test_without_variation_one_network_is_evaluated_once(chain):
 def test_what_may_be_empty_can_be_said_to_be(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(stages, "pretrain", lambda settings, *_: seen.append(settings))
-    of_row = ["--config", "config.yaml", "--pair", "vgg16-cifar10-ablation", "--row", "v-none", "--out", tmp_path]
+    files = ["--config", "config.yaml", "--config", "workflow/experiments/ablation-vgg.yaml"]
+    of_row = [*files, "--pair", "vgg16-cifar10-ablation", "--row", "v-none", "--out", tmp_path]
     succeed("pretrain", *of_row)
     succeed("pretrain", *of_row, "--clip", "none", "--widths", "none", "--sizes", "none")
     assert [len(s.network.widths) for s in seen] == [14, 0]
@@ -509,6 +510,9 @@ def test_suppression_from_scratch_may_begin_on_smaller_images(tmp_path, monkeypa
 
 def test_check_and_show(chain):
     assert "no mistakes" in succeed("check", "config.yaml").output
+    assert "config.yaml: 5 pairs, 4 rows, no mistakes" in succeed("check").output
+    seeds = succeed("check", "config.yaml", "workflow/experiments/seeds.yaml").output
+    assert "config.yaml + workflow/experiments/seeds.yaml: 9 pairs, 7 rows, no mistakes" in seeds
     shown = json.loads(succeed("show", chain / "compensate").output)
     assert shown["network"]["name"] == "lenet5"
 

@@ -1,4 +1,5 @@
 import copy
+import functools
 import json
 import re
 from pathlib import Path
@@ -14,11 +15,19 @@ from correctnet.datasets import DATASETS, loading
 from correctnet.errors import UserError
 from correctnet.pipeline.config import RULES, Config
 from correctnet.pipeline.specs import STAGES, lineage
-from correctnet.settings import Settings, exact
+from correctnet.settings import Settings, exact, merge
 
 ROOT = Path(__file__).parents[1]
-# Through JSON, so that sections that the file shares between pairs can be changed one at a time.
-SHIPPED = json.loads(json.dumps(yaml.safe_load((ROOT / "config.yaml").read_text())))
+EXPERIMENTS = sorted((ROOT / "workflow" / "experiments").glob("*.yaml"))
+
+
+def read(path):
+    """A file's values; through JSON, so that what it shares between rows can be changed one at a time."""
+    return json.loads(json.dumps(yaml.safe_load(path.read_text())))
+
+
+# Everything that ships, in one configuration.
+SHIPPED = functools.reduce(merge, map(read, [ROOT / "config.yaml", *EXPERIMENTS]))
 
 
 def changed(path, value, base=SHIPPED):
@@ -40,6 +49,94 @@ def test_the_shipped_configuration_is_right():
     assert max(settings.search.limits) == 0.03
     assert settings.evaluate.chips == 250
     assert settings.evaluate.images is None
+
+
+def test_the_defaults_are_the_paper_s_values():
+    """What the paper prints, of every pair of `paper`; (10) with k = 1, 95 %, REINFORCE, 250 chips, all test images."""
+    config = Config.load(ROOT / "config.yaml")
+    assert tuple(config.settings("lenet5-mnist").search.limits) == (0.01, 0.02, 0.03)
+    for pair in config.runs["paper"]:
+        settings = config.settings(pair, "correctnet")
+        variation = settings.variation
+        assert (variation.model, variation.sigma, variation.centre) == ("lognormal", 0.5, "median")
+        assert (settings.base, settings.suppress.k, settings.suppress.form) == ("suppress", 1.0, "orthogonal")
+        assert (settings.sweep.threshold, settings.search.strategy) == (0.95, "reinforce")
+        assert set(settings.search.limits) <= {0.01, 0.015, 0.02, 0.03}
+        assert (settings.evaluate.split, settings.evaluate.chips, settings.evaluate.images) == ("test", 250, None)
+        assert config.rows_of(pair) == ("unprotected", "suppressed", "correctnet", "all-candidates")
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_an_experiment_adds_to_the_configuration_and_changes_nothing_of_it(path):
+    """Its stages of the paper's pairs and rows are those of config.yaml, in the same folders."""
+    paper, values = Config.load(ROOT / "config.yaml"), read(path)
+    merged = Config.load(ROOT / "config.yaml", path)
+    assert set(values) == {"runs", "rows", "pairs"}
+    assert not set(values["rows"]) & set(paper.rows)
+    (run,) = values["runs"]
+    assert run == path.stem
+    command = f"# snakemake --cores 2 {run} --configfile workflow/experiments/{path.name}\n"
+    assert path.read_text().startswith(command)
+    for pair in paper.pairs:
+        assert set(paper.rows_of(pair)) <= set(merged.rows_of(pair))
+        for row in paper.rows_of(pair):
+            before, after = (config.settings(pair, row) for config in (paper, merged))
+            assert (before.evaluate, before.search.limits) == (after.evaluate, after.search.limits)
+            stages = (*lineage(before, paper.rows[row].evaluate), "evaluate", "sensitivity")
+            assert [STAGES[s].canonical(before) for s in stages] == [STAGES[s].canonical(after) for s in stages]
+            assert all(paper.variant(pair, row, s) == merged.variant(pair, row, s) for s in stages[:-2])
+    used = {row for pair in values["runs"][run] for row in merged.rows_of(pair)}
+    assert set(values["rows"]) <= used, "no row is left over"
+
+
+def test_experiments_say_the_same_of_a_row_and_of_a_pair_s_training():
+    said: dict[tuple[str, str, str], object] = {}
+    for path in EXPERIMENTS:
+        values = read(path)
+        parts = [("rows", row, "", of_row) for row, of_row in values["rows"].items()]
+        parts += [("pairs", p, key, of_key) for p, own in values["pairs"].items() for key, of_key in own.items()]
+        for kind, name, key, value in parts:
+            if key != "rows":
+                assert said.setdefault((kind, name, key), value) == value, (path.name, name, key)
+
+
+def test_a_pair_may_be_like_another():
+    alike = {"like": "lenet5-mnist", "seed": 3, "search": {"chips": 5}}
+    config = Config.check(changed("pairs/other", alike))
+    parent, own = config.settings("lenet5-mnist", "correctnet"), config.settings("other", "correctnet")
+    assert config.rows_of("other") == config.rows_of("lenet5-mnist")
+    assert own == parent.model_copy(update={"seed": 3, "search": parent.search.model_copy(update={"chips": 5})})
+    assert config.settings("vgg16-cifar100", "suppressed").evaluate.chips == 50, "as the other pair has the row"
+    two = Config.check(changed("pairs/vgg16-cifar100/rows", {"unprotected": None, "suppressed": None}))
+    assert two.rows_of("vgg16-cifar100") == ("unprotected", "suppressed")
+    assert two.settings("vgg16-cifar100", "suppressed").evaluate.chips == 250, "the rows are its own"
+
+
+@pytest.mark.parametrize(
+    ("like", "line"),
+    [
+        ("lenet5-mnits", "pairs.other.like: no pair 'lenet5-mnits' (did you mean 'lenet5-mnist'?)"),
+        ("vgg16-cifar100", "pairs.other.like: 'vgg16-cifar100' is itself like another pair; name that one"),
+        ("other", "pairs.other.like: 'other' is itself like another pair; name that one"),
+        (3, "pairs.other.like: the name of a pair is expected, not 3"),
+    ],
+)
+def test_a_pair_that_is_like_none(like, line):
+    with pytest.raises(UserError) as caught:
+        Config.check(changed("pairs/other", {"like": like}))
+    assert str(caught.value) == f"config.yaml: {line}"
+
+
+def test_several_files_are_merged_as_snakemake_does(tmp_path):
+    (tmp_path / "a.yaml").write_text("pairs: {lenet5-mnist: {seed: 4, rows: [unprotected]}}")
+    (tmp_path / "b.yaml").write_text("pairs: {lenet5-mnist: {seed: 5}}\ndevice: cuda")
+    config = Config.load(ROOT / "config.yaml", tmp_path / "a.yaml", tmp_path / "b.yaml")
+    assert (config.settings("lenet5-mnist").seed, config.device) == (5, "cuda")
+    assert config.rows_of("lenet5-mnist") == ("unprotected",)
+    assert config.settings("lenet5-mnist").pretrain.epochs == 10
+    (tmp_path / "b.yaml").write_text("- 1")
+    with pytest.raises(UserError, match=r"b\.yaml: a mapping of settings is expected"):
+        Config.load(ROOT / "config.yaml", tmp_path / "b.yaml")
 
 
 def test_a_row_that_the_search_would_judge_otherwise_than_its_evaluation():
@@ -84,16 +181,16 @@ def test_a_row_that_the_search_would_judge_otherwise_than_its_evaluation():
             "pairs.lenet5-digits: data.validation: 0.9999 of the 1438 training images leaves one part empty",
         ),
         ("pairs/lenet5-mnist/network/name", "lenet", "pairs.lenet5-mnist.network.name: Input should be 'lenet5'"),
-        ("pairs/lenet5-mnist/network/widths", [1, 2], "pairs.lenet5-mnist: network.widths: 4 are expected"),
-        ("pairs/vgg16-cifar10/network/widths", [8] * 4, "network.widths: 14 are expected for vgg16"),
+        ("pairs/lenet5-digits/network/widths", [1, 2], "pairs.lenet5-digits: network.widths: 4 are expected"),
+        ("pairs/vgg16-cifar100/network/widths", [8] * 4, "network.widths: 14 are expected for vgg16"),
         ("pairs/vgg16-cifar10/network/widths", [0] * 14, "network.widths: positive widths are expected"),
         ("runs/paper", ["lenet5-mnits"], "runs.paper: no pair 'lenet5-mnits' (did you mean 'lenet5-mnist'?)"),
         ("runs/paper", [], "runs.paper: one pair or more is expected"),
         ("pairs/lenet5-mnist/rows", ["unprotected", "corectnet"], "no row 'corectnet' (did you mean 'correctnet'?)"),
         ("pairs/lenet5-mnist/rows", ["correctnet"], "the first row must evaluate the original network"),
         ("pairs/lenet5-mnist/rows", ["unprotected", "recalibrated"], "'recalibrated' recalibrates BatchNorm"),
-        ("pairs/lenet5-mnist/pretrain", {"sizes": [16]}, "pretrain.sizes: lenet5 takes images of 32"),
-        ("pairs/lenet5-mnist/suppress/sizes", [16], "suppress.sizes: lenet5 takes images of 32"),
+        ("pairs/lenet5-digits/pretrain", {"sizes": [16]}, "pretrain.sizes: lenet5 takes images of 32"),
+        ("pairs/lenet5-digits/suppress/sizes", [16], "suppress.sizes: lenet5 takes images of 32"),
         ("pairs/vgg16-cifar10/pretrain/sizes", [0], "sides between 1 and 32 pixels"),
         ("pairs/lenet5-mnist/rows", 3, "pairs.lenet5-mnist.rows: a list of rows, or a mapping"),
         (

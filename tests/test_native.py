@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from isolated import NOT_EDITABLE
 from scipy import stats
 from scipy.special import ndtri

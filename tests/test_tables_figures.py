@@ -263,14 +263,14 @@ def test_figures_show_the_data(files):
     plt.close("all")
 
 
-def test_figure_7_shows_what_was_trained_anew_for_each_sigma(tmp_path):
-    anew = [
+def test_figure_7_shows_rows_trained_for_each_sigma(tmp_path):
+    retrained = [
         samples(row="correctnet-sigma-0.3", sigma=sigma, accuracies=accuracies)
         for sigma, accuracies in ((0.0, [0.6]), (0.3, [0.5, 0.7]), (0.5, [0.1, 0.2]))
     ]
-    pd.concat([complete(), *anew]).to_csv(tmp_path / "s.csv", index=False)
+    pd.concat([complete(), *retrained]).to_csv(tmp_path / "s.csv", index=False)
     drawn = lines(figures.figure7([tmp_path / "s.csv"]))
-    assert drawn["CorrectNet, trained anew for each σ"] == ([0.3, 0.5], pytest.approx([0.6, 0.67]))
+    assert drawn["CorrectNet, trained for each σ"] == ([0.3, 0.5], pytest.approx([0.6, 0.67]))
     assert drawn["CorrectNet"][0] == [0.0, 0.3, 0.5]
     plt.close("all")
 

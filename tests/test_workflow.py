@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from workflows import PAIR, ROOT, configuration, configure, prepare, short, snakemake, start, stats
+from workflows import EXPERIMENTS, PAIR, ROOT, configuration, configure, prepare, short, snakemake, start, stats
 
 from correctnet.pipeline import provenance
 
@@ -336,6 +336,19 @@ def test_a_full_run_prints_its_estimate(folder):
     assert re.search(r"one: about \d+ (s|min) \(pretrain", output)
 
 
+def test_the_shipped_workflow_plans_the_whole_paper():
+    found = stats(snakemake(ROOT, "-n", "--forceall", "all"))
+    config = yaml.safe_load((ROOT / "config.yaml").read_text())
+    assert found["pretrain"] == len(config["runs"]["paper"]) == 4
+    assert found["suppress"] == 4
+    assert found["compensate"] == 4 * 2, "CorrectNet, and all candidates"
+    assert not {"inject", "finetune"} & set(found), "the paper's rows alone"
+    assert found["table1"] == 1
+    assert found["figure"] == 7
+    assert found["sensitivity"] == 4 * 3
+    assert found["search"] == (3 + 2 + 2 + 2) + 4, "each limit is a job of its own"
+
+
 def test_jobs_ask_for_more_than_they_take(folder):
     """The same of the jobs that have just run here: a stage that has become hungrier is found without a new table."""
     planned = snakemake(folder, "-n", "--forceall", "quick")
@@ -381,14 +394,15 @@ def test_the_gpu_profile_asks_for_one_gpu_at_a_time(folder):
     assert {gpu for _, gpu in heavy} == {"1"}
 
 
-def test_every_run_that_ships_can_be_planned(tmp_path):
-    """In one plan: the pairs of several runs are planned once."""
+@pytest.mark.parametrize("run", ["all", "lenet", "mnist", *sorted(path.stem for path in EXPERIMENTS.glob("*.yaml"))])
+def test_every_run_that_ships_can_be_planned(tmp_path, run):
     config = yaml.safe_load((ROOT / "config.yaml").read_text())
-    runs = ["all" if run == "paper" else run for run in config["runs"]]
-    planned = stats(snakemake(prepare(tmp_path, config), "-n", *runs))
-    assert planned["table1"] == len(runs)
-    assert planned["collect"] == len({pair for pairs in config["runs"].values() for pair in pairs})
-    assert planned["pretrain"] >= 4
+    experiment = EXPERIMENTS / f"{run}.yaml"
+    options = ["--configfile", experiment] if experiment.exists() else []
+    planned = stats(snakemake(prepare(tmp_path, config), "-n", run, *options))
+    assert planned["pretrain"] >= 1
+    assert planned["evaluate"] >= 2
+    assert planned["table1"] == 1
 
 
 def test_what_is_drawn_of_a_row_leaves_out_the_pairs_without_it(tmp_path):

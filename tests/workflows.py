@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parents[1]
+EXPERIMENTS = ROOT / "workflow" / "experiments"
 
 ROWS = {
     "unprotected": {"evaluate": "pretrain", "label": "unprotected", "curve": True},

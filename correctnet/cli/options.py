@@ -118,7 +118,12 @@ def settings_options(stage: Stage) -> Callable[[Callable[..., Any]], Callable[..
         for option in (
             click.option("--row", help="With --pair: one of its rows."),
             click.option("--pair", help="With --config: the network-data pair whose settings are used."),
-            click.option("--config", type=PATH, help="A config.yaml to take settings from (with --pair)."),
+            click.option(
+                "--config",
+                type=PATH,
+                multiple=True,
+                help="A configuration file to take settings from (with --pair); several are merged in their order.",
+            ),
             click.option("--settings", help="Settings as JSON, as the workflow passes them."),
         ):
             call = option(call)
@@ -156,24 +161,24 @@ def _settings(
     given: dict[tuple[str, ...], Any],
     names: dict[tuple[str, ...], str],
     settings: str | None,
-    config: Path | None,
+    config: tuple[Path, ...],
     pair: str | None,
     row: str | None,
     model: Path | None,
 ) -> Settings:
-    if settings is not None and config is not None:
+    if settings is not None and config:
         raise UserError("--settings and --config exclude each other")
-    if (config is None) != (pair is None) or (row and not pair):
+    if bool(config) != (pair is not None) or (row and not pair):
         raise UserError("--config and --pair (and --row with them) go together")
     base = Settings()
     if settings is not None:
         base = STAGES[stage].parse(settings, stage)
-    elif config is not None and pair is not None:
-        loaded = Config.load(config)
+    elif config and pair is not None:
+        loaded, files = Config.load(*config), " + ".join(map(str, config))
         if pair not in loaded.pairs:
-            raise UserError(f"--pair: {config} has no pair {pair!r} (pairs: {', '.join(loaded.pairs)})")
+            raise UserError(f"--pair: {files} has no pair {pair!r} (pairs: {', '.join(loaded.pairs)})")
         if row is not None and row not in loaded.rows:
-            raise UserError(f"--row: {config} has no row {row!r} (rows: {', '.join(loaded.rows)})")
+            raise UserError(f"--row: {files} has no row {row!r} (rows: {', '.join(loaded.rows)})")
         base = loaded.settings(pair, row)
     elif model is not None:
         base = _as_made(model)

@@ -10,11 +10,12 @@ import click
 from correctnet.cli.options import PATH, data_option
 from correctnet.errors import UserError
 from correctnet.files import storage
+from correctnet.datasets import DATASETS
 from correctnet.pipeline.config import Config
 
 
 @click.command()
-@click.argument("name", type=click.Choice(["digits", "mnist", "cifar10", "cifar100"]))
+@click.argument("name", type=click.Choice(list(DATASETS)))
 @data_option
 def fetch(name: str, data_dir: Path | None) -> None:
     """Download a data set if it is missing."""
@@ -24,11 +25,13 @@ def fetch(name: str, data_dir: Path | None) -> None:
 
 
 @click.command()
-@click.argument("config", type=PATH, default=Path("config.yaml"))
+@click.argument("configs", type=PATH, nargs=-1)
 @click.option("--run", help="Also print an estimate of the time that this run takes.")
-def check(config: Path, run: str | None) -> None:
-    """Check a configuration file."""
-    loaded = Config.load(config)
+def check(configs: tuple[Path, ...], run: str | None) -> None:
+    """Check config.yaml, or CONFIGS, each merged over those before it as by `snakemake --configfile`."""
+    configs = configs or (Path("config.yaml"),)
+    config = " + ".join(map(str, configs))
+    loaded = Config.load(*configs)
     click.echo(f"{config}: {len(loaded.pairs)} pairs, {len(loaded.rows)} rows, no mistakes")
     for name in loaded.runs:
         try:

@@ -101,8 +101,9 @@ class Config(Section):
     defaults: dict[str, Any] = Field(default_factory=dict)
     """settings of every pair"""
     pairs: dict[str, dict[str, Any]]
-    """network-data pairs: settings that differ from the defaults, and `rows`: those that are evaluated, as a list, or
-    as a mapping from rows to settings that differ for the row in this pair"""
+    """network-data pairs: settings that differ from the defaults; `like`, another pair, whose settings they are merged
+    over and whose rows the pair has unless it names its own; and `rows`: those that are evaluated, as a list, or as a
+    mapping from rows to settings that differ for the row in this pair"""
 
     _merged: dict[tuple[str, str | None], Settings] = PrivateAttr(default_factory=dict)
 
@@ -126,16 +127,20 @@ class Config(Section):
         return values
 
     @classmethod
-    def load(cls, path: str | Path) -> Config:
-        """Read and check a file. Raises UserError with one line for each mistake."""
-        return cls.check(read_values(path), str(path))
+    def load(cls, *paths: str | Path) -> Config:
+        """Read and check files, each merged over those before it, as Snakemake does with `--configfile`.
+
+        Raises UserError with one line for each mistake.
+        """
+        values: dict[str, Any] = {}
+        for path in paths:
+            values = merge(values, _mapping(read_values(path), str(path)))
+        return cls.check(values, " + ".join(map(str, paths)))
 
     @classmethod
     def check(cls, values: Any, source: str = "config.yaml") -> Config:
         """Check the values of a file that is already read, every pair and row of it."""
-        if not isinstance(values, Mapping):
-            raise UserError(f"{source}: a mapping of settings is expected")
-        config = validate(cls, values, source)
+        config = validate(cls, _mapping(values, source), source)
         mistakes = list(config._mistakes(source))
         if mistakes:
             raise UserError("\n".join(dict.fromkeys(mistakes)))
@@ -154,7 +159,7 @@ class Config(Section):
             yield f"{source}: rows: one row or more is expected"
         layers = [("defaults", self.defaults), *((f"rows.{one_word(n)}.set", r.set) for n, r in self.rows.items())]
         for name, pair in ((one_word(name), pair) for name, pair in self.pairs.items()):
-            layers.append((f"pairs.{name}", {k: v for k, v in pair.items() if k != "rows"}))
+            layers.append((f"pairs.{name}", _without_rows(pair)))
             if isinstance(pair.get("rows"), Mapping):
                 layers += [
                     (f"pairs.{name}.rows.{row}", {} if own is None else own) for row, own in pair["rows"].items()
@@ -167,6 +172,9 @@ class Config(Section):
                 wrong = True
                 yield str(error)
         for pair in self.pairs:
+            if mistake := self._mistaken_like(pair):
+                wrong = True
+                yield f"{source}: pairs.{pair}.like: {mistake}"
             if found := list(self._mistaken_rows(pair)):
                 wrong = True
                 yield from (f"{source}: pairs.{pair}.rows: {mistake}" for mistake in found)
@@ -216,6 +224,19 @@ class Config(Section):
         if DEFAULT_RUN not in self.runs:
             yield f"{source}: runs.{DEFAULT_RUN}: missing; `snakemake` without a target runs the pairs of it"
 
+    def _mistaken_like(self, pair: str) -> str | None:
+        """What is wrong with the `like` of a pair."""
+        like = self.pairs[pair].get("like")
+        if like is None:
+            return None
+        if not isinstance(like, str):
+            return f"the name of a pair is expected, not {like!r}"
+        if like not in self.pairs:
+            return f"no pair {like!r}{suggest(like, self.pairs)}"
+        if self.pairs[like].get("like") is not None:
+            return f"{like!r} is itself like another pair; name that one"
+        return None
+
     def _mistaken_rows(self, pair: str) -> Iterator[str]:
         """What is wrong with the `rows` of a pair."""
         rows = self.pairs[pair].get("rows")
@@ -246,8 +267,16 @@ class Config(Section):
                 yield f"{row!r} has {key} {mine} and {first!r} {other}, which are no rows of one table; make it a pair"
 
     def rows_of(self, pair: str) -> tuple[str, ...]:
-        """The rows of a pair: its own list, else all."""
-        return tuple(self.pairs[pair].get("rows") or self.rows)
+        """The rows of a pair: its own list, else that of the pair it is like, else all."""
+        return tuple(self._merged_pair(pair).get("rows") or self.rows)
+
+    def _merged_pair(self, pair: str) -> dict[str, Any]:
+        """The values of a pair, merged over those of the pair that it is like; its own rows, if it has any."""
+        own = self.pairs[pair]
+        if own.get("like") is None:
+            return own
+        parent = self.pairs[own["like"]]
+        return {**merge(parent, own), "rows": own.get("rows") or parent.get("rows")}
 
     def sigma_of(self, run: str) -> float:
         """The sigma of a run's table.
@@ -269,10 +298,10 @@ class Config(Section):
         return self._merged[pair, row]
 
     def _settings(self, pair: str, row: str | None) -> Settings:
-        own = {k: v for k, v in self.pairs[pair].items() if k != "rows"}
-        layers = [self.defaults, own]
+        own = self._merged_pair(pair)
+        layers = [self.defaults, _without_rows(own)]
         if row:
-            rows = self.pairs[pair].get("rows")
+            rows = own.get("rows")
             layers += [self.rows[row].set, (rows.get(row) or {}) if isinstance(rows, Mapping) else {}]
         merged: dict[str, Any] = {}
         for layer in layers:
@@ -304,6 +333,18 @@ class Config(Section):
         if len(name) > LONGEST:
             name = f"{name[:LONGEST]}+{hashlib.sha256(name.encode()).hexdigest()[:8]}"
         return f"@{name}"
+
+
+def _mapping(values: Any, source: str) -> Mapping[str, Any]:
+    """The values of a file, which must be a mapping."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{source}: a mapping of settings is expected")
+    return values
+
+
+def _without_rows(pair: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a pair."""
+    return {key: value for key, value in pair.items() if key not in ("rows", "like")}
 
 
 def _repeated(names: Iterable[str]) -> list[str]:

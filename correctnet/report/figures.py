@@ -1,4 +1,4 @@
-"""Figures 2, 7, 9 and 10 of the paper, with the paper's values where they are known; all rows; yield; sensitivities."""
+"""Figures 2, 7, 9 and 10 of the paper, with its values where it states them; figures of rows, yield and sensitivity."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from correctnet.evaluation.results import Result, check_accuracies
 from correctnet.files import csvfile as checked
 from correctnet.files import storage
 from correctnet.methods.search_log import best_state
+from correctnet.files import csvfile, storage
 from correctnet.report import tables
 from correctnet.settings import exact
 
-# Okabe and Ito's palette, which people with any kind of colour blindness can tell apart.
+# The colour-blind-safe palette of Okabe and Ito.
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"
 YELLOW, SKY = "#E69F00", "#56B4E9"
 SEARCH_COLOURS = (BLUE, GREEN, PINK, ORANGE)  # by overhead limit
-ANEW = "correctnet-sigma-"
+RETRAINED = "correctnet-sigma-"
 ROW_STYLE = {
     "unprotected": (ORANGE, "s", "original network"),
     "correctnet": (BLUE, "o", "CorrectNet"),
-    ANEW: (GREEN, "^", "CorrectNet, trained anew for each σ"),
+    RETRAINED: (GREEN, "^", "CorrectNet, trained for each σ"),
 }
 SENSITIVITY_STYLE = {
     "pretrain": (ORANGE, "original network"),
@@ -46,7 +47,7 @@ STYLE = {
     "legend.frameon": False,
     "svg.hashsalt": "correctnet",  # the same data give the same file
     "figure.constrained_layout.use": True,
-    # Names and labels are shown as they are written, "$" and "\\" too.
+    # Names and labels are plain text: "$" and "\\" have no special meaning.
     "text.parse_math": False,
     "text.usetex": False,
 }
@@ -60,9 +61,17 @@ def draw(
     only: Sequence[str] = (),
     sigma: float | None = None,
 ) -> None:
-    """Draw a figure (a key of FIGURES) from files, as PNG (`out`) and SVG (beside it); `out` may name either of them.
+    """Draw a figure and write it as PNG and SVG.
 
-    `labels` and `only` are those of `rows`; `sigma` is Table I's, for those that show it (AT_SIGMA).
+    Args:
+        name: a key of FIGURES.
+        files: result files that the figure shows.
+        out: PNG or SVG; the other one is written next to it.
+        labels, only: see `rows`; for that figure only.
+        sigma: sigma of Table I, for the figures in AT_SIGMA.
+
+    Raises:
+        UserError: an option does not apply to the figure, or a file cannot be read or written.
     """
     if sigma is not None and name not in AT_SIGMA:
         raise UserError(f"--sigma: figure {name} does not show one of several")
@@ -97,13 +106,13 @@ def _panels(titles: Sequence[str]) -> tuple[plt.Figure, list[Axes]]:
 
 
 def folder_name(path: Path, above: int) -> str:
-    """The name of the folder `above` levels over that of a file, its pair in the workflow; "" where there is none."""
+    """Name of the folder `above` levels over that of a file, which the workflow names after the pair; "" if none."""
     folders = path.absolute().parents
     return folders[above].name if above < len(folders) else ""
 
 
 def _wrapped(text: str, width: int) -> str:
-    """A text in lines of at most `width` letters, three of them at most."""
+    """Text wrapped to at most three lines of `width` characters."""
     return "\n".join(textwrap.wrap(text, width, max_lines=3, placeholder=" …"))
 
 
@@ -124,7 +133,7 @@ def _counts(table: pd.DataFrame) -> str:
 
 
 def _chips(count: int) -> str:
-    """How many chips, and that one of them has no spread."""
+    """Number of chips as text; a single chip has no interval."""
     return tables.NO_INTERVAL if count == 1 else f"{count} chips"
 
 
@@ -135,31 +144,32 @@ def figure2(files: Sequence[Path]) -> plt.Figure:
 
 
 def figure7(files: Sequence[Path], sigma: float | None = None) -> plt.Figure:
-    """Accuracy of CorrectNet, trained once at its own sigma, and of the unprotected network, over sigma.
+    """Accuracy of CorrectNet, trained at the sigma of Table I, and of the unprotected network, over sigma.
 
-    Rows named "correctnet-sigma-S" are CorrectNet trained for S: each gives the point at S of a curve of its own.
+    A row "correctnet-sigma-S" is CorrectNet trained for sigma = S; these rows form a curve of their own, to which each
+    contributes its point at S.
     """
     samples = tables.read_samples(files)
     trained_for = samples["row"].map(_trained_for)
-    anew = samples["row"].str.startswith(ANEW) & (samples["sigma"] == trained_for)
-    # The one of Table I is the one that was trained for the table's own sigma.
+    retrained = samples["row"].str.startswith(RETRAINED) & (samples["sigma"] == trained_for)
+    # The row of Table I was trained for the table's sigma.
     of_table = samples["pair"].map({pair: table_sigma(of_pair, sigma) for pair, of_pair in samples.groupby("pair")})
     own = (samples["row"] == "correctnet") & (samples["sigma"] == of_table)
-    with_anew = samples["pair"].isin(samples["pair"][anew].unique())
-    curve = samples[(anew | own) & with_anew].assign(row=ANEW)
-    return _over_sigma(pd.concat([samples, curve]), ["correctnet"], ["unprotected", ANEW])
+    with_retrained = samples["pair"].isin(samples["pair"][retrained].unique())
+    curve = samples[(retrained | own) & with_retrained].assign(row=RETRAINED)
+    return _over_sigma(pd.concat([samples, curve]), ["correctnet"], ["unprotected", RETRAINED])
 
 
 def _trained_for(row: str) -> float:
-    """S of a row "correctnet-sigma-S"; NaN for any other row."""
+    """S of a row "correctnet-sigma-S"; NaN for other rows."""
     try:
-        return float(row.removeprefix(ANEW)) if row.startswith(ANEW) else float("nan")
+        return float(row.removeprefix(RETRAINED)) if row.startswith(RETRAINED) else float("nan")
     except ValueError:
         return float("nan")
 
 
 def table_sigma(of_pair: pd.DataFrame, given: float | None = None) -> float:
-    """The sigma of Table I, of a pair's samples: the one that is given, else the largest that every row has."""
+    """Sigma of Table I for a pair: the given one, else the largest at which all of its rows have results."""
     pair = of_pair["pair"].iloc[0]
     if given is not None:
         if given not in set(of_pair["sigma"]):
@@ -186,7 +196,7 @@ def _over_sigma(samples: pd.DataFrame, rows: Sequence[str], optional: Sequence[s
             colour, marker, label = ROW_STYLE[row]
             _curve(ax, of_row, colour, marker, label)
             _paper_point(ax, of_row, row, colour)
-        ax.set(xlabel="σ of the weights' logarithm", ylabel="accuracy", ylim=(0, 1.02))
+        ax.set(xlabel="device variation σ", ylabel="accuracy", ylim=(0, 1.02))
         ax.text(0.02, 0.02, _counts(of_pair), transform=ax.transAxes, fontsize=7, color=GREY)
         ax.legend(loc="lower left", bbox_to_anchor=(0, 0.08))
     return figure
@@ -224,7 +234,7 @@ def figure9(files: Sequence[Path]) -> plt.Figure:
 
 
 def figure10(files: Sequence[Path]) -> plt.Figure:
-    """The states that the search explored: overhead and validation accuracy, a ring around what each search chose."""
+    """Overhead and validation accuracy of the states that the search explored; a ring marks the chosen state."""
     by_pair: dict[str, list[Path]] = {}
     for path in files:
         by_pair.setdefault(folder_name(path, 2), []).append(path)
@@ -249,7 +259,7 @@ def figure10(files: Sequence[Path]) -> plt.Figure:
 
 
 def yield_curve(files: Sequence[Path], sigma: float | None = None) -> plt.Figure:
-    """The fraction of chips at or above an accuracy, for every row of Table I at its sigma."""
+    """Yield: the fraction of chips at or above an accuracy, for every row of Table I at its sigma."""
     samples = tables.read_samples(files)
     pairs = list(samples["pair"].unique())
     figure, axes = _panels(pairs)
@@ -261,12 +271,12 @@ def yield_curve(files: Sequence[Path], sigma: float | None = None) -> plt.Figure
         colours = itertools.chain((GREEN, PINK, YELLOW, SKY), itertools.cycle(plt.cm.tab20.colors))
         for row in varied["row"].unique():
             accuracies = np.sort(varied["accuracy"][varied["row"] == row].to_numpy())
-            # Behind the accuracy before it and up to the n-th lowest (n from 0), N - n of the N chips are at or above.
+            # N - n of the N chips are at or above any accuracy from the (n-1)-th lowest (exclusive) to the n-th lowest.
             fraction = 1 - np.arange(len(accuracies)) / len(accuracies)
             x = np.concatenate([accuracies, accuracies[-1:]])
             style = {"color": ROW_STYLE[row][0], "linewidth": 2} if row in ROW_STYLE else {"color": next(colours)}
             ax.step(x, np.append(fraction, 0.0), where="pre", label=row, **style)
-        ax.set(xlabel="accuracy", ylabel="chips at or above it", ylim=(0, 1.02))
+        ax.set(xlabel="accuracy", ylabel="fraction of chips at or above", ylim=(0, 1.02))
         ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         chips = varied.groupby("row").size()
         ax.text(
@@ -282,10 +292,15 @@ def rows(
     only: Sequence[str] = (),
     sigma: float | None = None,
 ) -> plt.Figure:
-    """Every row of Table I at its sigma: its clean accuracy, its chips, their mean with its 95 % interval.
+    """Every row of Table I at its sigma: clean accuracy, accuracy of each chip, mean with 95 % confidence interval.
 
-    A dotted line goes through the first row's mean, a star stands for the paper's mean where that is known. `labels`
-    says what rows are called; `only` leaves all rows out but these.
+    The dotted line marks the mean of the first row, a star the paper's mean where it is known.
+
+    Args:
+        files: samples.csv of one pair or more.
+        labels: text for each row, by its name.
+        only: rows to show; empty for all.
+        sigma: sigma of the table; None: see `table_sigma`.
 
     Raises:
         UserError: no pair has a row of `only`.
@@ -330,8 +345,8 @@ def rows(
         ax.tick_params(axis="y", labelsize=8)
         ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes[-1, 0].set(xlabel="accuracy")
-    marks = [("|", GREY, "a chip"), ("o", GREY, "their mean, 95 % interval"), ("D", "none", "without variation")]
-    marks += [("*", "none", "the paper's mean")] if stars else []
+    marks = [("|", GREY, "one chip"), ("o", GREY, "mean, 95 % interval"), ("D", "none", "without variation")]
+    marks += [("*", "none", "mean in the paper")] if stars else []
     key = [
         Line2D([], [], color=GREY, marker=marker, linestyle="", markerfacecolor=face, markersize=5, label=text)
         for marker, face, text in marks
@@ -341,7 +356,7 @@ def rows(
 
 
 def sensitivity(files: Sequence[Path]) -> plt.Figure:
-    """Points of accuracy that variation in one layer alone costs, by layer and network, on validation images."""
+    """Loss of accuracy under variation in one layer alone, by layer and network, on validation images."""
     by_pair: dict[str, list[Path]] = {}
     for path in files:
         by_pair.setdefault(folder_name(path, 1), []).append(path)
@@ -357,7 +372,7 @@ def sensitivity(files: Sequence[Path]) -> plt.Figure:
             ax.bar(x, mean, 0.24, yerr=error, color=colour, label=label, error_kw={"linewidth": 0.8})
         ax.axhline(0, color=GREY, linewidth=0.8)
         ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
-        ax.set(xlabel="the layer with variation", ylabel="accuracy lost, points", xticks=mean.index)
+        ax.set(xlabel="layer with variation", ylabel="loss of accuracy, points", xticks=mean.index)
         chips = _chips(table.groupby("layer").size().iloc[0])
         text = f"{chips}, {table['images'].iloc[0]} validation images"
         ax.text(0.98, 0.98, text, transform=ax.transAxes, fontsize=7, color=GREY, ha="right", va="top")
@@ -366,8 +381,8 @@ def sensitivity(files: Sequence[Path]) -> plt.Figure:
 
 
 def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """A CSV with at least these columns. Raises UserError, with the line, where it is not one, or is cut or edited."""
-    read = checked.read(path, columns)
+    """Read a CSV with at least these columns. Raises UserError, naming the line, if it is malformed or truncated."""
+    read = csvfile.read(path, columns)
     if {"correct", "images", "accuracy"} <= set(read.table):
         check_accuracies(read)
     return read.table

@@ -1,6 +1,6 @@
-"""Pages of the report that people read in a browser: Table I, the search as a scatter to explore, and provenance.
+"""HTML pages of the report: Table I, an interactive scatter plot of the search, and provenance.
 
-Each is one HTML file that needs no network.
+Each is one self-contained file.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ summary { cursor: pointer; color: #0072b2; }
 
 
 def page(title: str, body: str) -> str:
-    """An HTML document."""
+    """HTML document with a title and a body."""
     title = html.escape(title)
     head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><h1>{title}</h1>\n{body}</body></html>\n'
@@ -45,7 +45,7 @@ def page(title: str, body: str) -> str:
 def _table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int], firsts: Sequence[int] = ()
 ) -> str:
-    """An HTML table of cells that are HTML; columns `text` are words, rows `firsts` begin a group."""
+    """HTML table of HTML cells; columns in `text` are left-aligned, rows in `firsts` begin a group."""
 
     def cell(tag: str, i: int, content: str, first: bool) -> str:
         names = " ".join(name for name, holds in (("text", i in text), ("first", first)) if holds)
@@ -59,7 +59,7 @@ def _table(
 
 
 def table1(table: pd.DataFrame, sigma: float) -> str:
-    """Table I (`correctnet.report.tables.table1`) as a page, the paper's numbers and the difference beside it."""
+    """Page with Table I (`correctnet.report.tables.table1`), the paper's values and the differences."""
     columns = ["pair", "row", "clean", "mean ± std", "95 % CI of the mean", "mean / clean", "overhead", "layers"]
     columns += ["paper", "difference", "chips × images", "epochs", "seed"]
     rows, firsts = [], []
@@ -99,7 +99,7 @@ def table1(table: pd.DataFrame, sigma: float) -> str:
 
 
 def search_scatter(logs: Sequence[Path]) -> str:
-    """The states that searches explored (log.csv of each limit) as scatters of overhead and accuracy to explore."""
+    """Page with an interactive scatter plot of overhead and accuracy of the explored states (log.csv of each limit)."""
     from bokeh.embed import json_item
     from bokeh.layouts import column
     from bokeh.models import ColumnDataSource, HoverTool, PlainText, Title
@@ -113,7 +113,7 @@ def search_scatter(logs: Sequence[Path]) -> str:
     for pair, paths in by_pair.items():
         axes = {"x_axis_label": "overhead, % of the network's parameters", "y_axis_label": "validation accuracy, %"}
         plot = figure(
-            title=Title(text=PlainText(pair)),  # "$$" is no formula
+            title=Title(text=PlainText(pair)),  # else "$$" would begin a formula
             height=420,
             sizing_mode="stretch_width",
             tools="pan,box_zoom,wheel_zoom,reset,save",
@@ -146,24 +146,24 @@ def search_scatter(logs: Sequence[Path]) -> str:
         plot.add_layout(plot.legend[0], "right")
         drawn.append(plot)
     note = (
-        "<p>Every state within its limit that was trained: mean and standard deviation of its accuracy over chips, on "
-        "validation images. A star is what the search chose: the best mean of its limit, of equals the least overhead. "
+        "<p>Every trained state: mean and standard deviation of the accuracy over chips, on validation images. A star "
+        "marks the state that the search chose within each limit: the best mean, at equal means the least overhead. "
         "Hover over a state for its layers and filters, drag to move, use the tools to zoom, click the legend to hide "
         "a limit.</p>\n"
     )
-    # Bokeh's core alone: a page of more than 1.5 MB does not open inside the report, as browsers limit the length of
-    # such addresses. Bokeh's widgets would be over that, and so would Plotly.
+    # Only the core of Bokeh: pages above 1.5 MB do not open inside the report, as browsers limit the length of data
+    # URLs. Bokeh's widgets would exceed that, and so would Plotly.
     scripts = Resources(mode="inline", components=["bokeh"]).render_js()
     plots = json.dumps(json_item(column(*drawn, sizing_mode="stretch_width"), "plots")).replace("</", "<\\/")
     body = (
         f'{note}<div id="plots"></div>\n{scripts}\n<script type="application/json" id="states">{plots}</script>\n'
         '<script>Bokeh.embed.embed_item(JSON.parse(document.getElementById("states").textContent))</script>\n'
     )
-    return page("What the search explored", body)
+    return page("States explored by the search", body)
 
 
 def _state(row: dict[str, Any]) -> str:
-    """What is shown of a state: accuracy, overhead, and the filters of each compensated layer."""
+    """Tooltip of a state: accuracy, overhead, and the filters of each compensated layer."""
     names, filters = str(row["candidates"]).split(), str(row["filters"]).split()
     chosen = [f"{name}: {m}" for name, m in zip(names, filters, strict=True) if m != "0"]
     return (
@@ -174,7 +174,7 @@ def _state(row: dict[str, Any]) -> str:
 
 
 def provenance(run: str, here: dict[str, Any], jobs: pd.DataFrame, seeds: Sequence[Any]) -> str:
-    """What made a run's results: command, revision, versions, machine, seeds, and each job's time and memory."""
+    """Page with the provenance of a run: command, revision, versions, machine, seeds, time and memory of each job."""
     facts = {
         "command": f"<code>{html.escape(str(here['command']))}</code>",
         "revision": html.escape(str(here["revision"] or "not a git checkout")),
@@ -187,8 +187,8 @@ def provenance(run: str, here: dict[str, Any], jobs: pd.DataFrame, seeds: Sequen
     }
     body = _table(["", ""], [[f"<b>{key}</b>", value] for key, value in facts.items()], (0, 1))
     body += (
-        "<h2>Jobs</h2>\n<p>Wall time and peak memory are of a job's last process: a training that was killed and went "
-        "on has spent more, and its log.csv says how much in each epoch. Revision and CPU are those of the job.</p>\n"
+        "<h2>Jobs</h2>\n<p>Wall time and peak memory are those of a job's last process: a resumed training has taken "
+        "longer in total, see the epochs in its log.csv. Revision and CPU are those of the job.</p>\n"
     )
     rows = [
         [

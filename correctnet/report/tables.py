@@ -1,4 +1,4 @@
-"""Table I of the paper from per-sample results, beside the paper's numbers."""
+"""Table I of the paper, made from per-chip results, with the paper's values."""
 
 from __future__ import annotations
 
@@ -32,15 +32,16 @@ KEYS = ["pair", "row", "network", "dataset", "split", "sigma", "centre", "overhe
 
 
 def paper_mean(samples: pd.DataFrame, row: str) -> float | None:
-    """The paper's mean of a row at PAPER_SIGMA, for the network and data set of a pair's samples; None: not stated."""
+    """Mean that the paper states for a row at PAPER_SIGMA, network and data set of the samples; None: not stated."""
     key = (samples["network"].iloc[0], samples["dataset"].iloc[0])
     return PAPER.get(key, {}).get(row, (None,))[0]
 
 
 def read_samples(files: Iterable[Path]) -> pd.DataFrame:
-    """Per-sample results of several files as one table.
+    """Read per-chip results of several files into one table.
 
-    Raises UserError for a file that is not one, and for a chip of a row that comes twice.
+    Raises:
+        UserError: a file is malformed or lacks a column, or a chip of a row occurs twice.
     """
     tables = []
     for path in files:
@@ -61,19 +62,24 @@ def read_samples(files: Iterable[Path]) -> pd.DataFrame:
 
 
 def table1(samples: pd.DataFrame, sigma: float, labels: Mapping[str, str] | None = None) -> pd.DataFrame:
-    """One row a (pair, row): accuracies at `sigma` against the clean accuracy of the pair's unprotected network.
+    """Table with one line per pair and row: accuracy at `sigma` against the clean accuracy of the unprotected network.
 
-    Columns: pair, row, label, centre, clean (of the row's own network), mean, std, ci_low, ci_high (95 % t interval),
-    ratio (mean / clean accuracy, on the same images, of the row `unprotected`, or else of the pair's first row; none
-    where that is not known: a row with fewer images has the first ones, on which `correctnet evaluate --sigma 0
-    --prefix N` counts), overhead, layers, chips, images, epochs, seed, paper (its mean
-    at sigma 0.5, where it is known), difference. `labels` names the rows for people. One chip has no std and no
-    interval.
+    Columns: pair, row, label, centre, clean (accuracy of the row's own network without variation), mean and std over
+    chips, ci_low and ci_high (95 % t interval of the mean), ratio (mean / clean accuracy of the row `unprotected`, or
+    else of the pair's first row, on the same images), overhead, layers (compensated ones), chips, images, epochs, seed,
+    paper (mean in the paper, at sigma 0.5) and difference. One chip has no std and no interval.
+
+    Rows may differ in the number of chips and images; fewer chips or images are the first of them. The ratio of a row
+    with fewer images needs the clean accuracy on those (`correctnet evaluate --sigma 0 --prefix N`), or is left empty.
+
+    Args:
+        samples: from `read_samples`.
+        sigma: level of variation of the table.
+        labels: text for each row, by its name.
 
     Raises:
-        UserError: a row lacks its clean accuracy or a chip between its first and its last, or rows of a pair differ in
-            data set, split, seed or first chip and must not stand in one table. They may differ in how many chips and
-            images they have: each says it, and a smaller number of them is the first of the larger one.
+        UserError: a row lacks its clean accuracy or a chip between its first and last, or rows of a pair differ in
+            data set, split, seed or first chip.
     """
     rows = []
     for pair, of_pair in samples.groupby("pair", sort=False):
@@ -120,9 +126,9 @@ def table1(samples: pd.DataFrame, sigma: float, labels: Mapping[str, str] | None
 
 
 def check_comparable(pair: str, of_pair: pd.DataFrame, sigma: float, what: str = "table") -> None:
-    """Raise a UserError where rows of a pair must not stand side by side at `sigma`.
+    """Raise a UserError if rows of a pair are not comparable at `sigma`.
 
-    They are on other images, of another seed, begin with another chip, or lack one between their first and last.
+    They are not if they differ in images, seed or first chip, or if a chip between the first and the last is missing.
     """
     varied = of_pair[of_pair["sigma"] == sigma]
     shape = varied.groupby("row", sort=False).apply(_shape, include_groups=False)
@@ -135,7 +141,7 @@ def check_comparable(pair: str, of_pair: pd.DataFrame, sigma: float, what: str =
 
 
 def _escaped(text: str) -> str:
-    """A text in a cell of a Markdown table, shown as it is written: no line, column or markup more."""
+    """Text escaped for a cell of a Markdown table, so that it is shown literally."""
     text = re.sub(r"[\\`*\[\]<>|~$&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", text)
     return "<br>".join(text.splitlines())
 
@@ -147,7 +153,7 @@ def _shape(rows: pd.DataFrame) -> str:
 
 
 def _check_images(pair: str, of_pair: pd.DataFrame, what: str) -> None:
-    """Raise a UserError where results of a pair are on other images, as far as they say it, than the others."""
+    """Raise a UserError if results of a pair are on different images, as far as the files say."""
     sources = (of_pair["split"] + " images of " + of_pair["dataset"]).unique()
     if len(sources) > 1:
         raise UserError(f"{what}: rows of {pair} are not comparable: they are on {', and on '.join(sources)}")
@@ -162,14 +168,14 @@ def _check_images(pair: str, of_pair: pd.DataFrame, what: str) -> None:
 
 
 def _check_chips(pair: str, row: str, of_row: pd.DataFrame, what: str) -> None:
-    """Raise a UserError where a chip between the first and the last is missing."""
+    """Raise a UserError if a chip between the first and the last is missing."""
     for _, samples in of_row.groupby("seed")["sample"]:
         if (missing := missing_chip(samples)) is not None:
             raise UserError(f"{what}: row {row} of {pair} lacks chip {missing} and has chip {samples.max()}")
 
 
 def _clean_on(nominal: pd.Series, images: int) -> float | None:
-    """The accuracy of a nominal network on the first `images` images, by its row at sigma 0; None: not known."""
+    """Clean accuracy on the first `images` images, from a row at sigma 0; None: not known."""
     if nominal["images"] == images:
         return nominal["accuracy"]
     counted = nominal.get("prefixes")
@@ -186,7 +192,7 @@ def _clean_on(nominal: pd.Series, images: int) -> float | None:
 
 
 def markdown(table: pd.DataFrame, sigma: float) -> str:
-    """The table for people, percentages with the confidence interval and the paper's number."""
+    """Table I as Markdown: percentages with confidence intervals, and the paper's values."""
     lines = [
         f"Accuracies in %; sigma = {exact(sigma)}; mean ± standard deviation over chips, [95 % confidence interval of "
         "the mean]; ratio: mean / clean accuracy, on the same images, of the row unprotected, or else of the pair's "
