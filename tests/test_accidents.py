@@ -245,8 +245,8 @@ def killed_in_mid_run(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def readme_block(mark: str) -> list[str]:
-    """The commands of the README's block behind <!-- mark -->, without comments."""
-    block = re.search(rf"<!-- {mark} -->\n```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    """The commands of the block after <!-- mark --> in docs/cluster.md, without comments."""
+    block = re.search(rf"<!-- {mark} -->\n```sh\n(.*?)```", (ROOT / "docs/cluster.md").read_text(), re.DOTALL)
     return [line.split("#")[0].strip() for line in block[1].splitlines() if line.split("#")[0].strip()]
 
 
