@@ -1,10 +1,12 @@
-"""What several test files use."""
+"""Options, profiles and fixtures that several test files use."""
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 from torch import nn
 from workflows import prepare, snakemake
@@ -34,13 +36,30 @@ def pytest_report_header() -> list[str]:
     return [*lines, f"  portable on an emulated Nehalem (C++ tests): {emulated}"]
 
 
-# How long an example takes says something of the machine, and nothing of the code.
-settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("suite")
+# No deadlines: how long an example takes depends on the machine's load. `dev` draws the same few examples each time.
+settings.register_profile("full", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("dev", parent=settings.get_profile("full"), max_examples=20, derandomize=True)
 
 
-def pytest_configure() -> None:
-    torch.set_num_interop_threads(1)  # may be said once a process
+def pytest_addoption(parser: pytest.Parser) -> None:
+    help = "all tests, slow, build and e2e ones too, with every hypothesis example (as -m '')"
+    parser.addoption("--full", action="store_const", const="", dest="markexpr", help=help)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_interop_threads(1)  # can be set once per process
+    settings.load_profile("dev" if config.option.markexpr else "full")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    # One per CPU that this process may use, but no more than a laptop's memory holds: each imports PyTorch.
+    return min(len(os.sched_getaffinity(0)), 8)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Long tests first, so that no worker is left with one at the end.
+    items.sort(key=lambda item: not any(item.get_closest_marker(mark) for mark in ("build", "e2e", "slow")))
 
 
 @pytest.fixture(autouse=True)
@@ -79,8 +98,16 @@ def blobs() -> Split:
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
-    """A copy of the workflow with tiny budgets in which `quick` has run; whoever changes it puts it back."""
-    folder = prepare(tmp_path_factory.mktemp("workflow"))
-    snakemake(folder, "quick")
-    return folder
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the workflow with tiny budgets in which `quick` has run; a test that changes it restores it.
+
+    Under pytest-xdist the first worker that needs it runs it, and each worker gets a copy.
+    """
+    base = tmp_path_factory.getbasetemp()
+    finished = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "finished-workflow"
+    with FileLock(f"{finished}.lock"):
+        if not finished.exists():
+            folder = prepare(tmp_path_factory.mktemp("workflow") / "run")
+            snakemake(folder, "quick")
+            folder.rename(finished)
+    return Path(shutil.copytree(finished, tmp_path_factory.mktemp("workflow") / "run", symlinks=True))

@@ -21,7 +21,6 @@ from workflows import ROOT, configuration, configure, environment, prepare, resu
 from correctnet import LogNormalVariation, UserError, convert, evaluate
 
 pytest.importorskip("snakemake", reason="the workflow extra is not installed")
-pytestmark = pytest.mark.slow
 
 EPOCHS = 25
 EXIT = {signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGINT: 128 + signal.SIGINT, signal.SIGKILL: -signal.SIGKILL}
@@ -85,6 +84,7 @@ def check_continued(out: Path, before: int, undisturbed: Path) -> None:
     assert not leftovers(out.parent)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("number", EXIT)
 def test_a_training_that_is_killed_goes_on(tmp_path, undisturbed, number):
     out = tmp_path / "p"
@@ -116,6 +116,7 @@ def searched(folder, tmp_path_factory):
     return arguments, out
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("number", EXIT)
 def test_a_search_that_is_killed_goes_on(tmp_path, searched, number):
     arguments, undisturbed = searched
@@ -144,6 +145,7 @@ def test_a_search_that_is_killed_goes_on(tmp_path, searched, number):
     assert not leftovers(tmp_path)
 
 
+@pytest.mark.e2e
 def test_a_stage_is_never_done_by_two_processes(tmp_path, undisturbed):
     out = tmp_path / "p"
     first = pretrain(out)
@@ -158,6 +160,7 @@ def test_a_stage_is_never_done_by_two_processes(tmp_path, undisturbed):
     assert digest(out / "model.safetensors") == digest(undisturbed / "model.safetensors")
 
 
+@pytest.mark.e2e
 def test_a_checkpoint_that_is_cut_short_is_named_and_made_again(tmp_path, undisturbed):
     out = tmp_path / "p"
     process = pretrain(out)
@@ -178,6 +181,7 @@ def cut(path: Path) -> None:
     path.write_text(text.rstrip("\n")[:-2])
 
 
+@pytest.mark.e2e
 def test_a_search_log_that_is_cut_short_is_named_and_made_again(tmp_path, searched):
     arguments, undisturbed = searched
     out = tmp_path / "s"
@@ -250,6 +254,7 @@ def readme_block(mark: str) -> list[str]:
     return [line.split("#")[0].strip() for line in block[1].splitlines() if line.split("#")[0].strip()]
 
 
+@pytest.mark.e2e
 def test_the_head_process_is_killed_and_the_readme_s_recovery_works(tmp_path):
     run, log = killed_in_mid_run(tmp_path)
     before = rows(log)
@@ -271,6 +276,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in files}
 
 
+@pytest.mark.e2e
 def test_a_second_run_in_the_same_folder_refuses_and_touches_nothing(tmp_path):
     run = long_run(tmp_path)
     first = start(run, "--cores", 2, "results/one/pretrain/model.safetensors")
@@ -290,6 +296,7 @@ def test_a_second_run_in_the_same_folder_refuses_and_touches_nothing(tmp_path):
     assert set(pd.read_csv(run / "results" / "one" / "pretrain" / "log.csv")["process"]) == {1}
 
 
+@pytest.mark.e2e
 def test_a_lost_chunk_alone_is_made_again(copied):
     place = Path("results") / "one" / "evaluate" / "correctnet"
     gathered = place / "sigma-0.5.csv"
@@ -306,6 +313,7 @@ def test_a_lost_chunk_alone_is_made_again(copied):
     assert (copied / gathered).read_bytes() == before
 
 
+@pytest.mark.e2e
 def test_a_model_that_is_cut_short_is_refused_and_made_again(copied, folder):
     model = copied / "results" / "one" / "pretrain" / "model.safetensors"
     os.truncate(model, 1000)
@@ -324,6 +332,7 @@ def test_a_model_that_is_cut_short_is_refused_and_made_again(copied, folder):
         assert made[name] == before[name]
 
 
+@pytest.mark.e2e
 def test_a_folder_that_is_moved_goes_on(copied, tmp_path):
     moved = tmp_path / "elsewhere" / "moved"
     moved.parent.mkdir()
@@ -337,6 +346,7 @@ def test_a_folder_that_is_moved_goes_on(copied, tmp_path):
     assert "pretrain" not in planned
 
 
+@pytest.mark.e2e
 def test_results_that_are_moved_in_mid_run_go_on(tmp_path):
     run, log = killed_in_mid_run(tmp_path)
     elsewhere = tmp_path / "large disk" / "results"
@@ -400,6 +410,7 @@ def fill(disk: Path) -> Path:
     return filler
 
 
+@pytest.mark.e2e
 def test_a_disk_that_fills_loses_nothing(small_disk, undisturbed):
     out = small_disk / "p"
     process = pretrain(out)
@@ -416,6 +427,7 @@ def test_a_disk_that_fills_loses_nothing(small_disk, undisturbed):
     check_continued(out, before, undisturbed)
 
 
+@pytest.mark.e2e
 def test_a_disk_that_fills_in_mid_run_and_is_freed(small_disk, tmp_path, folder):
     config = short(configuration())
     config["results"] = str(small_disk / "results")
@@ -436,6 +448,7 @@ def test_a_disk_that_fills_in_mid_run_and_is_freed(small_disk, tmp_path, folder)
     assert (small_disk / "results" / "summary" / "quick" / "table1.csv").exists()
 
 
+@pytest.mark.e2e
 def test_a_configuration_that_cannot_be_written(tmp_path):
     run = prepare(tmp_path / "run")
     config = run / "config.yaml"
@@ -450,6 +463,7 @@ def test_a_configuration_that_cannot_be_written(tmp_path):
     assert (run / "results" / "one" / "pretrain" / "model.safetensors").exists()
 
 
+@pytest.mark.e2e
 def test_a_configuration_that_is_not_there_is_named(tmp_path):
     run = prepare(tmp_path / "run")
     (run / "config.yaml").unlink()

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 from torch import nn
 
 from correctnet import precision as arithmetic
@@ -30,7 +31,7 @@ def calls(monkeypatch):
     return seen
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(
     st.integers(1, 3),
     st.tuples(st.integers(1, 4), st.integers(1, 4)),

@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 from click.testing import CliRunner
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 from torch import nn
 
 from correctnet.bench import baseline, gpu_timing, gpu_training, report, workloads
@@ -95,7 +96,7 @@ def test_chips_at_once_are_different_chips(lenet, data):
 # ---- the choice -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.data())
 def test_select_finds_the_fastest(data):
     """Rates that are products of what each choice gives, with one best batch size."""
@@ -354,6 +355,7 @@ def test_the_measurements_of_a_gpu_run(on_the_cpu) -> None:
 
 
 @needs_core
+@pytest.mark.slow
 def test_ways_of_training_are_measured(on_the_cpu, monkeypatch) -> None:
     made = gpu_training.Trainer
 

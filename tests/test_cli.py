@@ -78,6 +78,7 @@ def test_training_with_variation_keeps_or_updates_batchnorm(
     assert passed == [batchnorm == "updated"]
 
 
+@pytest.mark.slow
 def test_trials_of_compensators_are_compared_on_the_same_chips(chain, tmp_path):
     """docs/trials.py, whose tables stand in docs/reproduction.md."""
     script, out = Path(__file__).parents[1] / "docs" / "trials.py", tmp_path / "trials.csv"
@@ -290,6 +291,7 @@ def test_a_disk_that_fills_in_mid_training_loses_nothing(tmp_path, monkeypatch):
     assert all(torch.equal(resumed[k], v) for k, v in whole.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 def test_a_killed_stage_goes_on(tmp_path, sent):
     command = [sys.executable, "-m", "correctnet.cli", "pretrain", *FAST, "--epochs", "12"]

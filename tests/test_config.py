@@ -7,8 +7,9 @@ from typing import Literal, get_args, get_origin
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 from pydantic import BaseModel
 
 from correctnet.datasets import DATASETS, loading
@@ -399,7 +400,7 @@ NUMBERS = {"variation.sigma": "variation", "suppress.beta": "suppress", "search.
         st.booleans(), st.text(max_size=6), st.floats(), st.integers(), st.none(), st.lists(st.booleans(), max_size=2)
     )
 )
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_a_number_is_a_number_and_a_truth_value_is_one(value):
     """Of every setting: what is taken has the type that it was given, or is the float of an integer."""
     for name, field in Settings.model_fields.items():
@@ -429,7 +430,7 @@ def _refused(value):
 
 
 @given(st.lists(st.floats(1e-9, 1.0), min_size=1, max_size=4, unique=True))
-@settings(max_examples=50, deadline=None)
+@examples(50)
 def test_limits_in_names_of_folders_are_exact(limits):
     assert len({exact(limit) for limit in limits}) == len(limits)
     config = changed("rows/tight", {"evaluate": "compensate", "label": "t", "set": {"search": {"limits": limits}}})
@@ -539,6 +540,7 @@ def test_rows_share_the_stages_in_which_they_agree():
     assert config.variant(pair, "a", "suppress") == config.variant(pair, "b", "suppress") == "@suppress.beta-9.0"
 
 
+@pytest.mark.slow
 def test_folders_are_named_by_what_differs_whatever_other_rows_there_are():
     config = Config.check(SHIPPED)
     for pair in config.pairs:

@@ -1033,6 +1033,7 @@ def test_a_device_of_ones_own_that_is_none(device, message, engine):
     assert torch.equal(analog.a.nominal, before)
 
 
+@pytest.mark.slow
 def test_a_reloaded_module_is_one_line():
     code = """
 import importlib, torch, correctnet.crossbar.layers, correctnet

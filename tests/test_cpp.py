@@ -17,7 +17,7 @@ from isolated import NOT_EDITABLE
 ROOT = Path(__file__).parent.parent
 COMPILER = any(map(shutil.which, [os.environ.get("CXX", "c++"), "g++", "clang++"]))
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.build
 needs_compiler = pytest.mark.skipif(
     not (COMPILER and shutil.which("cmake") and shutil.which("ninja")), reason="no C++ compiler, CMake or Ninja"
 )

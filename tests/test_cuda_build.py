@@ -22,7 +22,6 @@ NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 TABLE = ROOT / "csrc" / "cuda" / "ptxas.csv"
 ARCHITECTURES = ("80", "90")
 
-pytestmark = pytest.mark.slow
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 
 
@@ -73,6 +72,7 @@ def dynamic_shared(tmp_path: Path) -> dict[str, int]:
     return {kernel: int(size) for kernel, size in map(str.split, run([program]).splitlines())}
 
 
+@pytest.mark.build
 @needs_nvcc
 def test_kernels_compile_without_warnings_and_fit(tmp_path: Path) -> None:
     """For each architecture and as PTX. The table is the most that each kernel may take; spills are never allowed.
@@ -97,6 +97,7 @@ def test_kernels_compile_without_warnings_and_fit(tmp_path: Path) -> None:
         assert used["shared"] + dynamic.get(key[0], 0) <= int(allowed[key]["shared"]) <= 99 << 10, key
 
 
+@pytest.mark.build
 @needs_nvcc
 def test_no_contraction_reaches_the_noise(tmp_path: Path) -> None:
     """In the PTX every fused multiply-add of the noise is one that the source asks for, with nvcc's contraction and
@@ -134,6 +135,7 @@ def test_this_installation_has_them() -> None:
     assert status.usable or status.reason == "torch sees no CUDA device" or "GPU" in status.reason
 
 
+@pytest.mark.build
 @pytest.mark.skipif(shutil.which("cmake") is None or shutil.which("ninja") is None, reason="no CMake or Ninja")
 def test_python_on_a_modelled_device(tmp_path: Path) -> None:
     """tests/test_gpu.py and test_gpu_tensors.py in a copy of the package whose kernels run on the host."""

@@ -1,6 +1,5 @@
 """The engine against float64 networks whose weights the specification made, and its choice of what runs where."""
 
-import contextlib
 import copy
 import subprocess
 import sys
@@ -10,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 from torch import nn
 
 from correctnet import LogNormalVariation, convert, evaluate
@@ -112,7 +112,9 @@ PAPER = {
 }
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("vgg16, ")) for name in PAPER]
+)
 def test_networks_of_the_paper_are_fused_whole(name: str) -> None:
     build, shape = PAPER[name]
     torch.manual_seed(0)
@@ -489,37 +491,89 @@ def test_no_size_overflows(options: dict[str, tuple[int, int]]) -> None:
         _native.Plan("float32", 3, 5, 5).conv(0, np.ones((2, 3, 3, 3), np.float32), **options)
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    shape=st.tuples(numbers, numbers, numbers),
-    weight=st.lists(st.integers(0, 4), min_size=1, max_size=5),
-    stride=st.tuples(numbers, numbers),
-    padding=st.tuples(numbers, numbers),
-    dilation=st.tuples(numbers, numbers),
-    groups=numbers,
-    sigma=st.floats(allow_nan=True),
-    images=st.lists(st.integers(0, 4), max_size=5),
-    samples=st.lists(st.integers(-1, 3), max_size=3),
-    threads=st.integers(-1, 2),
-)
-def test_a_plan_refuses_what_it_cannot_run(
-    shape, weight, stride, padding, dilation, groups, sigma, images, samples, threads
-) -> None:
-    """Sizes of every kind, hardly ever of one that fits: an exception, and never the end of the process."""
-    from correctnet import _native
-
-    with contextlib.suppress(ValueError, TypeError):
-        plan = _native.Plan("float32", *shape)
-        noise = _native.LayerNoise(0, sigma, 0.0)
-        array = np.ones(weight, np.float32)
-        plan.finish(plan.conv(0, array, stride=stride, padding=padding, dilation=dilation, groups=groups, noise=noise))
-        plan.outputs(np.ones(images, np.float32), seed=0, samples=samples, threads=threads)
-
-
 pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 
-@settings(max_examples=200, deadline=None)
+@st.composite
+def convolutions(draw: st.DrawFn) -> dict[str, object]:
+    """The arguments of a convolution, of one group or several, that can be run."""
+    groups, channels, outputs, count = (draw(st.integers(1, most)) for most in (3, 2, 3, 20))
+    kernel, dilation, spare = draw(pairs), draw(pairs), draw(pairs)
+    size = [d * (k - 1) + s for d, k, s in zip(dilation, kernel, spare, strict=True)]
+    return {
+        "shape": (groups * channels, *size),
+        "weight": [groups * outputs, *kernel, channels],
+        "stride": draw(pairs),
+        "padding": draw(st.tuples(st.integers(0, 3), st.integers(0, 3))),
+        "dilation": dilation,
+        "groups": groups,
+        "sigma": draw(st.floats(0, 2)),
+        "images": [count, groups * channels, *size],
+        "samples": draw(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=3)),
+        "threads": draw(st.integers(1, 3)),
+    }
+
+
+# Values of which hardly any fits the others.
+ANYTHING = {
+    "shape": st.tuples(numbers, numbers, numbers),
+    "weight": st.lists(st.integers(0, 4), min_size=1, max_size=5),
+    "stride": st.tuples(numbers, numbers),
+    "padding": st.tuples(numbers, numbers),
+    "dilation": st.tuples(numbers, numbers),
+    "groups": numbers,
+    "sigma": st.floats(0, 20) | st.floats(allow_nan=True),
+    "images": st.lists(st.integers(0, 4), max_size=5),
+    "samples": st.lists(st.integers(-1, 3), max_size=3),
+    "threads": st.integers(-1, 3),
+}
+one_change = st.sampled_from(sorted(ANYTHING)).flatmap(lambda name: ANYTHING[name].map(lambda value: {name: value}))
+
+
+def can_be_run(shape, weight, stride, padding, dilation, groups, sigma, images, samples, threads) -> bool:
+    if min(shape) < 1 or len(weight) != 4 or min(weight) < 1 or min(stride + dilation) < 1 or min(padding) < 0:
+        return False
+    for size, kernel, step, border, gap in zip(shape[1:], weight[1:3], stride, padding, dilation, strict=True):
+        padded = size + 2 * border
+        if gap * (kernel - 1) + 1 > padded or max(padded + step, kernel * gap) > 2**30:
+            return False
+    grouped = groups >= 1 and weight[0] % groups == 0 and weight[3] * groups == shape[0]
+    in_range = 0 <= sigma * 6.34 * np.log2(np.e) <= 126  # the factors of +-6.34 standard deviations are floats
+    count = images[:1] > [0] and images[1:] == list(shape) and len(samples) > 0 and min(samples) >= 0
+    return grouped and in_range and count and threads >= 1
+
+
+@examples(400)
+@given(convolutions(), st.just({}) | one_change | st.fixed_dictionaries({}, optional=ANYTHING))
+def test_a_plan_runs_what_fits_and_refuses_anything_else(
+    fitting: dict[str, object], changes: dict[str, object]
+) -> None:
+    """None, one or several arguments are replaced; what does not fit raises, and never ends the process."""
+    from correctnet import _native
+
+    call = fitting | changes
+    weight, images = (np.random.default_rng(0).normal(size=call[name]).astype("f") for name in ("weight", "images"))
+
+    def run() -> np.ndarray:
+        plan = _native.Plan("float32", *call["shape"])
+        noise = _native.LayerNoise(0, call["sigma"], 0.0)
+        geometry = {name: call[name] for name in ("stride", "padding", "dilation", "groups")}
+        plan.finish(plan.conv(0, weight, noise=noise, **geometry))
+        return plan.outputs(images, seed=9, samples=call["samples"], threads=call["threads"])[0]
+
+    if not can_be_run(**call):
+        with pytest.raises((ValueError, TypeError)):
+            run()
+        return
+    for found, chip in zip(run(), call["samples"], strict=True):
+        kernel = torch.from_numpy(weight).permute(0, 3, 1, 2)
+        factors = native.noisy_weight(kernel, 9, 0, chip, call["sigma"]).double()
+        x = torch.from_numpy(images).double()
+        wanted = F.conv2d(x, factors, None, call["stride"], call["padding"], call["dilation"], call["groups"])
+        np.testing.assert_allclose(found, wanted.numpy(), rtol=0, atol=1e-5 * max(1.0, wanted.abs().max().item()))
+
+
+@examples(200)
 @given(
     size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     kernel=pairs,

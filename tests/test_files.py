@@ -15,8 +15,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from by_hand import run, succeed
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 from test_tables_figures import complete, log_of_a_search
 
 from correctnet.datasets import DATASETS
@@ -187,6 +188,7 @@ READING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", READING)
 def test_files_of_somebody_else(kind, tmp_path):
     if not shutil.which("setpriv") and os.geteuid() == 0:
@@ -308,6 +310,7 @@ def latin(tmp_path_factory):
     return {"LOCPATH": str(folder), "LC_ALL": "en_US", "PYTHONUTF8": "0"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("locale", ["C", "latin"])
 def test_files_are_utf_8_in_any_locale(locale, request, tmp_path):
     chosen = request.getfixturevalue("latin") if locale == "latin" else {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
@@ -348,7 +351,7 @@ def cells(line):
 
 
 @given(st.text(st.sampled_from("a_|\\`*[]<>~$&\n σ-"), min_size=1, max_size=20).filter(str.strip))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_a_label_is_one_cell_of_markdown_and_of_html(label):
     table = tables.table1(complete(), 0.5, {"correctnet": f"x{label}x"})
     text = tables.markdown(table, 0.5)
@@ -461,7 +464,10 @@ def test_figure_7_takes_the_sigma_of_a_row_s_name_to_the_last_bit(tmp_path):
 def test_figure_7_does_without_the_original_network(tmp_path):
     own = complete()
     own[own["row"] == "correctnet"].to_csv(tmp_path / "s.csv", index=False)
-    figures.draw("7", [tmp_path / "s.csv"], tmp_path / "f.png")
+    drawn = {line.get_label() for line in figures.figure7([tmp_path / "s.csv"]).axes[0].lines}
+    plt.close("all")
+    assert "CorrectNet" in drawn
+    assert "original network" not in drawn
 
 
 @given(st.lists(st.lists(st.sampled_from("ab-.1"), min_size=1, max_size=4).map("/".join), unique=True, max_size=12))

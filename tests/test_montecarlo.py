@@ -212,7 +212,7 @@ def test_a_file_that_was_cut_or_edited_is_refused_by_line_and_column(tmp_path, b
     path.write_text(after.join(GOOD.rsplit(before, 1)))
     with pytest.raises(UserError) as caught:
         Result.from_csv(path)
-    assert str(caught.value) == f"{path}: {message}" or str(caught.value).startswith(f"{path}: {message}")
+    assert str(caught.value).startswith(f"{path}: {message}")
 
 
 def test_csv_round_trip(tmp_path):

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from isolated import NOT_EDITABLE
+from profiles import examples
 from scipy import stats
 from scipy.special import ndtri
 from torch import nn
@@ -42,7 +43,7 @@ SIGMAS = -ndtri(0.5e-6)
 
 seeds = st.integers(-(2**63), 2**64 - 1)
 indices = st.integers(0, 2**32 - 1)
-once_per_isa = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+once_per_isa = examples(60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(params=["numpy", *ISAS])

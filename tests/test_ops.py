@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 from torch import Tensor
 from torch.library import opcheck
 
@@ -152,7 +153,7 @@ def test_linear(x: tuple[int, ...], weight: tuple[int, ...], biased: bool, isa: 
     check(normal(*own), normal(*weight, seed=1), normal(weight[0], seed=2) if biased else None, SAMPLES)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(data=st.data())
 def test_any_convolution(data: st.DataObject) -> None:
     small = st.integers(1, 4)
@@ -386,6 +387,7 @@ def test_only_the_gradients_that_are_wanted() -> None:
 # ---- torch.library and torch.compile --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype: torch.dtype) -> None:
     for own in ((), (3,)):
@@ -447,6 +449,7 @@ def test_compiled_once_for_all_chips(network: Callable[..., Tensor]) -> None:
                 assert torch.equal(f, w)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants a C++ compiler")
 def test_compiled_to_machine_code() -> None:
     x, matrix = normal(4, 6).float(), normal(5, 6, seed=1).float().requires_grad_()
@@ -589,36 +592,47 @@ dtypes = st.sampled_from([*DTYPES, torch.float32, torch.float32, torch.float16, 
 arrays = st.builds(lambda shape, dtype: torch.ones(shape, dtype=dtype), st.lists(st.integers(0, 4), max_size=6), dtypes)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    x=arrays,
-    weight=arrays,
-    bias=st.none() | arrays,
-    seed=st.just(torch.tensor(0)) | arrays,
-    samples=st.lists(numbers, min_size=0, max_size=3).map(lambda s: torch.tensor(s, dtype=torch.int64)) | arrays,
-    layer=numbers,
-    sigma=st.floats(0, 1) | st.floats(),
-    shift=st.floats(-1, 1) | st.floats(),
-    stride=st.lists(numbers, min_size=0, max_size=3),
-    padding=st.lists(numbers, min_size=2, max_size=2),
-    dilation=st.lists(numbers, min_size=2, max_size=2),
-    groups=numbers,
-)
-def test_operators_refuse_anything_else_in_words(
-    x, weight, bias, seed, samples, layer, sigma, shift, stride, padding, dilation, groups
-) -> None:
-    noise = seed, samples, layer, sigma, shift
-    for call in (
-        lambda: OPS.noisy_weight(weight, *noise),
-        lambda: OPS.noisy_linear(x, weight, bias, *noise),
-        lambda: OPS.noisy_conv2d(x, weight, bias, *noise, stride, padding, dilation, groups),
-    ):
-        found = right_or_refused(call)
-        assert found is None or found.isfinite().all()
+ANYTHING = {
+    "x": arrays,
+    "weight": arrays,
+    "bias": st.none() | arrays,
+    "seed": arrays,
+    "samples": st.lists(numbers, max_size=3).map(lambda s: torch.tensor(s, dtype=torch.int64)) | arrays,
+    "layer": numbers,
+    "sigma": st.floats(0, 1) | st.floats(),
+    "shift": st.floats(-1, 1) | st.floats(),
+    "stride": st.lists(numbers, max_size=3),
+    "padding": st.lists(numbers, min_size=2, max_size=2),
+    "dilation": st.lists(numbers, min_size=2, max_size=2),
+    "groups": numbers,
+}
+NOISE_GIVEN = {"seed": torch.tensor(0), "samples": torch.tensor([0, 7]), "layer": 0, "sigma": 0.5, "shift": 0.0}
+GIVEN = {
+    "noisy_weight": {"weight": torch.ones(4, 3), **NOISE_GIVEN},
+    "noisy_linear": {"x": torch.ones(2, 3), "weight": torch.ones(4, 3), "bias": torch.ones(4), **NOISE_GIVEN},
+    "noisy_conv2d": {
+        **{"x": torch.ones(2, 6, 5, 5), "weight": torch.ones(4, 3, 3, 3), "bias": torch.ones(4), **NOISE_GIVEN},
+        **{"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 2},
+    },
+}
+one_change = st.sampled_from(sorted(ANYTHING)).flatmap(lambda name: ANYTHING[name].map(lambda value: {name: value}))
+
+
+@examples(500)
+@given(st.sampled_from(sorted(GIVEN)), one_change | st.fixed_dictionaries({}, optional=ANYTHING))
+def test_operators_refuse_anything_else_in_words(name: str, changes: dict[str, Any]) -> None:
+    given = GIVEN[name]
+    changes = {argument: value for argument, value in changes.items() if argument in given}
+    found = right_or_refused(lambda: getattr(OPS, name)(**given | changes))
+    if not changes:
+        assert found is not None
+    if found is not None:
+        assert len(found) == len((given | changes)["samples"])
+        assert found.isfinite().all()
 
 
 @needs_core
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(
     changes=st.dictionaries(
         st.sampled_from(["stride", "padding", "dilation", "groups", "layer", "samples", "batch", "channels", "kernel"]),

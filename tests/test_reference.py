@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from profiles import examples
 from scipy import stats
 from scipy.special import ndtri
 
@@ -42,7 +43,7 @@ def round_to_float32(x: Fraction) -> float:
 float32 = st.floats(-(2.0**60), 2.0**60, width=32)
 
 
-@settings(max_examples=1000)
+@examples(1000)
 @given(float32, float32, float32)
 @example(1 + 2.0**-12, 1 + 2.0**-12, 2.0**-80)  # the product is half way between two float32,
 @example(1 + 2.0**-12, 1 + 2.0**-12, -(2.0**-80))  # and float64 would lose the addend that decides

@@ -11,6 +11,7 @@ from PIL import Image
 from workflows import PAIR, snakemake
 
 pytest.importorskip("snakemake", reason="the workflow extra is not installed")
+pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("report")]  # one report and one browser for all
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 needs_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium and chromedriver")
 

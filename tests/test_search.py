@@ -8,8 +8,8 @@ import scipy.stats
 import search_budgets
 import torch
 from hypothesis import example, given
-from hypothesis import settings as profile
 from hypothesis import strategies as st
+from profiles import examples
 
 from correctnet.crossbar.layers import crossbar_layers
 from correctnet.errors import UserError
@@ -62,7 +62,7 @@ def test_reward_is_equation_12(mean, std, overhead, expected):
     assert reward(mean, std, overhead, limit=0.03) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("evaluations", [12, 24, 150])
+@pytest.mark.parametrize("evaluations", [12, 24, pytest.param(150, marks=pytest.mark.slow)])
 def test_reinforce_is_not_worse_than_random_search_and_better_with_more_than_a_few_evaluations(evaluations):
     differences = search_budgets.differences("six layers", 0.002, evaluations, seeds=40)
     mean, low, high = search_budgets.interval(differences)
@@ -126,7 +126,7 @@ def test_a_limit_that_not_even_no_compensation_keeps():
     st.integers(0, 2**32 - 1),
 )
 @example([1, 1], [0.5], 0.0, 0)
-@profile(deadline=None, max_examples=25)
+@examples(25)
 def test_every_sequence_that_is_drawn_fits(widths, ratios, limit, seed):
     # Whatever the overhead of the other states is: here it is no sum over the layers.
     def overhead(filters):
@@ -148,7 +148,6 @@ def test_every_sequence_that_is_drawn_fits(widths, ratios, limit, seed):
     st.lists(st.lists(st.integers(0, 64), min_size=2, max_size=2), min_size=1, max_size=4),
     st.data(),
 )
-@profile(deadline=None)
 def test_the_actions_of_uniform_sequences(costs, data):
     # Sixty-fourths of the limit are whole steps, so that the counts are exact.
     n = len(costs)
@@ -263,7 +262,7 @@ def test_a_killed_search_resumes_from_its_log(tmp_path, strategy, after):
     resumed = search(synthetic(calls=again), wanted, 7, tmp_path / "log.csv", progress=False)
     assert len(calls) + len(again) == 16, "evaluations are not done again"
     assert not set(calls) & set(again)
-    assert resumed.best() == pytest.approx(whole.best()) or resumed.best().filters == whole.best().filters
+    assert resumed.best().filters == whole.best().filters
     columns = [c for c in searching.COLUMNS if c != "seconds"]
     logs = [pd.read_csv(tmp_path / name)[columns] for name in ("log.csv", "whole.csv")]
     pd.testing.assert_frame_equal(*logs)

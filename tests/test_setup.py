@@ -45,6 +45,7 @@ def test_kernels_that_are_demanded_without_nvcc() -> None:
     assert line == "correctnet: CORRECTNET_CUDA is 1, but nvcc is not found; add it to PATH or set CUDACXX"
 
 
+@pytest.mark.build
 @pytest.mark.skipif(not (COMPILER and shutil.which("cmake") and shutil.which("ninja")), reason="no C++ compiler, CMake")
 def test_an_nvcc_that_fails_names_the_ways_out(tmp_path: Path) -> None:
     nvcc = tmp_path / "nvcc"

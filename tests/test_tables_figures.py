@@ -5,9 +5,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from profiles import examples
 
 from correctnet.errors import UserError
 from correctnet.evaluation.results import COLUMNS, Result, record
@@ -359,7 +360,7 @@ def test_chosen_rows_alone(tmp_path):
 
 
 @given(st.lists(st.integers(0, 100), min_size=1, max_size=30), st.integers(0, 101))
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_the_yield_curve_is_the_fraction_of_chips_at_or_above(tmp_path_factory, correct, threshold):
     folder = tmp_path_factory.mktemp("yield")
     samples("lenet5-mnist", "unprotected", 0.5, [c / 100 for c in correct]).to_csv(folder / "s.csv", index=False)

@@ -60,8 +60,9 @@ def chips_by_hand(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return torch.stack(outputs)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "VisionTransformer")) for name in NETWORKS]
+)
 def test_every_chip_is_the_oracles(name):
     side, unused = NETWORKS[name]
     make = getattr(torchvisions.models(), name)

@@ -29,7 +29,7 @@ def test_the_script_ends_with_one_line(tmp_path: Path) -> None:
 
 def test_its_tests_are_skipped_with_the_reason() -> None:
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_gpu*.py"))
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-m", "gpu", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     lines = done.stdout.splitlines()

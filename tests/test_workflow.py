@@ -38,6 +38,28 @@ def changed(folder):
     path.write_text(before)
 
 
+def test_a_small_run_from_data_to_table_1(tmp_path):
+    """Every stage of CorrectNet once, and what one changed key reruns: the end-to-end test of the fast suite."""
+    config = configuration()
+    config["pairs"]["one"] |= {"rows": ["unprotected", "correctnet"]}
+    config["pairs"]["one"]["evaluate"] |= {"sigmas": [], "chunk": 3}
+    folder = prepare(tmp_path / "small", config)
+    target = Path("results") / "summary" / "quick" / "table1.csv"
+    snakemake(folder, target)
+    table = pd.read_csv(folder / target).set_index("row")
+    assert list(table.index) == ["unprotected", "correctnet"]
+    assert set(table["chips"]) == {3}
+    assert set(table["images"]) == {50}
+    assert table["clean"].between(0.5, 1).all()
+    assert table["overhead"].between(0, 0.02).all()
+    assert stats(snakemake(folder, "-n", target)) == {}
+    config["pairs"]["one"]["suppress"]["beta"] = 0.01
+    configure(folder, config)
+    again = {"suppress": 1, "sweep": 1, "search": 1, "compensate": 1, "evaluate": 2, "gather": 2}
+    assert stats(snakemake(folder, "-n", target)) == again | {"collect": 1, "table1": 1}
+
+
+@pytest.mark.e2e
 def test_everything_is_there(folder):
     summary = folder / "results" / "summary" / "quick"
     figures = (2, 7, 9, 10, "rows", "yield", "sensitivity")
@@ -58,6 +80,7 @@ def test_everything_is_there(folder):
     assert not list((folder / "results").rglob("chips-*.csv")), "chunks are temporary"
 
 
+@pytest.mark.e2e
 def test_chunks_give_what_one_evaluation_gives(folder, tmp_path):
     one = folder / "results" / "one"
     log = json.loads((one / "compensate" / "model.json").read_text())["history"][0]["settings"]
@@ -71,6 +94,7 @@ def test_chunks_give_what_one_evaluation_gives(folder, tmp_path):
     assert (tmp_path / "e.csv").read_text() == gathered
 
 
+@pytest.mark.e2e
 def test_nothing_reruns_when_nothing_changed(folder):
     assert stats(snakemake(folder, "-n", "quick")) == {}
 
@@ -82,6 +106,7 @@ FROM_SUPPRESS = {"suppress": 1, "sweep": 1, "search": 1, "compensate": 1, "explo
 FROM_SEARCH = {"search": 1, "compensate": 1, "explore": 1, "sensitivity": 1, "evaluate": 4, "gather": 3}
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
@@ -143,6 +168,7 @@ def jobs_of_a_run(plan):
     return provenance.unfold(options[options.index("--jobs") + 1])
 
 
+@pytest.mark.e2e
 def test_provenance_is_of_the_jobs_of_the_run_as_it_is_configured_now(folder, tmp_path):
     benchmarks = folder / "results" / ".benchmarks"
     all_jobs = {str(path.relative_to(benchmarks)).removesuffix(".tsv") for path in benchmarks.rglob("*.tsv")}
@@ -220,6 +246,7 @@ def test_check_accepts_what_runs_and_nothing_else(tmp_path, mistake):
     assert "p.1_a/evaluate/nan/sigma-0.4723807270774388/chips-0-3" in jobs_of_a_run(said)
 
 
+@pytest.mark.e2e
 def test_an_empty_variable_is_not_set_and_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     """What jobs are told of where the data sets lie."""
     monkeypatch.setenv("CORRECTNET_DATA", "")
@@ -236,6 +263,7 @@ def test_an_empty_variable_is_not_set_and_a_tilde_is_the_home_folder(tmp_path, m
     assert not (folder / "data").exists()
 
 
+@pytest.mark.e2e
 def test_a_search_spread_over_jobs_is_the_search_of_one_job(folder, tmp_path):
     copied = tmp_path / "spread"
     shutil.copytree(folder, copied)
@@ -260,6 +288,7 @@ def test_a_search_spread_over_jobs_is_the_search_of_one_job(folder, tmp_path):
     pd.testing.assert_frame_equal(*logs)
 
 
+@pytest.mark.e2e
 def test_another_pair_reruns_nothing_of_the_first(changed):
     found = changed("pairs/two/sweep/chips", 2, target="both")
     assert {k: found[k] for k in ("pretrain", "evaluate", "gather", "collect", "table1")} == {
@@ -273,6 +302,7 @@ def test_another_pair_reruns_nothing_of_the_first(changed):
     assert "compensate" not in found
 
 
+@pytest.mark.e2e
 def test_mistakes_in_the_configuration_stop_before_anything_runs(folder):
     path = folder / "config.yaml"
     before = path.read_text()
@@ -285,6 +315,7 @@ def test_mistakes_in_the_configuration_stop_before_anything_runs(folder):
     assert "Traceback" not in output
 
 
+@pytest.mark.e2e
 def test_one_pair_may_have_another_sigma_but_no_table_with_the_others(folder):
     path = folder / "config.yaml"
     before = path.read_text()
@@ -310,6 +341,7 @@ def test_one_pair_may_have_another_sigma_but_no_table_with_the_others(folder):
     assert check_both.stderr.strip() == f"error: {mistake}"
 
 
+@pytest.mark.e2e
 def test_rows_whose_folders_are_named_alike_are_made_with_their_own_settings(tmp_path):
     config = configuration()
     mean = {"variation": {"centre": "mean"}}
@@ -330,6 +362,7 @@ def test_rows_whose_folders_are_named_alike_are_made_with_their_own_settings(tmp
     assert "correctnet figure rows results/one/samples.csv --sigma 0.5" in drawn
 
 
+@pytest.mark.e2e
 def test_a_full_run_prints_its_estimate(folder):
     output = snakemake(folder, "all")
     assert re.search(r"paper: about \d+ (s|min) on \d+ cores", output), output
@@ -349,6 +382,7 @@ def test_the_shipped_workflow_plans_the_whole_paper():
     assert found["search"] == (3 + 2 + 2 + 2) + 4, "each limit is a job of its own"
 
 
+@pytest.mark.e2e
 def test_jobs_ask_for_more_than_they_take(folder):
     """The same of the jobs that have just run here: a stage that has become hungrier is found without a new table."""
     planned = snakemake(folder, "-n", "--forceall", "quick")
@@ -385,6 +419,7 @@ def test_the_slurm_profile_finds_out_about_accounting(tmp_path, monkeypatch, sto
     assert values["executor"] == "slurm"
 
 
+@pytest.mark.e2e
 def test_the_gpu_profile_asks_for_one_gpu_at_a_time(folder):
     profile = ROOT / "workflow" / "profiles" / "gpu"
     output = snakemake(folder, "--profile", profile, "-n", "--forceall", "quick", cores=False)
@@ -394,6 +429,7 @@ def test_the_gpu_profile_asks_for_one_gpu_at_a_time(folder):
     assert {gpu for _, gpu in heavy} == {"1"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["all", "lenet", "mnist", *sorted(path.stem for path in EXPERIMENTS.glob("*.yaml"))])
 def test_every_run_that_ships_can_be_planned(tmp_path, run):
     config = yaml.safe_load((ROOT / "config.yaml").read_text())

@@ -8,9 +8,9 @@ from pathlib import Path
 import click
 
 from correctnet.cli.options import PATH, data_option
+from correctnet.datasets import DATASETS
 from correctnet.errors import UserError
 from correctnet.files import storage
-from correctnet.datasets import DATASETS
 from correctnet.pipeline.config import Config
 
 

@@ -16,10 +16,8 @@ from matplotlib.ticker import PercentFormatter
 
 from correctnet.errors import UserError
 from correctnet.evaluation.results import Result, check_accuracies
-from correctnet.files import csvfile as checked
-from correctnet.files import storage
-from correctnet.methods.search_log import best_state
 from correctnet.files import csvfile, storage
+from correctnet.methods.search_log import best_state
 from correctnet.report import tables
 from correctnet.settings import exact
 
