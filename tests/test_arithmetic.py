@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from profiles import examples
 from torch import nn
 
 from correctnet import precision as arithmetic
@@ -16,6 +15,7 @@ from correctnet.datasets.base import Split
 from correctnet.precision import available, products, weight_gradient
 from correctnet.settings import Training
 from correctnet.training.loop import fit
+from profiles import examples
 
 
 @pytest.fixture

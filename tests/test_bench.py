@@ -10,7 +10,6 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from profiles import examples
 from torch import nn
 
 from correctnet.bench import baseline, gpu_timing, gpu_training, report, workloads
@@ -21,6 +20,7 @@ from correctnet.errors import UserError
 from correctnet.files import storage
 from correctnet.networks.lenet import lenet5
 from correctnet.noise import core, draw
+from profiles import examples
 
 needs_core = pytest.mark.skipif(not core.status().built, reason="the C++ core was not built")
 

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from profiles import examples
 from torch import nn
 
 from correctnet import LogNormalVariation, convert, evaluate
@@ -26,6 +25,7 @@ from correctnet.methods.compensation import compensate
 from correctnet.networks.lenet import lenet5
 from correctnet.networks.vgg import vgg16
 from correctnet.noise import core, draw, specification
+from profiles import examples
 
 pytestmark = pytest.mark.skipif(not core.status().built, reason="the C++ core was not built")
 
@@ -567,7 +567,7 @@ def test_a_plan_runs_what_fits_and_refuses_anything_else(
         return
     for found, chip in zip(run(), call["samples"], strict=True):
         kernel = torch.from_numpy(weight).permute(0, 3, 1, 2)
-        factors = native.noisy_weight(kernel, 9, 0, chip, call["sigma"]).double()
+        factors = draw.noisy_weight(kernel, 9, 0, chip, call["sigma"]).double()
         x = torch.from_numpy(images).double()
         wanted = F.conv2d(x, factors, None, call["stride"], call["padding"], call["dilation"], call["groups"])
         np.testing.assert_allclose(found, wanted.numpy(), rtol=0, atol=1e-5 * max(1.0, wanted.abs().max().item()))

@@ -20,7 +20,6 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from isolated import NOT_EDITABLE
-from profiles import examples
 from scipy import stats
 from scipy.special import ndtri
 from torch import nn
@@ -30,6 +29,7 @@ from correctnet.cli import main
 from correctnet.crossbar.operators import noisy_linear
 from correctnet.errors import UserError
 from correctnet.noise import core, draw, specification
+from profiles import examples
 
 _native = core.extension
 

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from profiles import examples
 from torch import Tensor
 from torch.library import opcheck
 
@@ -26,6 +25,7 @@ from correctnet.crossbar.arguments import DTYPES
 from correctnet.crossbar.operators import noisy_conv2d, noisy_linear
 from correctnet.noise import core, draw, specification
 from correctnet.noise import device as gpu
+from profiles import examples
 
 OPS = torch.ops.correctnet
 SEED, LAYER, SIGMA, SHIFT = 11, 3, 0.5, -0.125
