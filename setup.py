@@ -1,13 +1,12 @@
-"""Builds the C++ core with CMake; all metadata stands in pyproject.toml.
+"""Build of the C++ core with CMake; all metadata is in pyproject.toml.
 
-Where no C++ compiler is found, or where CORRECTNET_PURE_PYTHON is 1, correctnet is installed without the core and
-computes the same in numpy; `correctnet.noise.core.status()` says which. Where there is a compiler, a build that fails is an
-error. CXX, CXXFLAGS, LDFLAGS and CMAKE_ARGS are heeded; flags among them that change arithmetic are undone or refused
-(csrc/arithmetic.cmake).
+Without a C++ compiler, or with CORRECTNET_PURE_PYTHON=1, correctnet is installed without the core and computes the same
+in numpy; `correctnet.noise.core.status()` reports which. With a compiler, a failing build is an error. CXX, CXXFLAGS,
+LDFLAGS and CMAKE_ARGS are respected; flags that change arithmetic are overridden or rejected (csrc/arithmetic.cmake).
 
-The CUDA kernels are a part of the core where nvcc is found (CUDACXX, PATH, or /usr/local/cuda), whether or not there is
-a GPU: CORRECTNET_CUDA=0 leaves them out, 1 demands them and with them the core, and CORRECTNET_CUDA_ARCHS names
-architectures as CMake does ("80;90-real;90-virtual").
+The CUDA kernels are part of the core where nvcc is found (CUDACXX, PATH, or /usr/local/cuda), with or without a GPU:
+CORRECTNET_CUDA=0 leaves them out, 1 requires them (and the core), and CORRECTNET_CUDA_ARCHS lists architectures as in
+CMake ("80;90-real;90-virtual").
 """
 
 import os

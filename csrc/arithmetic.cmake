@@ -1,18 +1,18 @@
-# The noise has the same bits everywhere, and an image the same fate, only where every operation is rounded by itself, as
-# IEEE 754 has it. Flags from outside (CXXFLAGS, LDFLAGS, CMAKE_ARGS) that say otherwise are undone: what stands here comes
-# behind them, when compiling and when linking, where fast-math would make the whole process flush subnormal numbers. What
-# it does not undo, and the predefined macros show, ends the configuration.
+# Results are reproducible to the bit only if every operation is rounded separately, following IEEE 754. Flags from outside
+# (CXXFLAGS, LDFLAGS, CMAKE_ARGS) that change this are overridden by the ones here, which follow them on the command line,
+# for compiling and for linking, where fast-math would make the whole process flush subnormal numbers. If the predefined
+# macros show that a flag was not overridden, the configuration fails.
 set(EXACT -fno-fast-math -fno-unsafe-math-optimizations -fno-associative-math -fno-reciprocal-math
           -fno-finite-math-only -fsigned-zeros)
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   list(APPEND EXACT -ftrapping-math -fno-single-precision-constant)
 elseif(CMAKE_CXX_COMPILER_ID MATCHES "Clang")
-  # (Its -ftrapping-math is another thing: it forbids vectors.)
+  # (-ftrapping-math has another meaning in Clang: it prevents vectorisation.)
   list(APPEND EXACT -fno-approx-func -fdenormal-fp-math=ieee)
 endif()
 # Contraction of a * b + c to a fused multiply-add would change the noise (noise.h).
 list(APPEND EXACT -ffp-contract=off)
-# Nothing but the files that are compiled for more (ISAS) may need more than the platform's baseline.
+# Only the files of instruction sets (ISAS) may need more than the baseline of the platform.
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   list(APPEND EXACT -march=x86-64 -mfpmath=sse)
 endif()
@@ -27,7 +27,7 @@ if(HAS_NO_DAZ_FTZ)
   add_link_options($<$<LINK_LANGUAGE:CXX>:-mno-daz-ftz>)
 endif()
 
-# The macros that say what the compiler makes of floating-point arithmetic, and for which instructions it compiles.
+# Predefined macros that describe floating-point arithmetic and the instruction set.
 function(arithmetic_of result)
   execute_process(COMMAND ${CMAKE_CXX_COMPILER} ${ARGN} -x c++ -E -dM - INPUT_FILE /dev/null
                   OUTPUT_VARIABLE macros ERROR_VARIABLE problem RESULT_VARIABLE status)

@@ -1,5 +1,5 @@
-"""The CUDA kernels without a GPU: nvcc compiles them, they fit the registers, and on a modelled device the tests of
-tests/test_gpu.py pass. (The kernels against their definitions, and mutants of them: csrc/tests/test_cuda.cpp.)"""
+"""The CUDA kernels without a GPU: nvcc compiles them, they fit the registers, and tests/test_gpu.py passes on a
+modelled device. (csrc/tests/test_cuda.cpp compares the kernels, and mutants of them, with definitions.)"""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ def test_kernels_compile_without_warnings_and_fit(tmp_path: Path) -> None:
     code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     code += [f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}"]
     flags = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-Wall,-Wextra,-ffp-contract=off", "-Werror=all-warnings"]
-    command = [NVCC, *flags, "-Xptxas=-v", *code, "-c", ROOT / "csrc/cuda/engine.cu", "-o", tmp_path / "engine.o"]
+    sources = ["-I", ROOT / "csrc", "-c", ROOT / "csrc/cuda/engine.cu", "-o", tmp_path / "engine.o"]
+    command = [NVCC, *flags, "-Xptxas=-v", *code, *sources]
     output = run([*command, "--threads", "2"])
     found = resources(output)
     with TABLE.open() as file:
@@ -107,10 +108,11 @@ def test_no_contraction_reaches_the_noise(tmp_path: Path) -> None:
     """
     source = tmp_path / "noise.cu"
     source.write_text(
-        '#include "noise.h"\n'
+        '#include "noise/noise.h"\n'
         "using namespace correctnet;\n"
         "__global__ void noisy(float* p, const float* table) {\n"
-        "  const float factor = noise::lognormal(__float_as_uint(p[0]), {p[1], p[2]}, table);\n"
+        "  const Noise layer = {0, 0, 0, 0, p[1], p[2]};\n"
+        "  const float factor = noise::lognormal(__float_as_uint(p[0]), layer, table);\n"
         "  p[0] = noise::multiply(p[3], factor) + p[4];\n"
         "}\n"
         "__global__ void plain(float* p) { p[0] = p[1] * p[2] + p[3]; }\n"

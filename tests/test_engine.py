@@ -459,14 +459,14 @@ import resource
 import numpy as np
 from correctnet import _native
 plan = _native.Plan("float32", 4, 1, 1)
-plan.finish(plan.conv(0, np.ones((3, 1, 1, 4), np.float32), noise=_native.LayerNoise(0, 0.5, 0.0)))
+plan.finish(plan.conv(0, np.ones((3, 1, 1, 4), np.float32), noise=_native.Noise(0, 0.5, 0.0)))
 x = np.ones((4, 4, 1, 1), np.float32)
 few, _ = plan.outputs(x, seed=0, samples=list(range(1000)), threads=1)
 resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))  # the stacks of 1,000 threads take 8 GiB
 many, _ = plan.outputs(x, seed=0, samples=list(range(1000)), threads=1000)
-noise = _native.Noise(1, 2, 3, 0.5, 0.0, 0)
+noise = _native.Noise(2, 0.5, 0.0)
 factors = np.zeros(1 << 26, np.float32)
-_native.lognormal(noise, 0, 1 << 26, factors.ctypes.data, 1000)
+_native.lognormal(noise, 1, 3, 0, 1 << 26, factors.ctypes.data, 1000)
 print(np.array_equal(few, many), (factors > 0).all())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -556,7 +556,7 @@ def test_a_plan_runs_what_fits_and_refuses_anything_else(
 
     def run() -> np.ndarray:
         plan = _native.Plan("float32", *call["shape"])
-        noise = _native.LayerNoise(0, call["sigma"], 0.0)
+        noise = _native.Noise(0, call["sigma"], 0.0)
         geometry = {name: call[name] for name in ("stride", "padding", "dilation", "groups")}
         plan.finish(plan.conv(0, weight, noise=noise, **geometry))
         return plan.outputs(images, seed=9, samples=call["samples"], threads=call["threads"])[0]
@@ -608,7 +608,7 @@ def test_a_plan_runs_what_torch_runs_and_refuses_the_rest(
     def run() -> tuple[np.ndarray, int]:
         plan = _native.Plan("float32", groups * channels + (change == "channels"), *size)
         layer = np.ascontiguousarray(weight.permute(0, 2, 3, 1).numpy())
-        plan.finish(plan.conv(0, layer, noise=_native.LayerNoise(3, 0.5, 0.0), **given_to_core))
+        plan.finish(plan.conv(0, layer, noise=_native.Noise(3, 0.5, 0.0), **given_to_core))
         images = x.numpy()[:, :, :0] if change == "images" else x.numpy()
         chips = [] if change == "samples" else samples
         return plan.outputs(images, seed=9, samples=chips, threads=0 if change == "threads" else threads)[:2]

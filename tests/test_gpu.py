@@ -2,8 +2,8 @@
 
     pytest -m gpu                     skipped, with the reason, where there is no GPU or no CUDA kernels
 
-In a build that models the device (csrc/cuda/shim.h) the same tests run on the CPU, all but those of torch's runtime;
-tests/test_cuda_build.py makes one.
+In a build that models the device (csrc/cuda/model/shim.h) the same tests run on the CPU, all but those of torch's
+runtime; tests/test_cuda_build.py makes one.
 """
 
 from __future__ import annotations

@@ -283,13 +283,13 @@ class Changed:
         return getattr(_native, name)
 
 
-def one_bit_off(noise: object, first: int, count: int, out: int, threads: int) -> None:
-    _native.lognormal(noise, first, count, out, threads)
+def one_bit_off(noise: object, seed: int, sample: int, first: int, count: int, out: int, threads: int) -> None:
+    _native.lognormal(noise, seed, sample, first, count, out, threads)
     bits = np.ctypeslib.as_array(ctypes.cast(out, ctypes.POINTER(ctypes.c_uint32)), (count,))
     bits[count // 2] ^= 1
 
 
-def truncated(noise: object, weight: int, out: int, channels: int, **options: object) -> None:
+def truncated(noise: object, seed: int, sample: int, weight: int, out: int, channels: int, **options: object) -> None:
     words = np.ctypeslib.as_array(ctypes.cast(weight, ctypes.POINTER(ctypes.c_uint32)), (channels,))
     np.ctypeslib.as_array(ctypes.cast(out, ctypes.POINTER(ctypes.c_uint16)), (channels,))[:] = words >> 16
 

@@ -125,7 +125,7 @@ def test_nan_and_infinity_go_through_as_in_torch(isa: str, precision: str, kind:
         assert engine.whole
         found, wanted = engine.outputs(x, [CHIP])[0], on_chip(analog, x)
         if isa == "amx" and precision == "bfloat16" and not math.isnan(value):
-            # Zero weights that fill a tile meet pixels that they have nothing to do with: see csrc/engine.h.
+            # Zero weights that fill a tile meet pixels that they have nothing to do with: see csrc/plan/plan.h.
             assert torch.equal(found.isfinite().all(1), wanted.isfinite().all(1)), place
         else:
             assert torch.equal(kinds(found), kinds(wanted)), (place, count)

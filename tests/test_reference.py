@@ -109,6 +109,10 @@ def test_committed_table_is_the_fit() -> None:
     np.testing.assert_array_max_ulp(normal_table.fit_exp2(), specification.EXP2, maxulp=1)
 
 
+def test_both_copies_of_the_table_are_equal() -> None:
+    assert normal_table.CSRC_PATH.read_bytes() == reference.NORMAL_PATH.read_bytes()
+
+
 def test_normal_is_accurate_at_the_borders_and_between() -> None:
     dense = np.random.default_rng(0).integers(0, 2**31, 500_000).astype(np.uint32)
     small = (2.0 ** np.random.default_rng(1).uniform(0, 31, 100_000)).astype(np.uint32)  # as many in every octave

@@ -149,8 +149,8 @@ def _wrong_answer(core: ModuleType, isa: str) -> str | None:
         return "subnormal numbers are zeros since it was loaded"
     for (seed, layer, sample, purpose, sigma, shift, start), first, count, crc in KNOWN_FACTORS:
         factors = np.zeros(count, np.float32)
-        noise = chip_noise(core, seed, layer, sample, sigma, shift, purpose)
-        core.lognormal(noise, start, count, factors.ctypes.data, 1)
+        noise = core.Noise(layer, sigma, shift, purpose)
+        core.lognormal(noise, seed, sample, start, count, factors.ctypes.data, 1)
         bits = factors.view(np.uint32).astype("<u4")
         if tuple(bits[: len(first)].tolist()) != first or zlib.crc32(bits.tobytes()) != crc:
             return f"factors, {isa}"
@@ -159,7 +159,7 @@ def _wrong_answer(core: ModuleType, isa: str) -> str | None:
     rounded = np.zeros(len(weight), np.uint16)
     shape = {"rows": 1, "taps": 1, "channels": len(weight), "channels_last": True, "threads": 1}
     core.noisy_weight(
-        chip_noise(core, 0, 0, 0, 0.0, 0.0), **shape, weight=weight.ctypes.data, out=rounded.ctypes.data, bfloat16=True
+        core.Noise(0, 0.0, 0.0), 0, 0, **shape, weight=weight.ctypes.data, out=rounded.ctypes.data, bfloat16=True
     )
     if rounded[:-1].tolist() != list(_ROUNDED.values()) or rounded[-1] & 0x7FFF <= 0x7F80:
         return f"rounding to bfloat16, {isa}"
@@ -188,13 +188,6 @@ def loaded() -> ModuleType | None:
     return extension
 
 
-def chip_noise(
-    core: ModuleType, seed: int, layer: int, sample: int, sigma: float, shift: float, purpose: int = 0
-) -> object:
-    """Make the extension's description of one layer's noise on one chip: its address and parameters."""
-    return core.Noise(seed, layer, sample, sigma, shift, purpose)
-
-
 def layer_noise(layer: int, sigma: float, shift: float) -> object:
-    """Make the extension's description of one layer's noise on chips that are named when it is drawn."""
-    return extension.LayerNoise(layer, sigma, shift)
+    """Make the extension's description of one layer's noise; the chips are named when it is drawn."""
+    return extension.Noise(layer, sigma, shift)

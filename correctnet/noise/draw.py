@@ -39,7 +39,7 @@ def lognormal(
         return torch.from_numpy(specification.lognormal(seed, layer, sample, count, sigma, shift, start, purpose))
     noise = _checked_noise(extension, seed, layer, sample, count, sigma, shift, start, purpose)
     out = torch.empty(count, dtype=torch.float32)
-    extension.lognormal(noise, start, count, out.data_ptr(), torch.get_num_threads())
+    extension.lognormal(*noise, start, count, out.data_ptr(), torch.get_num_threads())
     return out
 
 
@@ -103,7 +103,7 @@ def noisy_weight(
     bfloat16 = dtype == torch.bfloat16
     result = torch.empty_like(weight, dtype=torch.bfloat16 if bfloat16 else torch.float32)
     extension.noisy_weight(
-        noise,
+        *noise,
         rows=out,
         taps=weight[0, 0].numel() if out and channels else 1,
         channels=channels,
@@ -126,8 +126,8 @@ def _checked_noise(
     shift: float,
     start: int = 0,
     purpose: int = 0,
-) -> object:
-    """The extension's description of the noise. Raises ValueError where an argument is outside its range."""
+) -> tuple[object, int, int]:
+    """The extension's first arguments: noise of the layer, seed and sample. Raises ValueError outside their ranges."""
     specification.log2_scale(sigma, shift)
     (low, high), _ = specification.address(seed, layer, sample, count, start, purpose)
-    return core.chip_noise(extension, low | high << 32, layer, sample, sigma, shift, purpose)
+    return extension.Noise(layer, sigma, shift, purpose), low | high << 32, sample

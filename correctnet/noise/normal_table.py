@@ -1,16 +1,21 @@
 """Fits of the polynomials in `correctnet.noise.specification`; not needed at run time.
 
 `python -m correctnet.noise.normal_table` fits the octave table and rewrites `normal_table.inc`: 6 x 32 coefficients as
-hexadecimal floats, which Python parses and C++ includes, so that both read one file.
+hexadecimal floats, a form that Python parses and C++ includes. Neither includes files of the other, so the file exists
+twice, here and in csrc/noise; a test compares both.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
 from correctnet.noise.specification import DEGREE, NORMAL_PATH, OCTAVES, horner
+
+CSRC_PATH = Path(__file__).parents[2] / "csrc" / "noise" / NORMAL_PATH.name
 
 
 def fit_normal() -> NDArray[np.float32]:
@@ -57,7 +62,7 @@ def fit_exp2() -> NDArray[np.float32]:
 
 
 def main() -> None:
-    """Fit the octave table and write it."""
+    """Fit the octave table and write both copies."""
     lines = ["// Octave table of the inverse normal distribution: coefficient of t^j in octave k at row j, column k."]
     lines += [
         "// Written by `python -m correctnet.noise.normal_table`, where the fit is described; read by C++ and Python."
@@ -65,7 +70,8 @@ def main() -> None:
     for row in fit_normal():
         words = [float(value).hex() + "," for value in row]
         lines += [" ".join(words[i : i + 4]) for i in range(0, OCTAVES, 4)]
-    NORMAL_PATH.write_text("\n".join(lines) + "\n", encoding="ascii")
+    for path in NORMAL_PATH, CSRC_PATH:
+        path.write_text("\n".join(lines) + "\n", encoding="ascii")
 
 
 if __name__ == "__main__":

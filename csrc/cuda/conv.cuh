@@ -3,30 +3,31 @@
 //     y[m][n] = epilogue(sum over k of x[m][k] * w[n][k])        m: output pixels of all images     n: output channels
 //                                                                k: (tap, channel), the order in which noise counts
 //
-// x is gathered from an NHWC tensor, never unfolded in memory. Backward is the same sum: m counts pixels of the input, n
-// its channels, k counts (tap, output), and the weight of (n, k) is that of (output, tap, n), noise included.
+// x is gathered from an NHWC tensor, never unfolded in memory. Backward is the same sum: m counts pixels of the input,
+// n its channels, k counts (tap, output), and the weight of (n, k) is that of (output, tap, n), noise included.
 //
-// Tiles: 256 pixels x 64 channels a block of 256 threads (16 channels where a layer has no more), K in slices of 64
-// bytes, float32 in 8 x 8 results a thread with FMA, bfloat16 in 64 x 32 a warp with mma.m16n8k16, both with 64 (8)
-// sums a thread. The tile is tall because of the noise: a weight costs some 60 instructions (Philox, quintic,
-// exponential), as much as 60 pixels in FMA, and many hundreds in tensor cores. Hence
-//   - a block keeps the noisy weights of all slices in shared memory where they fit (K up to some 1300 in bfloat16 with
-//     the 228 KB of sm_90) and sweeps the images with them: noise is made once for thousands of pixels;
-//   - otherwise it makes a slice anew for each tile of 256 pixels, 4 times less often than with 64 x 256 tiles; the
-//     engine's Method::materialise avoids that at the price of a copy of the weights in memory.
-// The grid is (sweeping blocks, tiles of n in all groups, samples), so all samples of a layer are one launch and the
+// Tiles: 256 pixels x 64 channels for a block of 256 threads (16 channels for layers with at most 16), K in slices of
+// 64 bytes. float32: 8 x 8 results a thread with FMA; bfloat16: 64 x 32 results a warp with mma.m16n8k16; both with 64
+// (16) sums a thread. The tile is tall because of the noise: a weight takes some 60 instructions (Philox, quintic,
+// exponential), as many as 60 pixels take with FMA, and many hundred pixels with tensor cores. Hence
+//   - a block keeps the noisy weights of all slices in shared memory where they fit (K up to about 1300 in bfloat16 with
+//     the 228 KB of sm_90) and sweeps the images with them: noise is drawn once for thousands of pixels;
+//   - otherwise it draws a slice again for each tile of 256 pixels, a quarter as often as with 64 x 256 tiles; running the
+//     engine with `materialise` avoids that at the price of a copy of the weights in memory.
+// The grid is (sweeping blocks, tiles of n in all groups, samples), so all samples of a layer are one launch, and
 // blocks that read the same images at the same time share them in the second-level cache.
 //
-// Shared memory. A slice of x is 256 rows of 64 bytes, a slice of w 64 (16) such rows. 16-byte chunk c of row r stands at
-// c ^ (r / 2 % 4): eight rows of one chunk, which ldmatrix reads at a time (and the eight lanes that share a phase of a
-// 16-byte load in float32), then lie in all 32 banks once, and so do two whole rows, which eight lanes of cp.async write.
-// kStages slices of x are in flight: two are being copied while one is multiplied.
+// Shared memory. A slice of x is 256 rows of 64 bytes, a slice of w 64 (16) such rows. The 16-byte chunk c of row r is
+// stored at c ^ (r / 2 % 4): then eight rows of one chunk, which ldmatrix reads at a time (as do the eight lanes that
+// share a phase of a 16-byte load in float32), cover all 32 banks once, and so do two whole rows, which eight lanes of
+// cp.async write. kStages slices of x are in flight: two are being copied while one is multiplied.
 //
-// Rows are permuted inside a tile (x_row, w_row) such that the sums a thread ends up with are neighbouring pixels and
-// neighbouring channels: whole 2 x 2 pool windows, and 16 bytes of bfloat16 in a row, without any exchange of registers.
+// Rows are permuted inside a tile (x_row, w_row) such that the sums of a thread are neighbouring pixels and
+// neighbouring channels: whole 2 x 2 pool windows, and 16 contiguous bytes of bfloat16, without any exchange of
+// registers.
 #pragma once
 
-#include "noise.cuh"
+#include "cuda/noise.cuh"
 
 namespace correctnet {
 namespace cuda {
@@ -71,21 +72,22 @@ struct ConvArguments {
   int taps, k, slices;         // k = taps * in
   Divisor by_in, by_kernel_w, by_quads;
   int rows, tiles;     // of y before pooling, and of 256 of them
-  int out_h, out_w;    // of y, behind pooling
+  int out_h, out_w;    // of y, after pooling
   int column_tiles;    // of a group
-  int x_bytes;         // of a copy, so that none is misaligned or meets two taps: 16, 8, 4 or 2
-  int weight_bytes;    // likewise; 0: the weights go through registers
+  int x_bytes;         // of a copy, so that it is aligned and within one tap: 16, 8, 4 or 2
+  int weight_bytes;    // likewise; 0: the weights pass through registers
   int quads;           // groups of four consecutive weights that cover a line of a slice
   bool resident;       // all slices of w stay in shared memory
   bool transposed;     // backward
   bool channels_last;  // `weight` is (outputs, taps, inputs), else (outputs, inputs, taps)
   bool weight_vectors, y_vectors;  // whether 16 bytes at a time are aligned
   bool noisy, pool, float_out;
-  LayerFactors noise;
+  Noise noise;
+  Chips chips;
   Channelwise epilogue;
 };
 
-// The tile's pixels: pixels of the same image, the row and column that tap (0, 0) meets.
+// A pixel of the tile: first pixel of its image, and the row and column under tap (0, 0).
 struct Pixel {
   int image, h, w;
 };
@@ -95,22 +97,22 @@ constexpr size_t conv_shared_bytes(int columns, int weight_slices) {
          size_t(weight_slices) * columns * kSliceBytes;
 }
 
-// What a launch takes at least: the 99 KiB of compute capability 8.6 and 8.9 are enough.
+// The least that a launch needs fits the 99 KiB of compute capability 8.6 and 8.9.
 static_assert(conv_shared_bytes(64, kStages) <= (99 << 10), "");
 
-// Of a chunk in a slice. Eight rows further down it is at the same place of its row.
+// Offset of a chunk in a slice. Eight rows further down, the chunk is at the same place of its row.
 CN_HOST_DEVICE int swizzled(int row, int chunk) { return row * kSliceBytes + ((chunk ^ (row >> 1 & 3)) << 4); }
 
 // ---- the two ways to multiply -------------------------------------------------------------------------------------
 //
-// x_row, w_row: where pixel (channel) i of the tile stands among the rows of a slice. A thread ends up with kRows pixels
-// from first_row on and kColumns channels from first_column on.
+// x_row, w_row: the row of a slice that holds pixel (channel) i of the tile. A thread computes kRows pixels from
+// first_row on and kColumns channels from first_column on.
 
 template <class T, int kN>
 struct Tile;
 
-// float32: threads stand 32 x 8. Its operands are 8 rows of x and kN / 8 of w, 16 bytes along k at a time: as many loads
-// as with the transposed layout that outer products usually have, but cp.async can write it 16 bytes at a time.
+// float32: threads are arranged as 32 x 8. Operands are 8 rows of x and kN / 8 of w, 16 bytes along k at a time: as
+// many loads as with the transposed layout usual for outer products, but cp.async can write 16 bytes at a time.
 template <int kN>
 struct Tile<float, kN> {
   static constexpr int kRows = 8, kColumns = kN / 8;
@@ -145,8 +147,8 @@ struct Tile<float, kN> {
   }
 };
 
-// bfloat16: warps stand 4 x 2 (8 x 1 for 16 channels), each with kMs x kNs fragments of 16 x 8. Of these lane l has rows
-// l / 4 and l / 4 + 8, columns 2 (l % 4) and the next.
+// bfloat16: warps are arranged as 4 x 2 (8 x 1 for 16 channels), each with kMs x kNs fragments of 16 x 8. Lane l holds
+// rows l / 4 and l / 4 + 8, columns 2 (l % 4) and 2 (l % 4) + 1 of each.
 template <int kN>
 struct Tile<uint16_t, kN> {
   static constexpr int kWarpsN = kN / 32 > 0 ? kN / 32 : 1, kWarpsM = 8 / kWarpsN;
@@ -206,7 +208,7 @@ CN_DEVICE void find_pixels(const ConvArguments& p, int tile, Pixel* pixels) {
   pixels[Tile<T, kN>::x_row(i)] = pixel;
 }
 
-// Whether an input position is there; where the gather divides (backward with a stride), it becomes the quotient.
+// Whether an input position exists; where the gather divides (backward with a stride), it is replaced by the quotient.
 CN_DEVICE bool inside(const Axis& axis, int& position) {
   if (axis.divisor > 1) {
     const int quotient = position / axis.divisor;
@@ -253,7 +255,7 @@ CN_DEVICE void load_x(const ConvArguments& p, const T* x, const Pixel* pixels, i
   }
 }
 
-// A slice of weights without noise, as they stand in memory.
+// A slice of weights without noise, in the order of memory.
 template <class T, int kN, int kBytes>
 CN_DEVICE void copy_weights(const ConvArguments& p, const T* weight, int column, int slice, char* stage) {
   constexpr int kCopies = kSliceBytes / kBytes;
@@ -266,12 +268,12 @@ CN_DEVICE void copy_weights(const ConvArguments& p, const T* weight, int column,
   }
 }
 
-// A slice of weights, made noisy or at least rearranged on the way. A line is a run of consecutive elements: all k of one
-// n, or backward all n of one k. A thread takes the four elements of a Philox block, of which a line may begin with the
-// second, third or last. What lies outside of the matrix becomes zero: x is zero there, but zero times NaN is not.
+// A slice of weights that are made noisy or only rearranged. A line is a run of consecutive elements: all k of one n,
+// or backward all n of one k. A thread processes the four elements of a Philox block; a line may begin with any of
+// them. Weights outside the matrix are set to zero: x is zero there, but zero times NaN is not.
 template <class T, int kN>
-CN_DEVICE void make_weights(const ConvArguments& p, const T* weight, const Factors& factors, int group, int column,
-                            int slice, char* stage) {
+CN_DEVICE void make_weights(const ConvArguments& p, const T* weight, const Noise& noise, const float* table,
+                            int group, int column, int slice, char* stage) {
   constexpr int kK = kSliceBytes / int(sizeof(T));
   const int lines = p.transposed ? kK : kN, length = p.transposed ? kN : kK;
   for (int i = int(threadIdx.x); i < lines * p.quads; i += kConvThreads) {
@@ -288,7 +290,7 @@ CN_DEVICE void make_weights(const ConvArguments& p, const T* weight, const Facto
 
     float value[4] = {0, 0, 0, 0};
     if (begin < end && begin + 4 > 0) {
-      if (p.noisy) factors.four(uint32_t((first + begin) >> 2), value);
+      if (p.noisy) four_factors(noise, table, uint32_t((first + begin) >> 2), value);
       const float* nominal = reinterpret_cast<const float*>(weight);
       if (p.weight_vectors && begin >= 0 && begin + 4 <= end) {
         const float4 w = *vector_at<float4>(nominal + first + begin);
@@ -334,14 +336,14 @@ CN_DEVICE void make_weights(const ConvArguments& p, const T* weight, const Facto
 }
 
 template <class T, int kN>
-CN_DEVICE void load_weights(const ConvArguments& p, const T* weight, const Factors& factors, int group, int column,
-                            int slice, char* stage) {
+CN_DEVICE void load_weights(const ConvArguments& p, const T* weight, const Noise& noise, const float* table,
+                            int group, int column, int slice, char* stage) {
   const T* of_group = weight + int64_t(group) * p.out * p.k;
   switch (p.weight_bytes) {
     case 16: return copy_weights<T, kN, 16>(p, of_group, column, slice, stage);
     case 8: return copy_weights<T, kN, 8>(p, of_group, column, slice, stage);
     case 4: return copy_weights<T, kN, 4>(p, of_group, column, slice, stage);
-    default: return make_weights<T, kN>(p, weight, factors, group, column, slice, stage);
+    default: return make_weights<T, kN>(p, weight, noise, table, group, column, slice, stage);
   }
 }
 
@@ -349,7 +351,7 @@ CN_DEVICE void load_weights(const ConvArguments& p, const T* weight, const Facto
 
 CN_DEVICE float apply(const Channelwise& e, int channel, float a) {
   a = noise::fma(a, e.scale ? e.scale[channel] : 1.0f, e.shift ? e.shift[channel] : 0.0f);
-  if (e.relu) a = a < 0 ? 0 : a;  // a NaN stays one, as it does in torch
+  if (e.relu) a = a < 0 ? 0 : a;  // propagates NaN, as in torch
   if (e.after_scale) a = noise::fma(a, e.after_scale[channel], e.after_shift[channel]);
   return a;
 }
@@ -417,19 +419,19 @@ CN_KERNEL(kConvThreads, 1) conv(CN_ARGUMENTS(ConvArguments) p) {
   const T* const x = static_cast<const T*>(p.x) + sample * p.x_stride + group * p.in;
   const T* const weight = static_cast<const T*>(p.weight) + sample * p.weight_stride;
 
-  Factors factors = {};
+  Noise noise = {};
   if (p.noisy) {
-    factors = Factors(p.noise, sample, table);
+    noise = on_chip(p.noise, p.chips, sample);
     copy_normal_table(table, kConvThreads);
     if (!CN_MUTANT(6)) __syncthreads();
   }
   // One group of copies a slice of x, and with the first one all of the weights that stay.
   if (p.resident)
     for (int slice = 0; slice < p.slices; ++slice)
-      load_weights<T, kN>(p, weight, factors, group, column, slice, w_stages + slice * kN * kSliceBytes);
+      load_weights<T, kN>(p, weight, noise, table, group, column, slice, w_stages + slice * kN * kSliceBytes);
 
-  // The slice to load next. The places of its pixels were found at least one barrier ago, and the other half of `pixels`
-  // is free again, since all loads of the tile before were issued before the last barrier.
+  // The slice to load next. The places of its pixels were found at least one barrier ago, and the other half of
+  // `pixels` is free again, since all loads of the tile before were issued before the last barrier.
   int tile = int(blockIdx.x), slice = 0, half = 0, load_stage = 0;
   find_pixels<T, kN>(p, tile, pixels);
 
@@ -442,7 +444,7 @@ CN_KERNEL(kConvThreads, 1) conv(CN_ARGUMENTS(ConvArguments) p) {
     if (tile < p.tiles) {
       load_x<T>(p, x, pixels + half * kTileRows, slice, x_stages + load_stage * kStageBytes);
       if (!p.resident)
-        load_weights<T, kN>(p, weight, factors, group, column, slice, w_stages + load_stage * kN * kSliceBytes);
+        load_weights<T, kN>(p, weight, noise, table, group, column, slice, w_stages + load_stage * kN * kSliceBytes);
       if (++slice == p.slices) {
         slice = 0;
         half ^= 1;

@@ -1,15 +1,15 @@
-// The few instructions and runtime calls that the kernels are written in. Only this file knows whether nvcc compiles them
-// or, for the tests, a C++ compiler (CORRECTNET_SHIM), in which case shim.h models each of them on the host.
+// The device instructions and runtime calls used by the kernels. Only this file distinguishes between nvcc and, for
+// tests, a C++ compiler (CORRECTNET_SHIM), for which model/shim.h models each of them on the host.
 #pragma once
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 
-#include "../noise.h"
+#include "noise/noise.h"
 
-// The tests compile each kernel with one deliberate fault at a time and demand to fail: n is one of those that
-// csrc/tests/CMakeLists.txt lists, 0 is none.
+// For mutation tests, which compile the kernels with one deliberate fault at a time and must then fail. n is a fault
+// listed in csrc/tests/CMakeLists.txt, or 0 for none.
 #if !defined(CORRECTNET_MUTANT)
 #define CORRECTNET_MUTANT 0
 #endif
@@ -17,7 +17,7 @@
 
 #if defined(CORRECTNET_SHIM)
 
-#include "shim.h"
+#include "cuda/model/shim.h"
 
 #else
 
@@ -38,9 +38,9 @@ CN_DEVICE char* shared_memory() {
 
 CN_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// Copies kBytes (4, 8 or 16) to shared memory without a register in between, zeros where `source` is not valid. There
-// from `cp_async_wait` on, for this thread; for others from the next barrier on. Copies of 16 bytes skip the first-level
-// cache, which the input does not fit anyway.
+// Copies kBytes (4, 8 or 16) to shared memory without using registers, zeros where `source` is not valid. The copy is
+// visible to this thread after `cp_async_wait` and to others after the next barrier. Copies of 16 bytes bypass the
+// first-level cache, which the input does not fit.
 template <int kBytes>
 CN_DEVICE void cp_async(void* shared, const void* source, bool valid) {
   const int size = valid ? kBytes : 0;
@@ -55,7 +55,7 @@ CN_DEVICE void cp_async(void* shared, const void* source, bool valid) {
 
 CN_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// All groups of copies but the last kPending ones are there.
+// Waits for all groups of copies except the last kPending.
 template <int kPending>
 CN_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -78,14 +78,14 @@ CN_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Two numbers rounded to bfloat16, the first in the low half.
+// Rounds two numbers to bfloat16, the first in the low half.
 CN_DEVICE uint32_t pack_bfloat16(float low, float high) {
   uint32_t packed;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
 }
 
-// The larger one; NaN if either is, as in torch.
+// The maximum, or NaN if either number is NaN, as in torch.
 CN_DEVICE float max_or_nan(float a, float b) {
   float larger;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
@@ -122,14 +122,14 @@ cudaError_t probe(void (*kernel)(Arguments)) {
   return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
 }
 
-// Lets a kernel ask for all the shared memory that a block of the current device may have. Always the same number: with
-// that of a launch, one host thread would take away what another is about to launch with.
+// Allows a kernel all the shared memory that a block of the current device may have. Always the same number: with the
+// size of one launch, a host thread could lower the limit that another is about to launch with.
 template <class Arguments>
 cudaError_t allow_shared(void (*kernel)(Arguments), int most) {
   return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, most);
 }
 
-// The result is that of this launch: what the runtime last noted may be someone else's error, which <<<>>> would find.
+// Returns the error of this launch only; with <<<>>>, an earlier error of other code would be found.
 template <class Arguments>
 cudaError_t launch(void (*kernel)(Arguments), dim3 grid, int threads, size_t shared, cudaStream_t stream,
                    const Arguments& arguments) {

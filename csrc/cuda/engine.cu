@@ -1,4 +1,4 @@
-#include "engine.h"
+#include "cuda/engine.h"
 
 #include <algorithm>
 #include <cmath>
@@ -6,8 +6,8 @@
 #include <utility>
 #include <vector>
 
-#include "../plan.h"
-#include "small.cuh"
+#include "plan/plan_impl.h"
+#include "cuda/elementwise.cuh"
 
 namespace correctnet {
 namespace cuda {
@@ -36,7 +36,7 @@ std::string advice(cudaError_t error) {
   }
 }
 
-// The runtime's note of an error is cleared, lest others (torch) take it for one of theirs.
+// Clears the error of the runtime, so that PyTorch does not report it later.
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();
@@ -45,7 +45,7 @@ void check(cudaError_t error, const char* what) {
   throw std::runtime_error(message);
 }
 
-// Makes a device current, and the one before it again.
+// Makes a device current for its lifetime.
 class OnDevice {
  public:
   explicit OnDevice(int device) {
@@ -183,38 +183,38 @@ void run_conv(const ConvArguments& p, const Device& device, int groups, int64_t 
     launch_conv<T, 64>(p, device, groups, samples, stream);
 }
 
-LayerFactors factors(const LayerNoise& noise, const uint64_t* seed, const uint32_t* samples) {
-  return {seed, samples, noise.layer, 0, noise::log2_scale({0, 0, 0, noise.sigma, noise.shift})};
-}
-
 // ---- the other kernels ----------------------------------------------------------------------------------------------
 
-dim3 small_grid(int64_t work, int64_t samples) {
-  return {unsigned(std::clamp<int64_t>(divide_up(work, kSmallThreads), 1, 1 << 16)), unsigned(samples)};
+// `work`: items for each sample, at most one a thread; where a grid cannot have so many threads, they loop.
+template <class Arguments>
+void launch_elementwise(void (*kernel)(Arguments), int64_t work, int64_t samples, cudaStream_t stream,
+                        const Arguments& p, const char* what) {
+  const auto blocks = std::clamp<int64_t>(divide_up(work, kElementwiseThreads), 1, 1 << 16);
+  check(launch(kernel, {unsigned(blocks), unsigned(samples)}, kElementwiseThreads, 0, stream, p), what);
 }
 
 // At most as many samples as a grid has room for.
 template <class T>
 void make_noisy(const NoisyWeights& job, cudaStream_t stream) {
   NoisyWeightArguments p = {};
-  p.noise = factors(job.noise, job.seed, job.samples);
+  p.noise = job.noise;
+  p.chips = job.chips;
   p.weight = job.weight;
   p.out = job.out;
-  p.rows = job.rows;
-  p.taps = job.taps;
-  p.channels = job.channels;
-  const int64_t size = job.rows * job.taps * job.channels;
-  if (job.channels_last || job.taps == 1) {
+  p.shape = job.shape;
+  const auto [rows, taps, channels, channels_last] = job.shape;
+  if (channels_last || taps == 1) {
+    const int64_t size = rows * taps * channels;
     const dim3 grid = {unsigned(std::clamp<int64_t>(divide_up(size, 4 * kWeightThreads), 1, 1 << 12)),
-                       unsigned(job.sample_count)};
+                       unsigned(job.chips.count)};
     check(launch(noisy_weight_in_order<T>, grid, kWeightThreads, in_order_shared_bytes(), stream, p), "noisy weights");
     return;
   }
-  p.tile_taps = int(std::min<int64_t>(job.taps, kMostTile));
-  p.tile_channels = int(std::min<int64_t>(job.channels, kMostTile));
-  const int64_t tiles = job.rows * divide_up(job.channels, p.tile_channels) * divide_up(job.taps, p.tile_taps);
+  p.tile_taps = int(std::min<int64_t>(taps, kMostTile));
+  p.tile_channels = int(std::min<int64_t>(channels, kMostTile));
+  const int64_t tiles = rows * divide_up(channels, p.tile_channels) * divide_up(taps, p.tile_taps);
   const size_t shared = transposed_shared_bytes(p.tile_taps, p.tile_channels);
-  check(launch(noisy_weight_transposed<T>, {unsigned(tiles), unsigned(job.sample_count)}, kWeightThreads, shared, stream,
+  check(launch(noisy_weight_transposed<T>, {unsigned(tiles), unsigned(job.chips.count)}, kWeightThreads, shared, stream,
                p),
         "noisy weights");
 }
@@ -223,13 +223,12 @@ void make_noisy(const NoisyWeights& job, cudaStream_t stream) {
 
 void noisy_weight(const NoisyWeights& job) {
   const OnDevice current(job.device);
-  const int64_t size = job.rows * job.taps * job.channels, most = Device(job.device).most_samples;
+  const int64_t size = job.shape.rows * job.shape.taps * job.shape.channels, most = Device(job.device).most_samples;
   if (!size) return;
   const auto stream = static_cast<cudaStream_t>(job.stream);
-  for (int64_t first = 0; first < job.sample_count; first += most) {
+  for (int64_t first = 0; first < job.chips.count; first += most) {
     NoisyWeights part = job;
-    part.samples += first;
-    part.sample_count = std::min(most, job.sample_count - first);
+    part.chips = job.chips.part(first, std::min(most, job.chips.count - first));
     part.out = static_cast<char*>(job.out) + first * size * (job.bfloat16 ? 2 : 4);
     if (job.bfloat16)
       make_noisy<uint16_t>(part, stream);
@@ -242,9 +241,11 @@ void convolve(const LayerRun& run) {
   const auto out = [](int in, int kernel, int stride, int padding, int dilation) {
     return (in + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
   };
+  const int out_h = out(run.in_h, run.kernel_h, run.stride_h, run.padding_h, run.dilation_h);
+  const int out_w = out(run.in_w, run.kernel_w, run.stride_w, run.padding_w, run.dilation_w);
   const Geometry g = {run.channels,   run.outputs,    run.groups,
-                      run.in_h,       run.in_w,       out(run.in_h, run.kernel_h, run.stride_h, run.padding_h, run.dilation_h),
-                      out(run.in_w, run.kernel_w, run.stride_w, run.padding_w, run.dilation_w),
+                      run.in_h,       run.in_w,       out_h,
+                      out_w,
                       run.kernel_h,   run.kernel_w,   run.stride_h,
                       run.stride_w,   -run.padding_h, -run.padding_w,
                       run.dilation_h, run.dilation_w};
@@ -259,12 +260,12 @@ void convolve(const LayerRun& run) {
     p.x_stride = run.x_shared ? 0 : run.images * p.h.size * p.w.size * p.x_channels;
     p.y_stride = run.images * p.out_h * p.out_w * p.y_channels;
     p.epilogue.shift = run.shift;
-    for (int64_t first = 0; first < run.sample_count; first += device.most_samples) {
+    p.noise = run.noise;
+    for (int64_t first = 0; first < run.chips.count; first += device.most_samples) {
       p.x = static_cast<const T*>(run.x) + first * p.x_stride;
       p.y = static_cast<T*>(run.y) + first * p.y_stride;
-      p.noise = factors(run.noise, run.seed, run.samples + first);
-      const int64_t samples = std::min<int64_t>(device.most_samples, run.sample_count - first);
-      run_conv<T>(p, device, run.groups, samples, static_cast<cudaStream_t>(run.stream));
+      p.chips = run.chips.part(first, std::min<int64_t>(device.most_samples, run.chips.count - first));
+      run_conv<T>(p, device, run.groups, p.chips.count, static_cast<cudaStream_t>(run.stream));
     }
   };
   if (run.type == Type::float32)
@@ -294,7 +295,7 @@ std::string problem(int device) {
 
 namespace {
 
-// An operation's arrays on the device.
+// Arrays of an operation on the device.
 struct Arrays {
   Memory weight, scale, shift, after_scale, after_shift, rows, cols;
   Channelwise epilogue = {};
@@ -325,8 +326,6 @@ struct Engine::Impl {
 
   struct Step;
   template <class T>
-  void run_group(const DeviceRun& run, int64_t first, int64_t samples, bool sampled) const;
-  template <class T>
   void run_operation(const Step& step, int index) const;
   template <class T>
   void collect(const Step& step) const;
@@ -334,7 +333,7 @@ struct Engine::Impl {
 
 namespace {
 
-// The input position of tap 0 for output 0; taps say it for any output that sees the input at all.
+// The input position of tap 0 for output 0, from the taps of any output that sees the input.
 int origin(const std::vector<Taps>& taps, int stride, int dilation) {
   for (size_t i = 0; i < taps.size(); ++i)
     if (taps[i].first < taps[i].last) return taps[i].start - taps[i].first * dilation - int(i) * stride;
@@ -361,7 +360,7 @@ Engine::Impl::Impl(const Plan::Impl& plan, int number)
     if (op.kind == Kind::conv) {
       const ConvShape& s = source->shape;
       const Shape in = values[op.inputs[0]].shape;
-      g = {s.channels,  s.outputs,  s.groups,   in.height,
+      g = {s.channels,  s.outputs,  s.conv_groups, in.height,
            in.width,    s.out_h,    s.out_w,    s.kernel_h,
            s.kernel_w,  s.stride_h, s.stride_w, origin(source->rows, s.stride_h, s.dilation_h),
            origin(source->cols, s.stride_w, s.dilation_w), s.dilation_h, s.dilation_w};
@@ -399,8 +398,8 @@ Engine::~Engine() = default;
 
 Shape Engine::output() const { return impl_->values[impl_->output].shape; }
 
-// Values take the first place that is free while they live: from the operation that makes them to the last that reads
-// them, or, where they are the same on all samples and a sampled operation reads them, to the end.
+// First fit: a value occupies the first place that is free during its lifetime, from the operation that computes it to
+// the last one that reads it, or to the end if it is the same on all samples and a sampled operation reads it.
 Places Engine::Impl::places(int64_t count, int64_t samples, bool materialise) const {
   const int n = int(operations.size());
   std::vector<int> end(n);
@@ -413,7 +412,7 @@ Places Engine::Impl::places(int64_t count, int64_t samples, bool materialise) co
   Places places;
   places.offset.resize(n);
   std::map<size_t, std::pair<size_t, int>> taken;  // offset: (bytes, end)
-  // What is the same on all samples is computed first.
+  // Values that are the same on all samples are computed first.
   for (const bool sampled : {false, true})
     for (int i = 0; i < n; ++i) {
       if (values[i].sampled != sampled) continue;
@@ -447,10 +446,11 @@ size_t Engine::workspace(int64_t count, int64_t samples, bool materialise) const
   return impl_->places(count, samples, materialise).bytes;
 }
 
-// Samples first .. first + samples - 1 of a run, or (not sampled) what is the same on all.
+// Some of the samples of a run, from `first` on.
 struct Engine::Impl::Step {
   const DeviceRun& run;
-  int64_t first, samples;
+  int64_t first;
+  Chips chips;
   const Places& places;
   cudaStream_t stream;
 
@@ -460,12 +460,13 @@ struct Engine::Impl::Step {
 void Engine::run(const DeviceRun& run) const {
   const Impl& plan = *impl_;
   const Shape out = plan.values[plan.output].shape;
-  if (run.count < 1 || run.sample_count < 1) throw std::invalid_argument("cuda: images and samples are at least 1");
-  if ((run.labels == nullptr) != (run.correct == nullptr)) throw std::invalid_argument("cuda: labels or correct are missing");
+  if (run.count < 1 || run.chips.count < 1) throw std::invalid_argument("cuda: images and samples are at least 1");
+  if ((run.labels == nullptr) != (run.correct == nullptr))
+    throw std::invalid_argument("cuda: labels or correct are missing");
   if (run.correct && (out.height != 1 || out.width != 1))
     throw std::invalid_argument("cuda: the output is no vector of classes");
   if (run.nonfinite && !run.correct) throw std::invalid_argument("cuda: nonfinite is counted beside correct");
-  int64_t together = std::min<int64_t>(run.sample_count, plan.device.most_samples);
+  int64_t together = std::min<int64_t>(run.chips.count, plan.device.most_samples);
   while (plan.places(run.count, together, run.materialise).bytes > run.workspace_bytes) {
     if (together == 1) throw std::invalid_argument("cuda: the workspace is too small for one sample");
     together = divide_up(together, 2);
@@ -474,9 +475,9 @@ void Engine::run(const DeviceRun& run) const {
   const Places places = plan.places(run.count, together, run.materialise);
   const auto stream = static_cast<cudaStream_t>(run.stream);
   for (int64_t* counts : {run.correct, run.nonfinite})
-    if (counts) check(cudaMemsetAsync(counts, 0, run.sample_count * 8, stream), "counts");
-  for (int64_t first = 0; first < run.sample_count; first += together) {
-    const Impl::Step step{run, first, std::min(together, run.sample_count - first), places, stream};
+    if (counts) check(cudaMemsetAsync(counts, 0, run.chips.count * 8, stream), "counts");
+  for (int64_t first = 0; first < run.chips.count; first += together) {
+    const Impl::Step step{run, first, run.chips.part(first, std::min(together, run.chips.count - first)), places, stream};
     const auto all = [&](auto zero) {
       using T = decltype(zero);
       for (const bool sampled : {false, true}) {
@@ -498,19 +499,19 @@ void Engine::Impl::run_operation(const Step& step, int index) const {
   const Operation& op = operations[index];
   const Arrays& a = arrays[index];
   const Value& out = values[index];
-  const int64_t count = step.run.count, samples = out.sampled ? step.samples : 1;
+  const int64_t count = step.run.count, samples = out.sampled ? step.chips.count : 1;
   const auto stride = [&](int value) { return values[value].sampled ? count * size(values[value]) : 0; };
   const int64_t pixels = count * out.shape.height * out.shape.width;
   void* const y = step.at(index);
   // Four channels at a time where that is aligned.
   const auto vectors = [](int channels) { return channels % 4 == 0; };
-  const auto blocks = [&](int channels) { return small_grid(pixels * (vectors(channels) ? channels / 4 : channels), samples); };
+  const auto work = [&](int channels) { return pixels * (vectors(channels) ? channels / 4 : channels); };
   const int x = op.inputs.empty() ? -1 : op.inputs[0];
   switch (op.kind) {
     case Kind::input: {
       const TransposeArguments p = {step.run.images, y,    0, 0, count, out.shape.channels, out.shape.height * out.shape.width,
                                     true};
-      check(launch(transpose<float, T>, small_grid(count * size(out), 1), kSmallThreads, 0, step.stream, p), "input");
+      launch_elementwise(transpose<float, T>, count * size(out), 1, step.stream, p, "input");
       break;
     }
     case Kind::conv: {
@@ -523,12 +524,12 @@ void Engine::Impl::run_operation(const Step& step, int index) const {
       p.epilogue = a.epilogue;
       set_weights<T>(p, a.weight.get(), op.noise && !step.run.materialise, true);
       if (op.noise) {
-        p.noise = factors(*op.noise, step.run.seed, step.run.samples + step.first);
+        p.noise = *op.noise;
+        p.chips = step.chips;
         if (step.run.materialise) {
           void* const weights = static_cast<char*>(step.run.workspace) + step.places.weights;
-          make_noisy<T>({static_cast<const float*>(a.weight.get()), weights, sizeof(T) == 2, true, geometry[index].outputs,
-                         p.taps, p.in, step.run.seed, step.run.samples + step.first, step.samples, *op.noise,
-                         device.number, nullptr},
+          const WeightShape shape = {geometry[index].outputs, p.taps, p.in, true};
+          make_noisy<T>({static_cast<const float*>(a.weight.get()), weights, sizeof(T) == 2, shape, step.chips, *op.noise},
                         step.stream);
           p.weight = weights;
           p.weight_stride = int64_t(geometry[index].outputs) * p.k;
@@ -547,7 +548,7 @@ void Engine::Impl::run_operation(const Step& step, int index) const {
                                static_cast<const Taps*>(a.rows.get()), static_cast<const Taps*>(a.cols.get()),
                                op.average,       op.divisor};
       const auto kernel = vectors(p.channels) ? pool<T, 4> : pool<T, 1>;
-      check(launch(kernel, blocks(p.channels), kSmallThreads, 0, step.stream, p), "pool");
+      launch_elementwise(kernel, work(p.channels), samples, step.stream, p, "pool");
       break;
     }
     case Kind::pointwise: {
@@ -562,7 +563,7 @@ void Engine::Impl::run_operation(const Step& step, int index) const {
                                     out.shape.channels,
                                     a.epilogue};
       const auto kernel = vectors(p.channels) ? pointwise<T, 4> : pointwise<T, 1>;
-      check(launch(kernel, blocks(p.channels), kSmallThreads, 0, step.stream, p), "pointwise");
+      launch_elementwise(kernel, work(p.channels), samples, step.stream, p, "pointwise");
       break;
     }
     case Kind::concat: {
@@ -573,23 +574,23 @@ void Engine::Impl::run_operation(const Step& step, int index) const {
                                    out.shape.channels};
         const bool four = channels % 4 == 0 && first % 4 == 0 && out.shape.channels % 4 == 0;
         const auto kernel = four ? concat<T, 4> : concat<T, 1>;
-        check(launch(kernel, small_grid(pixels * (four ? channels / 4 : channels), samples), kSmallThreads, 0, step.stream, p),
-              "concat");
+        launch_elementwise(kernel, pixels * (four ? channels / 4 : channels), samples, step.stream, p, "concat");
         first += channels;
       }
       break;
     }
     case Kind::flatten: {
       const Shape in = values[x].shape;
-      const TransposeArguments p = {step.at(x), y, stride(x), stride(index), count, in.channels, in.height * in.width, false};
-      check(launch(transpose<T, T>, small_grid(count * size(out), samples), kSmallThreads, 0, step.stream, p), "flatten");
+      const TransposeArguments p = {step.at(x),  y, stride(x), stride(index), count, in.channels, in.height * in.width,
+                                    false};
+      launch_elementwise(transpose<T, T>, count * size(out), samples, step.stream, p, "flatten");
       break;
     }
     case Kind::unfold: {
       const Shape in = values[x].shape;
       const UnfoldArguments p = {step.at(x),   y,           pixels,        in.channels, in.width,
                                  out.shape.width, op.kernel_w, op.dilation_w, static_cast<const Taps*>(a.cols.get())};
-      check(launch(unfold<T>, small_grid(pixels * out.shape.channels, 1), kSmallThreads, 0, step.stream, p), "unfold");
+      launch_elementwise(unfold<T>, pixels * out.shape.channels, 1, step.stream, p, "unfold");
       break;
     }
   }
@@ -603,10 +604,8 @@ void Engine::Impl::collect(const Step& step) const {
   if (step.run.outputs) {
     TransposeArguments p = {step.at(output), step.run.outputs + step.first * count * size(v), each, count * size(v), count,
                             v.shape.channels, v.shape.height * v.shape.width, false};
-    const dim3 grid = small_grid(count * size(v), step.samples);
-    check(floats ? launch(transpose<float, float>, grid, kSmallThreads, 0, step.stream, p)
-                 : launch(transpose<T, float>, grid, kSmallThreads, 0, step.stream, p),
-          "outputs");
+    const auto kernel = floats ? transpose<float, float> : transpose<T, float>;
+    launch_elementwise(kernel, count * size(v), step.chips.count, step.stream, p, "outputs");
   }
   if (step.run.correct) {
     const auto counts = [&](int64_t* all) {
@@ -614,10 +613,8 @@ void Engine::Impl::collect(const Step& step) const {
     };
     const CountArguments p = {step.at(output), each, count, v.shape.channels, step.run.labels,
                               counts(step.run.correct), counts(step.run.nonfinite)};
-    const dim3 grid = small_grid(count * 32, step.samples);
-    check(floats ? launch(count_correct<float>, grid, kSmallThreads, 0, step.stream, p)
-                 : launch(count_correct<T>, grid, kSmallThreads, 0, step.stream, p),
-          "counts");
+    const auto kernel = floats ? count_correct<float> : count_correct<T>;
+    launch_elementwise(kernel, count * 32, step.chips.count, step.stream, p, "counts");
   }
 }
 

@@ -1,13 +1,14 @@
-// Runs a finished Plan (../engine.h) on a CUDA device: the same operations over numbered values, the same chips to the
-// bit of their weights, all samples of a layer in one launch.
+// Runs a finished Plan (plan/plan.h) on a CUDA device: the same operations over numbered values, chips with the same
+// weights to the bit, all samples of a layer in one launch.
 //
 //   cuda::Engine engine(plan, device);                    copies weights to the device
 //   bytes = engine.workspace(count, samples, false);
-//   engine.run({...});                                    on a stream, without waiting for it
+//   engine.run({...});                                    asynchronously, on a stream
 //
-// Activations are NHWC, (samples, images, h, w, c); values that no noise has reached are computed once for all samples.
-// `run` allocates nothing and synchronises nothing, so that a CUDA graph can capture it; seed and samples are read on the
-// device. Errors of the runtime become std::runtime_error with one sentence that says what to do; OutOfMemory is one.
+// Activations are NHWC, (samples, images, h, w, c); values that do not depend on noise are computed once for all
+// samples. `run` allocates nothing and synchronises nothing, so that a CUDA graph can capture it; seed and samples are
+// read on the device. Runtime errors are thrown as std::runtime_error with one sentence of advice; OutOfMemory is one
+// of them.
 //
 // No CUDA header is needed to include this; a stream is a cudaStream_t.
 #pragma once
@@ -18,7 +19,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "../engine.h"
+#include "cuda/chips.h"
+#include "plan/plan.h"
 
 namespace correctnet {
 namespace cuda {
@@ -30,16 +32,14 @@ struct OutOfMemory : std::runtime_error {
 struct DeviceRun {
   const float* images;  // (count, channels, height, width)
   int64_t count;
-  const uint64_t* seed;
-  const uint32_t* samples;  // chip samples, by number
-  int64_t sample_count;
+  Chips chips;
   float* outputs = nullptr;         // (samples, count, channels, height, width) of the output, if wanted
   const int64_t* labels = nullptr;  // (count), together with
-  int64_t* correct = nullptr;       // (samples): how many images are classified correctly, see Run
-  int64_t* nonfinite = nullptr;     // (samples): on how many an output is NaN or infinite, if wanted beside `correct`
+  int64_t* correct = nullptr;       // (samples): number of images classified correctly, see Run
+  int64_t* nonfinite = nullptr;     // (samples): number of images with a NaN or infinite output, only with `correct`
   void* workspace = nullptr;        // 256-byte aligned
-  size_t workspace_bytes = 0;       // less than `workspace(count, samples)`: some samples at a time
-  bool materialise = false;         // make noisy weights in memory first, instead of while they are loaded
+  size_t workspace_bytes = 0;       // with less than `workspace(count, samples)`, fewer samples at a time
+  bool materialise = false;         // write noisy weights to memory first instead of drawing them while loading
   void* stream = nullptr;
 };
 
@@ -60,25 +60,22 @@ class Engine {
   std::unique_ptr<Impl> impl_;
 };
 
-// The noisy weights of many samples as a tensor (samples, ...): weight * exp(sigma * normal + shift).
+// Writes the noisy weights of many samples as a tensor (samples, ...).
 struct NoisyWeights {
-  const float* weight;  // null: the factors themselves
+  const float* weight;  // null: the factors alone
   void* out;
-  bool bfloat16;       // of out, instead of float32
-  bool channels_last;  // memory is (out, kh, kw, in), else (out, in, kh, kw)
-  int64_t rows, taps, channels;
-  const uint64_t* seed;
-  const uint32_t* samples;
-  int64_t sample_count;
-  LayerNoise noise;
+  bool bfloat16;  // type of `out`, else float32
+  WeightShape shape;
+  Chips chips;
+  Noise noise;
   int device = 0;
   void* stream = nullptr;
 };
 void noisy_weight(const NoisyWeights& job);
 
-// One convolution (a linear layer is one with 1 x 1 kernel and image) of many samples, or its gradient with respect to
-// x: then x is the gradient of the output, y that of the input, and the noise is made again. x, weight and y begin at
-// multiples of 16 bytes.
+// One convolution of many samples (a linear layer has a 1 x 1 kernel and image), or its gradient with respect to x:
+// then x is the gradient of the output, y that of the input, and the noise is drawn again. x, weight and y are aligned
+// to 16 bytes.
 struct LayerRun {
   Type type;
   const void* x;  // (samples or once, images, h, w, c) of `type`
@@ -90,17 +87,15 @@ struct LayerRun {
   int channels, outputs, in_h, in_w, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h,
       dilation_w, groups;
   const float* shift = nullptr;  // (outputs): the bias; not backward
-  const uint64_t* seed;
-  const uint32_t* samples;
-  int64_t sample_count;
-  LayerNoise noise;
+  Chips chips;
+  Noise noise;
   bool backward = false;
   int device = 0;
   void* stream = nullptr;
 };
 void convolve(const LayerRun& run);
 
-// Why the kernels cannot run on a device, in one line; empty if they can.
+// One line on why the kernels cannot run on a device; empty if they can.
 std::string problem(int device);
 
 }  // namespace cuda

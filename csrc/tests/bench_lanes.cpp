@@ -8,8 +8,8 @@
 #include <ctime>
 #include <string>
 
-#include "../plan.h"
 #include "networks.h"
+#include "plan/plan_impl.h"
 #include "testing.h"
 
 using namespace correctnet;
@@ -39,7 +39,7 @@ double median_seconds(int repetitions, const Work& work) {
 // count), and ns a weight for drawing and packing.
 void bench_conv(const Kernels& kernels, Type type, int size, int channels, int outputs, bool pool) {
   const TypeKernels& k = kernels.type[int(type)];
-  const int groups = 4, slots = type == Type::float32 ? channels : channels / 2;
+  const int image_blocks = 4, slots = type == Type::float32 ? channels : channels / 2;
   const int out_slots = type == Type::float32 ? outputs : outputs / 2;
   std::vector<Taps> taps;
   double inside = 0;
@@ -50,7 +50,7 @@ void bench_conv(const Kernels& kernels, Type type, int size, int channels, int o
   ConvShape shape = {};
   shape.outputs = outputs;
   shape.kernel_h = shape.kernel_w = 3;
-  shape.stride_h = shape.stride_w = shape.dilation_h = shape.dilation_w = shape.groups = 1;
+  shape.stride_h = shape.stride_w = shape.dilation_h = shape.dilation_w = shape.conv_groups = 1;
   shape.channels = channels;
   shape.in_slots = slots;
   shape.in_w = shape.out_h = shape.out_w = size;
@@ -65,18 +65,18 @@ void bench_conv(const Kernels& kernels, Type type, int size, int channels, int o
     bytes += k.packed_bytes(shape, panels.back());
     first += width;
   }
-  Buffer x(size_t(size) * size * slots * groups * kVectorBytes + 16 * groups * kVectorBytes);
-  Buffer y(size_t(size) * size * out_slots * groups * kVectorBytes), packed(bytes);
-  Buffer scratch(k.scratch_bytes ? k.scratch_bytes(shape, groups) : 0);
+  Buffer x(size_t(size) * size * slots * image_blocks * kVectorBytes + 16 * image_blocks * kVectorBytes);
+  Buffer y(size_t(size) * size * out_slots * image_blocks * kVectorBytes), packed(bytes);
+  Buffer scratch(k.scratch_bytes ? k.scratch_bytes(shape, image_blocks) : 0);
   std::vector<float> weight(size_t(outputs) * 9 * channels, 0.01f), ones(outputs, 1.0f);
-  const Noise noise{1, 2, 3, 0.5, 0, 0};
+  const Noise noise = noise::on_chip(lognormal_noise(2, 0.5, 0), 1, 3);
   const PackJob pack{&shape, weight.data(), &noise, panels.data(), int(panels.size()), packed.data()};
   const double pack_seconds = median_seconds(3, [&] { k.pack(pack); });
   ConvJob job = {};
   job.shape = &shape;
   job.x = x.data();
   job.y = y.data();
-  job.groups = groups;
+  job.image_blocks = image_blocks;
   job.out_slots = out_slots;
   job.panels = panels.data();
   job.panel_count = int(panels.size());
@@ -84,7 +84,7 @@ void bench_conv(const Kernels& kernels, Type type, int size, int channels, int o
   job.epilogue = {ones.data(), ones.data(), nullptr, nullptr, true, true};
   job.scratch = scratch.data();
   const double seconds = median_seconds(5, [&] { k.conv(job); });
-  const double flop = 2 * inside * inside * channels * outputs * groups * kLanes;
+  const double flop = 2 * inside * inside * channels * outputs * image_blocks * kLanes;
   printf("  %2d x %2d, %3d -> %3d%s: %5.0f GFLOP/s, packing %.2f ns a weight\n", size, size, channels, outputs,
          pool ? ", pool" : "", flop / seconds * 1e-9, pack_seconds / weight.size() * 1e9);
 }

@@ -1,13 +1,13 @@
-// Networks with random weights, built of whatever has the operations of a Plan.
+// Networks with random weights, for Plan and any other class with the same operations.
 #pragma once
 
 #include <cmath>
 #include <random>
 #include <vector>
 
-#include "../engine.h"
+#include "plan/plan.h"
 
-enum class BatchNorm { none, before, behind };  // the ReLU
+enum class BatchNorm { none, before, after };  // the ReLU
 
 struct RandomLayers {
   std::mt19937 random{5};
@@ -24,7 +24,7 @@ struct RandomLayers {
     return v;
   }
 
-  // He's initialisation and a bias, BatchNorm as it is said, and a ReLU unless it is the last layer.
+  // He initialisation and a bias, BatchNorm as chosen, and a ReLU unless it is the last layer.
   correctnet::Conv conv(int channels, int outputs, int kernel, int padding = 0, bool last = false) {
     correctnet::Conv c;
     c.outputs = outputs;
@@ -32,11 +32,11 @@ struct RandomLayers {
     c.padding_h = c.padding_w = padding;
     const size_t fan_in = size_t(channels) * kernel * kernel;
     c.weight = normal(outputs * fan_in, std::sqrt(2.0 / double(fan_in)));
-    c.noise = correctnet::LayerNoise{layer++, sigma, -sigma * sigma / 2};
+    c.noise = correctnet::lognormal_noise(layer++, sigma, -sigma * sigma / 2);
     c.pointwise.shift = normal(outputs, 0.1);
     c.pointwise.relu = !last;
     if (!last && batchnorm == BatchNorm::before) c.pointwise.scale = normal(outputs, 0.3, 1);
-    if (!last && batchnorm == BatchNorm::behind) {
+    if (!last && batchnorm == BatchNorm::after) {
       c.pointwise.after_scale = normal(outputs, 0.3, 1);
       c.pointwise.after_shift = normal(outputs, 0.1);
     }
@@ -48,7 +48,7 @@ struct RandomLayers {
     return {outputs, c.weight, c.noise, c.pointwise};
   }
 
-  // A filter of the generator or the compensator: digital, so free of noise.
+  // A filter of the generator or the compensator: digital, so without noise.
   correctnet::Conv digital(int channels, int outputs, bool relu) {
     correctnet::Conv c = conv(channels, outputs, 1, 0, !relu);
     --layer;
@@ -73,7 +73,7 @@ int lenet5(Net& net, double sigma) {
 }
 
 // VGG16 on 32 x 32 images, its widths divided by `divisor`. The first `compensated` convolutions have a generator of
-// `filters` filters and a compensator behind them, as in the paper's Fig. 5, in front of BatchNorm and ReLU:
+// `filters` filters and a compensator after them, as in Fig. 5 of the paper, before BatchNorm and ReLU:
 //   g = relu(generator(concat(pooled input, y))),  z = compensator(concat(y, g))
 template <class Net>
 int vgg16(Net& net, double sigma, BatchNorm batchnorm, int divisor = 1, int compensated = 0, int filters = 0) {
@@ -82,14 +82,14 @@ int vgg16(Net& net, double sigma, BatchNorm batchnorm, int divisor = 1, int comp
   for (const int width : {64, -64, 128, -128, 256, 256, -256, 512, 512, -512, 512, 512, -512}) {
     const int channels = net.shape(x).channels, outputs = std::abs(width) / divisor;
     correctnet::Conv conv = random.conv(channels, outputs, 3, 1);
-    const correctnet::Pointwise behind = conv.pointwise;
+    const correctnet::Pointwise pointwise = conv.pointwise;
     if (index++ < compensated) {
       conv.pointwise = {};
       const int y = net.conv(x, conv);
       const int pooled = net.adaptive_average_pool(x, net.shape(y).height, net.shape(y).width);
       const int g = net.conv(net.concat({pooled, y}), random.digital(channels + outputs, filters, true));
       conv = random.digital(outputs + filters, outputs, false);
-      conv.pointwise = behind;
+      conv.pointwise = pointwise;
       x = net.concat({y, g});
     }
     conv.pool = width < 0;

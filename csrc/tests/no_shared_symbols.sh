@@ -1,8 +1,8 @@
 #!/bin/sh
 # usage: no_shared_symbols.sh NM OBJECT...
 #
-# Objects compiled for particular instruction sets must define no weak symbol (inline functions and templates with external
-# linkage): the linker keeps one copy for the whole program, perhaps one that the machine at hand cannot execute.
+# Objects compiled for particular instruction sets must not define weak symbols (inline functions and templates with external
+# linkage): the linker keeps one copy for the whole program, possibly one that this machine cannot execute.
 nm=$1
 shift
 status=0

@@ -1,6 +1,6 @@
 #include "noise_cases.h"
 
-#include "../noise_fill.h"
+#include "noise/noise_fill.h"
 
 namespace correctnet {
 namespace {
@@ -54,6 +54,6 @@ void fill_bfloat16(const float* weight, int64_t first, int64_t count, const Nois
 
 }  // namespace
 
-const NoiseCases CASES = {4 * kVector, draw_words, draw_normal, draw_exp2, fill_float32, fill_bfloat16};
+const NoiseCases CN_TABLE = {4 * kVector, draw_words, draw_normal, draw_exp2, fill_float32, fill_bfloat16};
 
 }  // namespace correctnet

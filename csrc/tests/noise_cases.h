@@ -1,14 +1,14 @@
-// The functions of noise_fill.h, to be tested: a table for each instruction set (noise_cases.cpp, compiled for each).
+// Tables of the functions in noise_fill.h, one for each instruction set that noise_cases.cpp is compiled for.
 #pragma once
 
 #include <cstdint>
 
-#include "../noise.h"
+#include "noise/noise.h"
 
 namespace correctnet {
 
 struct NoiseCases {
-  int step;  // words that `words` gives at a time
+  int step;  // number of words that `words` returns at a time
   void (*words)(const Noise&, uint32_t block, uint32_t* out);                      // of blocks block, block + 1, ...
   void (*normal)(const uint32_t* words, int64_t count, float* out);                // count: a multiple of 16
   void (*exp2)(const float* x, int64_t count, float* out);                         // likewise

@@ -1,5 +1,6 @@
-// The CUDA kernels compiled as C++ and run on a modelled device (cuda/shim.h), against the scalar noise, naive loops in
-// float64 and the CPU's engine. Small integers and one-hot images make comparisons exact wherever sums could hide an error.
+// The CUDA kernels compiled as C++ and run on a modelled device (cuda/model/shim.h), against the scalar noise, plain
+// loops in float64 and the CPU's engine. Small integers and one-hot images make comparisons exact wherever sums could
+// hide an error.
 //
 //   cmake --preset release -DCORRECTNET_CUDA=SHIM -S csrc && cmake --build build/release && build/release/tests/test_cuda
 #include <sys/wait.h>
@@ -12,46 +13,38 @@
 #include <stdexcept>
 #include <string>
 
-#include "../cuda/device.cuh"
-#include "../cuda/engine.h"
-#include "naive.h"
+#include "cuda/device.cuh"
+#include "cuda/engine.h"
 #include "networks.h"
+#include "specification.h"
 #include "testing.h"
 
 using namespace correctnet;
-using naive::Tensor;
+using specification::Tensor;
 
 namespace {
 
 constexpr uint64_t kSeed = 0xfedcba9876543210;
-const char* name(Type type) { return type == Type::float32 ? "float32" : "bfloat16"; }
-float bfloat16(float a) { return noise::from_bits(uint32_t(noise::bfloat16(a)) << 16); }
 float rounded(Type type, float a) { return type == Type::float32 ? a : bfloat16(a); }
 
-// The weights of a chip, one at a time, from the scalar code.
-std::vector<float> noisy_weights(const std::vector<float>& weight, const LayerNoise& layer, uint32_t sample) {
-  const Noise n{kSeed, layer.layer, sample, layer.sigma, layer.shift};
-  std::vector<float> noisy(weight.size());
-  for (size_t i = 0; i < noisy.size(); ++i) {
-    const uint32_t word = noise::words(n, uint32_t(i / 4)).word[i % 4];
-    noisy[i] = noise::multiply(weight[i], noise::lognormal(word, noise::log2_scale(n), noise::kNormal));
-  }
-  return noisy;
+cuda::Chips chips_of(const std::vector<uint32_t>& samples) {
+  return {&kSeed, samples.data(), int64_t(samples.size())};
 }
 
-struct How {
+struct DeviceHow {
   bool materialise = false;
   int64_t together = 0;  // samples; 0: all
 };
 
-std::vector<float> outputs_of(const Plan& plan, const Tensor& images, const std::vector<uint32_t>& samples, How how = {}) {
+std::vector<float> device_outputs(const Plan& plan, const Tensor& images, const std::vector<uint32_t>& samples,
+                                  DeviceHow how = {}) {
   const cuda::Engine engine(plan, 0);
   const Shape out = engine.output();
   std::vector<float> outputs(samples.size() * images.count * out.channels * out.height * out.width, NAN);
   const int64_t together = how.together ? how.together : int64_t(samples.size());
   std::vector<char> workspace(engine.workspace(images.count, together, how.materialise) + 256, char(0xff));
   char* const aligned = workspace.data() + (256 - reinterpret_cast<uintptr_t>(workspace.data()) % 256);
-  cuda::DeviceRun run = {images.data.data(), images.count, &kSeed, samples.data(), int64_t(samples.size())};
+  cuda::DeviceRun run = {images.data.data(), images.count, chips_of(samples)};
   run.outputs = outputs.data();
   run.workspace = aligned;
   run.workspace_bytes = workspace.size() - 256;
@@ -60,32 +53,16 @@ std::vector<float> outputs_of(const Plan& plan, const Tensor& images, const std:
   return outputs;
 }
 
-std::vector<float> on_cpu(const Plan& plan, Shape out, const Tensor& images, const std::vector<uint32_t>& samples) {
-  std::vector<float> outputs(samples.size() * images.count * out.channels * out.height * out.width);
-  Run run = {};
-  run.images = images.data.data();
-  run.count = images.count;
-  run.seed = kSeed;
-  run.samples = samples;
-  run.threads = 1;
-  run.keep_bytes = 64 << 20;
-  run.outputs = outputs.data();
-  plan.run(run);
-  return outputs;
-}
-
-Tensor random_images(Shape shape, int count, unsigned seed = 1) {
-  Tensor x(shape, count);
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal;
-  for (float& f : x.data) f = bfloat16(normal(random));
+Tensor rounded_images(Shape shape, int count, unsigned seed = 1) {
+  Tensor x = random_images(shape, count, seed);
+  for (float& f : x.data) f = bfloat16(f);
   return x;
 }
 
 // ---- the model of the device ----------------------------------------------------------------------------------------
 
-// Where the elements of mma.m16n8k16's operands are, from the PTX ISA's section on it, "Fragments for .bf16": element i of
-// a lane's a0..a7, b0..b3 and c0..c3, with groupID = lane / 4 and threadID_in_group = lane % 4.
+// Where the elements of mma.m16n8k16's operands are, from the PTX ISA's section on it, "Fragments for .bf16": element i
+// of a lane's a0..a7, b0..b3 and c0..c3, with groupID = lane / 4 and threadID_in_group = lane % 4.
 struct MmaArguments {
   const float *a, *b;  // 16 x 16 and 16 x 8, row by row
   float* c;            // 16 x 8
@@ -108,8 +85,9 @@ void mma_by_the_tables(const MmaArguments p) {
   for (int i = 0; i < 4; ++i) p.c[(i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1)] = c[i];
 }
 
-// ldmatrix .x4 .b16, from the same document, "ldmatrix": lanes 8 i ... 8 i + 7 give the addresses of the rows of matrix i,
-// and a lane receives of each matrix the elements 2 (lane % 4) and the next of row lane / 4, the first in the low half.
+// ldmatrix .x4 .b16, from the same document, "ldmatrix": lanes 8 i ... 8 i + 7 give the addresses of the rows of matrix
+// i, and a lane receives of each matrix the elements 2 (lane % 4) and the next of row lane / 4, the first in the low
+// half.
 struct LoadArguments {
   const int* order;    // where row r of the 32 is in memory
   uint16_t* received;  // (lane, matrix, 2)
@@ -200,7 +178,7 @@ struct Size {
 void check_noisy_weights(Size s, bool channels_last, Type type, const std::vector<uint32_t>& samples) {
   const size_t size = size_t(s.rows) * s.taps * s.channels;
   const std::vector<float> weight = RandomLayers(0.5).normal(size, 1);
-  const LayerNoise noise{7, 0.5, -0.125};
+  const Noise noise = lognormal_noise(7, 0.5, -0.125);
   std::vector<float> floats(size * samples.size());
   std::vector<uint16_t> halves(size * samples.size());
   std::vector<float> stored = weight;
@@ -210,11 +188,11 @@ void check_noisy_weights(Size s, bool channels_last, Type type, const std::vecto
   };
   for (size_t e = 0; e < size; ++e) stored[place(e)] = weight[e];
   void* const out = type == Type::float32 ? static_cast<void*>(floats.data()) : halves.data();
-  cuda::noisy_weight({stored.data(), out, type == Type::bfloat16, channels_last, s.rows, s.taps, s.channels, &kSeed,
-                      samples.data(), int64_t(samples.size()), noise});
+  cuda::noisy_weight({stored.data(), out, type == Type::bfloat16, {s.rows, s.taps, s.channels, channels_last},
+                      chips_of(samples), noise});
   int wrong = 0;
   for (size_t i = 0; i < samples.size(); ++i) {
-    const std::vector<float> wanted = noisy_weights(weight, noise, samples[i]);
+    const std::vector<float> wanted = noisy_weights(weight, noise, kSeed, samples[i]);
     for (size_t e = 0; e < size; ++e) {
       const size_t at = i * size + place(e);
       const float got = type == Type::float32 ? floats[at] : noise::from_bits(uint32_t(halves[at]) << 16);
@@ -253,24 +231,18 @@ const Case kCases[] = {
 };
 
 Conv make_conv(const Case& c, bool noisy) {
-  RandomLayers random(0.5, BatchNorm::behind);
+  RandomLayers random(0.5, BatchNorm::after);
   Conv conv = random.conv(c.channels / c.groups, c.outputs, 1);
-  conv.kernel_h = c.kernel_h;
-  conv.kernel_w = c.kernel_w;
-  conv.stride_h = conv.stride_w = c.stride;
-  conv.padding_h = conv.padding_w = c.padding;
-  conv.dilation_h = conv.dilation_w = c.dilation;
-  conv.groups = c.groups;
-  conv.pool = c.pool;
+  set_geometry(conv, c);
   conv.weight = random.normal(size_t(c.outputs) * c.kernel_h * c.kernel_w * c.channels / c.groups, 1);
-  conv.pointwise.scale = random.normal(c.outputs, 1);  // negative ones, too: the pool must come behind them
+  conv.pointwise.scale = random.normal(c.outputs, 1);  // some are negative, so the pool must come after them
   conv.noise.reset();
-  if (noisy) conv.noise = LayerNoise{7, 0.5, -0.125};
+  if (noisy) conv.noise = lognormal_noise(7, 0.5, -0.125);
   return conv;
 }
 
 // A one-hot image of the kernel's size gives back the weight that meets its place, bit for bit.
-void check_identity(const Case& c, Type type, How how) {
+void check_identity(const Case& c, Type type, DeviceHow how) {
   Conv conv = make_conv(c, true);
   conv.stride_h = conv.stride_w = conv.dilation_h = conv.dilation_w = 1;
   conv.padding_h = conv.padding_w = 0;
@@ -284,11 +256,11 @@ void check_identity(const Case& c, Type type, How how) {
   const int first = plan.conv(plan.input(), conv);
   plan.finish(first);
   const std::vector<uint32_t> samples = {0, 4000000000u, 12};
-  const std::vector<float> got = outputs_of(plan, x, samples, how);
+  const std::vector<float> got = device_outputs(plan, x, samples, how);
   int wrong = 0;
   const int inputs = c.channels / c.groups, outputs = c.outputs / c.groups;
   for (size_t s = 0; s < samples.size(); ++s) {
-    const std::vector<float> weight = noisy_weights(conv.weight, *conv.noise, samples[s]);
+    const std::vector<float> weight = noisy_weights(conv.weight, *conv.noise, kSeed, samples[s]);
     for (int i = 0; i < places; ++i)
       for (int o = 0; o < c.outputs; ++o) {
         const int channel = i / (in.height * in.width), tap = i % (in.height * in.width);
@@ -302,22 +274,22 @@ void check_identity(const Case& c, Type type, How how) {
         c.kernel_h, c.kernel_w, c.outputs, name(type), how.materialise, wrong);
 }
 
-// Against naive loops in float64 on the weights that the scalar code made.
-void check_conv(const Case& c, Type type, bool noisy, How how) {
+// Against the specification in float64, with the weights of the scalar code.
+void check_conv(const Case& c, Type type, bool noisy, DeviceHow how) {
   const Shape in = {c.channels, c.height, c.width};
   const Conv conv = make_conv(c, noisy);
-  const Tensor x = random_images(in, c.images);
+  const Tensor x = rounded_images(in, c.images);
   Plan plan(type, kernels_portable, in);
   plan.finish(plan.conv(plan.input(), conv));
   const std::vector<uint32_t> samples = noisy ? std::vector<uint32_t>{5, 137} : std::vector<uint32_t>{5};
-  const std::vector<float> got = outputs_of(plan, x, samples, how);
+  const std::vector<float> got = device_outputs(plan, x, samples, how);
   double worst = 0, largest = 0;
   size_t at = 0;
   for (uint32_t sample : samples) {
     Conv own = conv;
-    if (noisy) own.weight = noisy_weights(conv.weight, *conv.noise, sample);
+    if (noisy) own.weight = noisy_weights(conv.weight, *conv.noise, kSeed, sample);
     for (float& w : own.weight) w = rounded(type, w);
-    for (float wanted : naive::conv<double>(x, own).data) {
+    for (float wanted : specification::conv<double>(x, own).data) {
       // A NaN must not be lost in a maximum.
       const double error = std::fabs(double(got[at++]) - wanted);
       worst = error <= worst ? worst : error;
@@ -333,8 +305,8 @@ void check_conv(const Case& c, Type type, bool noisy, How how) {
 // dX against its definition in float64.
 void check_backward(const Case& c, Type type, bool channels_last) {
   const Conv conv = make_conv(c, true);
-  const int out_h = naive::output_size(c.height, c.kernel_h, c.stride, c.padding, c.dilation);
-  const int out_w = naive::output_size(c.width, c.kernel_w, c.stride, c.padding, c.dilation);
+  const int out_h = specification::output_size(c.height, c.kernel_h, c.stride, c.padding, c.dilation);
+  const int out_w = specification::output_size(c.width, c.kernel_w, c.stride, c.padding, c.dilation);
   const int inputs = c.channels / c.groups, outputs = c.outputs / c.groups, taps = c.kernel_h * c.kernel_w;
   const std::vector<uint32_t> samples = {5, 137};
   const size_t x_size = size_t(c.images) * c.height * c.width * c.channels;
@@ -360,9 +332,7 @@ void check_backward(const Case& c, Type type, bool channels_last) {
   run.channels = c.channels, run.outputs = c.outputs, run.in_h = c.height, run.in_w = c.width;
   run.kernel_h = c.kernel_h, run.kernel_w = c.kernel_w, run.stride_h = run.stride_w = c.stride;
   run.padding_h = run.padding_w = c.padding, run.dilation_h = run.dilation_w = c.dilation, run.groups = c.groups;
-  run.seed = &kSeed;
-  run.samples = samples.data();
-  run.sample_count = int64_t(samples.size());
+  run.chips = chips_of(samples);
   run.noise = *conv.noise;
   run.backward = true;
   cuda::convolve(run);
@@ -372,7 +342,7 @@ void check_backward(const Case& c, Type type, bool channels_last) {
   double worst = 0, largest = 0;
   for (size_t s = 0; s < samples.size(); ++s) {
     std::vector<double> wanted(x_size);
-    std::vector<float> weight = noisy_weights(conv.weight, *conv.noise, samples[s]);
+    std::vector<float> weight = noisy_weights(conv.weight, *conv.noise, kSeed, samples[s]);
     for (float& w : weight) w = rounded(type, w);
     for (int n = 0; n < c.images; ++n)
       for (int i = 0; i < out_h; ++i)
@@ -423,9 +393,9 @@ void check_network(const char* what, Shape in, int images, Type type, const Net&
   const int last = net(plan);
   plan.finish(last);
   const Shape out = plan.shape(last);
-  const Tensor x = random_images(in, images, 4);
+  const Tensor x = rounded_images(in, images, 4);
   const std::vector<uint32_t> samples = {130, 131, 137, 4000000000u, 2};
-  const std::vector<float> wanted = on_cpu(plan, out, x, samples), got = outputs_of(plan, x, samples);
+  const std::vector<float> wanted = outputs_of(plan, out, x, kSeed, samples), got = device_outputs(plan, x, samples);
   double worst = 0, largest = 0;
   for (size_t i = 0; i < got.size(); ++i) {
     const double error = std::fabs(double(got[i]) - wanted[i]);
@@ -439,10 +409,10 @@ void check_network(const char* what, Shape in, int images, Type type, const Net&
   const auto same = [&](const std::vector<float>& other, const char* how) {
     CHECK(other == got, "%s, %s: %s gives other bits", what, name(type), how);
   };
-  same(outputs_of(plan, x, samples, {true}), "materialised weights");
-  same(outputs_of(plan, x, samples, {false, 2}), "two samples at a time");
-  same(outputs_of(plan, x, samples, {true, 1}), "one sample at a time");
-  const std::vector<float> alone = outputs_of(plan, x, {137});
+  same(device_outputs(plan, x, samples, {true}), "materialised weights");
+  same(device_outputs(plan, x, samples, {false, 2}), "two samples at a time");
+  same(device_outputs(plan, x, samples, {true, 1}), "one sample at a time");
+  const std::vector<float> alone = device_outputs(plan, x, {137});
   const size_t size = got.size() / samples.size();
   CHECK(std::vector<float>(got.begin() + 2 * size, got.begin() + 3 * size) == alone, "%s, %s: chip 137 alone differs", what,
         name(type));
@@ -456,7 +426,7 @@ void check_network(const char* what, Shape in, int images, Type type, const Net&
     }
   const cuda::Engine engine(plan, 0);
   std::vector<char> workspace(engine.workspace(images, 3, false) + 256);
-  cuda::DeviceRun run = {x.data.data(), images, &kSeed, samples.data(), int64_t(samples.size())};
+  cuda::DeviceRun run = {x.data.data(), images, chips_of(samples)};
   run.labels = labels.data();
   run.correct = correct.data();
   run.workspace = workspace.data() + (256 - reinterpret_cast<uintptr_t>(workspace.data()) % 256);
@@ -467,7 +437,7 @@ void check_network(const char* what, Shape in, int images, Type type, const Net&
 
 // NaN and infinity, which every pool meets: of the same kind as on the CPU, and counted.
 void test_nonfinite(Type type) {
-  Tensor x = random_images({3, 12, 12}, 6, 4);
+  Tensor x = rounded_images({3, 12, 12}, 6, 4);
   x.at(1, 0, 5, 6) = NAN;
   x.at(2, 1, 6, 6) = INFINITY;
   x.at(4, 2, 0, 11) = -INFINITY;
@@ -478,7 +448,7 @@ void test_nonfinite(Type type) {
   const int a = plan.conv(plan.input(), first), b = plan.max_pool(plan.conv(a, second), {3, 3, 2, 2, 1, 1});
   plan.finish(plan.linear(b, random.linear(72, 5, true)));
   const std::vector<uint32_t> samples = {130, 131};
-  const std::vector<float> wanted = on_cpu(plan, {5, 1, 1}, x, samples), got = outputs_of(plan, x, samples);
+  const std::vector<float> wanted = outputs_of(plan, {5, 1, 1}, x, kSeed, samples), got = device_outputs(plan, x, samples);
   for (size_t i = 0; i < got.size(); ++i)
     CHECK(std::isnan(got[i]) == std::isnan(wanted[i]) && std::isinf(got[i]) == std::isinf(wanted[i]),
           "%s: output %zu is %g, not %g", name(type), i, double(got[i]), double(wanted[i]));
@@ -493,7 +463,7 @@ void test_nonfinite(Type type) {
     }
   const cuda::Engine engine(plan, 0);
   std::vector<char> workspace(engine.workspace(6, 2, false) + 256);
-  cuda::DeviceRun run = {x.data.data(), 6, &kSeed, samples.data(), 2};
+  cuda::DeviceRun run = {x.data.data(), 6, chips_of(samples)};
   run.labels = labels.data();
   run.correct = correct.data();
   run.nonfinite = nonfinite.data();
@@ -528,7 +498,7 @@ void test_mistakes() {
   const uint32_t sample = 0;
   float outputs[9];
   std::vector<char> workspace(engine.workspace(1, 1, false));
-  cuda::DeviceRun run = {x.data.data(), 1, &kSeed, &sample, 1};
+  cuda::DeviceRun run = {x.data.data(), 1, {&kSeed, &sample, 1}};
   run.outputs = outputs;
   run.workspace = workspace.data();
   run.workspace_bytes = workspace.size() - 1;
@@ -546,7 +516,7 @@ void test_mistakes() {
 
 // ---- the runtime's limits and errors --------------------------------------------------------------------------------
 
-// A layer whose tensors are of no interest: 2 x 2 x 4 numbers in and out.
+// A layer with arbitrary tensors, 2 x 2 x 4 numbers in and out.
 struct SmallLayer {
   static constexpr size_t kSize = 2 * 2 * 4, kSamples = 5;
   alignas(16) float x[kSize * kSamples + 4], weight[16], y[kSize * kSamples + 4];
@@ -563,10 +533,8 @@ struct SmallLayer {
     run.channels = run.outputs = 4;
     run.in_h = run.in_w = 2;
     run.kernel_h = run.kernel_w = run.stride_h = run.stride_w = run.dilation_h = run.dilation_w = run.groups = 1;
-    run.seed = &kSeed;
-    run.samples = samples;
-    run.sample_count = kSamples;
-    run.noise = {7, 0.5, -0.125};
+    run.chips = {&kSeed, samples, kSamples};
+    run.noise = lognormal_noise(7, 0.5, -0.125);
   }
   std::vector<float> outputs() {
     std::fill(y, y + kSize * kSamples, NAN);
@@ -575,7 +543,7 @@ struct SmallLayer {
   }
 };
 
-// The message of the error that `work` ends with.
+// The message of the error thrown by `work`.
 template <class Error = std::runtime_error, class Work>
 std::string error_of(const Work& work) {
   try {
@@ -595,14 +563,14 @@ void fails_next(const char* call, cudaError_t error) {
 
 bool contains(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
 
-// An error is thrown once and then forgotten, by correctnet and by the runtime.
+// An error is thrown once and then cleared in the runtime.
 void test_errors_do_not_stay() {
   SmallLayer layer;
   const std::vector<float> wanted = layer.outputs();
-  const auto works = [&](const char* behind) {
-    CHECK(cudaPeekAtLastError() == cudaSuccess, "an error is left behind %s", behind);
-    std::string error = error_of([&] { CHECK(layer.outputs() == wanted, "other outputs behind %s", behind); });
-    CHECK(error == "no error", "behind %s: %s", behind, error.c_str());
+  const auto works = [&](const char* call) {
+    CHECK(cudaPeekAtLastError() == cudaSuccess, "an error is left after %s", call);
+    std::string error = error_of([&] { CHECK(layer.outputs() == wanted, "other outputs after %s", call); });
+    CHECK(error == "no error", "after %s: %s", call, error.c_str());
   };
   for (const char* call : {"cudaGetDevice", "cudaDeviceGetAttribute", "cudaFuncSetAttribute", "cudaLaunchKernel"}) {
     fails_next(call, cudaErrorInvalidValue);
@@ -610,7 +578,7 @@ void test_errors_do_not_stay() {
     CHECK(contains(error, "CUDA, ") && !shim_failing, "%s that fails: %s", call, error.c_str());
     works(call);
   }
-  // Others' errors are none of ours, and stay theirs.
+  // Errors of other code are not reported, and are not cleared.
   shim_last_error = cudaErrorInvalidConfiguration;
   const std::string error = error_of([&] { CHECK(layer.outputs() == wanted, "other outputs"); });
   CHECK(error == "no error", "an error of others: %s", error.c_str());
@@ -629,7 +597,7 @@ void test_advice() {
   const auto problem = [](const char* call, cudaError_t error) {
     fails_next(call, error);
     const std::string why = cuda::problem(0);
-    CHECK(cudaPeekAtLastError() == cudaSuccess && !shim_failing, "%s: the error is left behind", call);
+    CHECK(cudaPeekAtLastError() == cudaSuccess && !shim_failing, "%s: the error is not cleared", call);
     return why;
   };
   for (const char* call : {"cudaGetDevice", "cudaSetDevice", "cudaFuncGetAttributes"}) {
@@ -641,14 +609,14 @@ void test_advice() {
     CHECK(contains(why, "CORRECTNET_CUDA_ARCHS=native"), "no code for this GPU: %s", why.c_str());
   }
   CHECK(cuda::problem(0).empty(), "a device that works has a problem: %s", cuda::problem(0).c_str());
-  // The same remedies where it is only found out later.
+  // The same advice if the error occurs later.
   SmallLayer layer;
   fails_next("cudaLaunchKernel", cudaErrorNoKernelImageForDevice);
   const std::string late = error_of([&] { layer.outputs(); });
   CHECK(contains(late, "CORRECTNET_CUDA_ARCHS=native"), "no code, at a launch: %s", late.c_str());
 }
 
-// Work is done on the device that is named, and the thread's device is what it was.
+// Work runs on the named device, and the current device of the thread does not change.
 void test_devices() {
   SmallLayer layer;
   const std::vector<float> wanted = layer.outputs();
@@ -660,7 +628,8 @@ void test_devices() {
   layer.run.device = 1;
   CHECK(layer.outputs() == wanted, "convolve: another device, other outputs");
   done_on(1, "convolve");
-  cuda::NoisyWeights job = {nullptr, layer.y, false, true, 4, 1, 4, &kSeed, layer.samples, 2, {7, 0.5, 0}, 1};
+  cuda::NoisyWeights job = {nullptr, layer.y, false, {4, 1, 4, true}, {&kSeed, layer.samples, 2},
+                            lognormal_noise(7, 0.5, 0), 1};
   shim_launched_on = 0;
   cuda::noisy_weight(job);
   done_on(1, "noisy_weight");
@@ -672,14 +641,15 @@ void test_devices() {
   CHECK(cudaPeekAtLastError() == cudaSuccess, "an error is left");
 }
 
-// More samples than a grid counts take several launches; none of them, or no images, none.
+// More samples than a grid can count need several launches; no samples or no images need none.
 void test_many_samples() {
   SmallLayer layer;
   const std::vector<float> wanted = layer.outputs();
   layer.run.x_shared = true;
   const std::vector<float> wanted_shared = layer.outputs();
   layer.run.x_shared = false;
-  cuda::NoisyWeights job = {layer.weight, layer.y, false, true, 4, 1, 4, &kSeed, layer.samples, 5, {7, 0.5, 0}};
+  cuda::NoisyWeights job = {layer.weight, layer.y, false, {4, 1, 4, true}, {&kSeed, layer.samples, 5},
+                            lognormal_noise(7, 0.5, 0)};
   cuda::noisy_weight(job);
   const std::vector<float> weights(layer.y, layer.y + 80);
   std::vector<uint16_t> half(80), half_again(80);
@@ -699,10 +669,10 @@ void test_many_samples() {
   CHECK(std::vector<float>(layer.y, layer.y + 80) == weights, "noisy_weight: two samples a launch give other weights");
   shim_most_blocks = 65535;
 
-  job.sample_count = layer.run.sample_count = 0;
+  job.chips.count = layer.run.chips.count = 0;
   CHECK(error_of([&] { cuda::noisy_weight(job); layer.outputs(); }) == "no error", "no samples are an error");
-  job.sample_count = layer.run.sample_count = 5;
-  job.rows = layer.run.images = 0;
+  job.chips.count = layer.run.chips.count = 5;
+  job.shape.rows = layer.run.images = 0;
   CHECK(error_of([&] { cuda::noisy_weight(job); layer.outputs(); }) == "no error", "no weights or images are an error");
 }
 
@@ -738,7 +708,7 @@ void test_sizes() {
 
 }  // namespace
 
-// The kernels with barriers, a tile or two each: 256 threads of the system that wait for each other take their time.
+// The kernels with barriers, on a tile or two each: 256 system threads that wait for each other are slow.
 void look_for_races() {
   const Case small = {3, 8, 8, 10, 3, 3, 1, 1, 1, 1, 5, false}, sliced = {40, 3, 3, 20, 3, 3, 1, 1, 1, 1, 2, false},
              wide = {1, 9, 9, 6, 5, 5, 1, 0, 1, 1, 1, false}, strided = {5, 7, 5, 17, 3, 3, 2, 1, 1, 1, 1, false},

@@ -1,5 +1,5 @@
-// Whole networks: noise is that of the specification whatever the tiles and chunks, networks compute what naive loops
-// do, and neither threads nor chunks nor memory change a bit of it.
+// Whole networks: noise is that of the specification whatever the tiles and chunks, networks agree with the
+// specification of their operations, and neither threads nor chunks nor memory limits change a bit.
 //
 //   cmake --preset release -S csrc && cmake --build build/release && build/release/tests/test_engine
 #include <cmath>
@@ -8,51 +8,14 @@
 #include <stdexcept>
 #include <string>
 
-#include "naive.h"
 #include "networks.h"
+#include "specification.h"
 #include "testing.h"
 
 using namespace correctnet;
-using naive::Tensor;
+using specification::Tensor;
 
 namespace {
-
-const char* name(Type type) { return type == Type::float32 ? "float32" : "bfloat16"; }
-
-float bfloat16(float a) { return noise::from_bits(uint32_t(noise::bfloat16(a)) << 16); }
-
-// The weights of a chip, one at a time, from the scalar code.
-std::vector<float> noisy_weights(const std::vector<float>& weight, const LayerNoise& layer, uint64_t seed,
-                                 uint32_t sample) {
-  const Noise n{seed, layer.layer, sample, layer.sigma, layer.shift};
-  std::vector<float> noisy(weight.size());
-  for (size_t i = 0; i < noisy.size(); ++i) {
-    const uint32_t word = noise::words(n, uint32_t(i / 4)).word[i % 4];
-    noisy[i] = noise::multiply(weight[i], noise::lognormal(word, noise::log2_scale(n), noise::kNormal));
-  }
-  return noisy;
-}
-
-struct How {
-  int threads = 1, chunk_groups = 0;
-  size_t keep_bytes = 64 << 20;
-};
-
-std::vector<float> outputs_of(const Plan& plan, Shape out, const Tensor& images, uint64_t seed,
-                              const std::vector<uint32_t>& samples, How how = {}) {
-  std::vector<float> outputs(samples.size() * images.count * out.channels * out.height * out.width);
-  Run run;
-  run.images = images.data.data();
-  run.count = images.count;
-  run.seed = seed;
-  run.samples = samples;
-  run.threads = how.threads;
-  run.chunk_groups = how.chunk_groups;
-  run.keep_bytes = how.keep_bytes;
-  run.outputs = outputs.data();
-  plan.run(run);
-  return outputs;
-}
 
 // ---- noise ----------------------------------------------------------------------------------------------------------
 
@@ -65,7 +28,7 @@ void check_identity(const Kernels& kernels, Type type, Shape in, int outputs, in
   conv.groups = groups;
   conv.weight = random.normal(size_t(outputs) * in.height * in.width * in.channels / groups, 1);
   conv.pointwise = {};
-  conv.noise = LayerNoise{7, 0.5, -0.125};
+  conv.noise = lognormal_noise(7, 0.5, -0.125);
   const int places = in.channels * in.height * in.width;
   Tensor x(in, places);
   for (int i = 0; i < places; ++i) x.data[size_t(i) * places + i] = 1;
@@ -97,10 +60,11 @@ void check_identity(const Kernels& kernels, Type type, Shape in, int outputs, in
 
 // ---- networks -------------------------------------------------------------------------------------------------------
 
-// The operations of a Plan by naive loops, on the chip `sample`. Where a bfloat16 plan stores a value, it is rounded.
-class Naive {
+// The operations of a Plan by the specification, on the chip `sample`. Values are rounded where a bfloat16 plan stores
+// them.
+class Reference {
  public:
-  Naive(Type type, const Tensor& images, uint64_t seed, uint32_t sample) : type_(type), seed_(seed), sample_(sample) {
+  Reference(Type type, const Tensor& images, uint64_t seed, uint32_t sample) : type_(type), seed_(seed), sample_(sample) {
     add(images);
   }
   int input() const { return 0; }
@@ -108,7 +72,7 @@ class Naive {
   int conv(int x, Conv conv) {
     if (conv.noise) conv.weight = noisy_weights(conv.weight, *conv.noise, seed_, sample_);
     round(conv.weight);
-    return add(naive::conv<double>(values_[x], conv));
+    return add(specification::conv<double>(values_[x], conv));
   }
   int linear(int x, const Linear& linear) {
     const Shape s = values_[x].shape;
@@ -125,10 +89,10 @@ class Naive {
   int concat(const std::vector<int>& parts) {
     std::vector<const Tensor*> tensors;
     for (const int part : parts) tensors.push_back(&values_[part]);
-    return add(naive::concat(tensors));
+    return add(specification::concat(tensors));
   }
   int adaptive_average_pool(int x, int height, int width) {
-    return add(naive::adaptive_average_pool(values_[x], height, width));
+    return add(specification::adaptive_average_pool(values_[x], height, width));
   }
   const Tensor& last() const { return last_; }  // not rounded
 
@@ -151,14 +115,6 @@ class Naive {
   Tensor last_{{1, 1, 1}, 1};
 };
 
-Tensor random_images(Shape shape, int count) {
-  Tensor x(shape, count);
-  std::mt19937 random(9);
-  std::normal_distribution<float> normal;
-  for (float& f : x.data) f = normal(random);
-  return x;
-}
-
 // float32: some hundred roundings of 2^-24 a sum, through up to 21 layers. bfloat16: both sides round activations to 8
 // bits in the same places, but sums that differ in their last bit may round to neighbours, 2^-8 apart.
 template <class Build>
@@ -170,9 +126,9 @@ void check_network(const Kernels& kernels, Type type, const char* what, const Te
   const std::vector<float> got = outputs_of(plan, plan.shape(y), images, 42, samples);
   double error = 0, size = 0;
   for (size_t s = 0; s < samples.size(); ++s) {
-    Naive naive(type, images, 42, samples[s]);
-    build(naive);
-    const std::vector<float>& expected = naive.last().data;
+    Reference reference(type, images, 42, samples[s]);
+    build(reference);
+    const std::vector<float>& expected = reference.last().data;
     for (size_t i = 0; i < expected.size(); ++i) {
       error += std::pow(got[s * expected.size() + i] - expected[i], 2);
       size += std::pow(expected[i], 2);
@@ -187,13 +143,13 @@ void test_networks(const Kernels& kernels, Type type) {
   check_network(kernels, type, "LeNet-5, 3 channels", random_images({3, 32, 32}, 2),
                 [](auto& net) { return lenet5(net, 0.2); });
   const Tensor images = random_images({3, 32, 32}, 3);
-  for (const BatchNorm b : {BatchNorm::none, BatchNorm::before, BatchNorm::behind})
+  for (const BatchNorm b : {BatchNorm::none, BatchNorm::before, BatchNorm::after})
     check_network(kernels, type, "VGG16 / 16", images, [b](auto& net) { return vgg16(net, 0.3, b, 16); });
   check_network(kernels, type, "VGG16 / 16, compensated", images,
                 [](auto& net) { return vgg16(net, 0.3, BatchNorm::before, 16, 6, 5); });
 }
 
-// ---- what must not matter -------------------------------------------------------------------------------------------
+// ---- invariances ----------------------------------------------------------------------------------------------------
 
 void test_invariance(const Kernels& kernels, Type type) {
   const Tensor images = random_images({1, 14, 14}, 150);
@@ -207,8 +163,8 @@ void test_invariance(const Kernels& kernels, Type type) {
   const std::vector<uint32_t> samples = {0, 1, 2, 77, 3};
   const std::vector<float> expected = outputs_of(plan, out, images, 5, samples);
   for (const How how : {How{3, 1}, How{2, 2, 0}, How{8, 4, 6000}, How{1, 7, 0}, How{16, 1}})
-    CHECK(outputs_of(plan, out, images, 5, samples, how) == expected, "%s %s: %d threads, %d groups, %zu bytes",
-          kernels.name, name(type), how.threads, how.chunk_groups, how.keep_bytes);
+    CHECK(outputs_of(plan, out, images, 5, samples, how) == expected, "%s %s: %d threads, %d blocks, %zu bytes",
+          kernels.name, name(type), how.threads, how.chunk_blocks, how.keep_bytes);
 
   // one chip alone, on the last images alone
   Tensor few(images.shape, 21);
@@ -221,12 +177,7 @@ void test_invariance(const Kernels& kernels, Type type) {
   // correct predictions, with ties counted for the first
   std::vector<int64_t> labels(images.count), correct(samples.size()), counted(samples.size());
   for (int n = 0; n < images.count; ++n) labels[n] = n % 10;
-  Run run;
-  run.images = images.data.data();
-  run.count = images.count;
-  run.seed = 5;
-  run.samples = samples;
-  run.threads = 2;
+  Run run = run_of(images, 5, samples, {2});
   run.labels = labels.data();
   run.correct = correct.data();
   plan.run(run);
@@ -238,9 +189,9 @@ void test_invariance(const Kernels& kernels, Type type) {
   CHECK(correct == counted, "%s %s: correct predictions", kernels.name, name(type));
 }
 
-// What is not finite goes to the outputs of its image, where it is counted, and to no other image: neither beside it in
-// a vector nor in the chunk that comes next, into the same buffers. On every kind of pool, and for AMX, which multiplies
-// what lies behind a tensor by zeros.
+// NaN and infinity propagate to the outputs of their image, where they are counted, and to no other image, neither in
+// the same vector nor in the next chunk, which uses the same buffers. With all kinds of pools, and for AMX, which
+// multiplies what lies past a tensor by zeros.
 void test_nonfinite(const Kernels& kernels, Type type) {
   Tensor images = random_images({3, 17, 17}, 50), clean = images;
   const float inf = INFINITY;
@@ -263,14 +214,7 @@ void test_nonfinite(const Kernels& kernels, Type type) {
       std::vector<int64_t> labels(images.count), correct(samples.size()), nonfinite(samples.size());
       for (int n = 0; n < images.count; ++n)
         labels[n] = std::max_element(&wanted[n * 10], &wanted[n * 10] + 10) - &wanted[n * 10];
-      Run run;
-      run.images = images.data.data();
-      run.count = images.count;
-      run.seed = 5;
-      run.samples = samples;
-      run.threads = how.threads;
-      run.chunk_groups = how.chunk_groups;
-      run.keep_bytes = how.keep_bytes;
+      Run run = run_of(images, 5, samples, how);
       run.labels = labels.data();
       run.correct = correct.data();
       run.nonfinite = nonfinite.data();
@@ -304,7 +248,7 @@ void test_agreement() {
   for (const Isa isa : supported_isas()) {
     if (isa == Isa::portable) continue;
     Plan plan(Type::float32, kernels(isa), images.shape);
-    plan.finish(vgg16(plan, 0.3, BatchNorm::behind, 8, 2, 3));
+    plan.finish(vgg16(plan, 0.3, BatchNorm::after, 8, 2, 3));
     const std::vector<float> got = outputs_of(plan, {10, 1, 1}, images, 42, {1});
     if (first.empty()) first = got;
     CHECK(got == first, "%s", name(isa));
@@ -327,11 +271,11 @@ void test_clean_prefix(const Kernels& kernels, Type type) {
     plan.finish(y);
     return outputs_of(plan, plan.shape(y), images, 1, {8, 9}, {2, 1});
   };
-  c1.noise->sigma = c1.noise->shift = 0;  // sampled, but exactly the nominal weights
+  c1.noise->scale = c1.noise->offset = 0;  // sampled, but exactly the nominal weights
   CHECK(outputs({true, true, true}) == outputs({false, true, true}), "%s %s", kernels.name, name(type));
-  c2.noise->sigma = c2.noise->shift = 0;
+  c2.noise->scale = c2.noise->offset = 0;
   CHECK(outputs({true, true, true}) == outputs({false, false, true}), "%s %s", kernels.name, name(type));
-  c3.noise->sigma = c3.noise->shift = 0;
+  c3.noise->scale = c3.noise->offset = 0;
   CHECK(outputs({true, true, true}) == outputs({false, false, false}), "%s %s", kernels.name, name(type));
 }
 
@@ -374,9 +318,8 @@ void test_errors() {
     c.stride_h = 6;
     c.pool = true;
   });
-  conv_fails("outside the range", 72, [](Conv& c) { c.noise = LayerNoise{0, 14, 0}; });
-  conv_fails("outside the range", 72, [](Conv& c) { c.noise = LayerNoise{0, NAN, 0}; });
-  conv_fails("outside the range", 72, [](Conv& c) { c.noise = LayerNoise{0, -1, 0}; });
+  for (const double sigma : {14.0, double(NAN), -1.0})
+    check_throws("outside the range", [&] { lognormal_noise(0, sigma, 0); });
   check_throws("no value 1", [&] { plan_with([&](Plan& p) { p.conv(1, conv(2, 72, none)); }); });
   check_throws("144 numbers", [&] {
     plan_with([&](Plan& p) {

@@ -1,4 +1,4 @@
-// Every operation on every instruction set that this machine has, against naive loops. Small integers make the
+// Every operation on every instruction set that this machine has, against its specification. Small integers make the
 // comparison exact: products and sums are integers that float32 holds, so that their order does not matter.
 //
 //   cmake --preset release -S csrc && cmake --build build/release && build/release/tests/test_lanes
@@ -7,11 +7,11 @@
 #include <random>
 #include <string>
 
-#include "naive.h"
+#include "specification.h"
 #include "testing.h"
 
 using namespace correctnet;
-using naive::Tensor;
+using specification::Tensor;
 
 namespace {
 
@@ -39,15 +39,9 @@ std::vector<float> integers(std::mt19937& random, size_t n, int limit) {
 Conv conv_of(const Case& c, std::mt19937& random) {
   Conv conv;
   conv.outputs = c.outputs;
-  conv.kernel_h = c.kernel_h;
-  conv.kernel_w = c.kernel_w;
-  conv.stride_h = conv.stride_w = c.stride;
-  conv.padding_h = conv.padding_w = c.padding;
-  conv.dilation_h = conv.dilation_w = c.dilation;
-  conv.groups = c.groups;
-  conv.pool = c.pool;
+  set_geometry(conv, c);
   conv.weight = integers(random, size_t(c.outputs) * c.kernel_h * c.kernel_w * (c.in.channels / c.groups), 3);
-  switch (random() % 4) {  // nothing, bias, and BatchNorm before and behind ReLU; negative scales too
+  switch (random() % 4) {  // nothing, bias, and BatchNorm before and after ReLU; negative scales too
     case 1: conv.pointwise.shift = integers(random, c.outputs, 5); break;
     case 2:
       conv.pointwise.scale = integers(random, c.outputs, 2);
@@ -64,15 +58,10 @@ Conv conv_of(const Case& c, std::mt19937& random) {
   return conv;
 }
 
-Tensor outputs_of(const Plan& plan, int output, const Tensor& images, int chunk_groups = 0,
+Tensor outputs_of(const Plan& plan, int output, const Tensor& images, int chunk_blocks = 0,
                   size_t keep_bytes = 64 << 20) {
   Tensor out(plan.shape(output), images.count);
-  Run run;
-  run.images = images.data.data();
-  run.count = images.count;
-  run.samples = {0};
-  run.chunk_groups = chunk_groups;
-  run.keep_bytes = keep_bytes;
+  Run run = run_of(images, 0, {0}, {1, chunk_blocks, keep_bytes});
   run.outputs = out.data.data();
   plan.run(run);
   return out;
@@ -93,9 +82,9 @@ void check_conv(const Kernels& kernels, Type type, const Case& c, std::mt19937& 
   Conv conv = conv_of(c, random);
   Tensor x(c.in, c.count);
   x.data = integers(random, x.data.size(), 4);
-  const Tensor expected = naive::conv<double>(x, conv);
+  const Tensor expected = specification::conv<double>(x, conv);
   for (const bool noisy : {false, true}) {
-    if (noisy) conv.noise = LayerNoise{3, 0, 0};  // exp(0 * normal + 0) = 1: the way of noisy weights, exactly
+    if (noisy) conv.noise = lognormal_noise(3, 0, 0);  // exp(0 * normal + 0) = 1: the way of noisy weights, exactly
     Plan plan(type, kernels, c.in);
     const int y = plan.conv(plan.input(), conv);
     plan.finish(y);
@@ -151,7 +140,7 @@ void test_float_error(const Kernels& kernels) {
   Tensor x({128, 6, 6}, 16);
   for (float& f : conv.weight) f = normal(random);
   for (float& f : x.data) f = std::max(0.0f, normal(random));
-  const Tensor exact = naive::conv<double>(x, conv), plain = naive::conv<float>(x, conv);
+  const Tensor exact = specification::conv<double>(x, conv), plain = specification::conv<float>(x, conv);
   Plan plan(Type::float32, kernels, x.shape);
   const int y = plan.conv(plan.input(), conv);
   plan.finish(y);
@@ -179,13 +168,13 @@ void test_small_operations(const Kernels& kernels, Type type) {
       check_equal(kernels.name, type, what, outputs_of(plan, y, x, 1), expected);
     };
     for (const Window w : {Window{2, 2, 2, 2}, Window{3, 2, 2, 1, 1, 1}})
-      check("max_pool", naive::max_pool(x, w), [&](Plan& p) { return p.max_pool(p.input(), w); });
+      check("max_pool", specification::max_pool(x, w), [&](Plan& p) { return p.max_pool(p.input(), w); });
     // Windows of four, two and one: quarters and halves of small integers are exact.
     const auto begin = [](int i, int, int) { return 2 * i - 1; };
     const auto end = [](int i, int, int) { return 2 * i + 1; };
-    check("average_pool", naive::average_pool(x, 4, 4, begin, end),
+    check("average_pool", specification::average_pool(x, 4, 4, begin, end),
           [](Plan& p) { return p.average_pool(p.input(), {2, 2, 2, 2, 1, 1}); });
-    check("adaptive_average_pool", naive::adaptive_average_pool(x, 6, 6),
+    check("adaptive_average_pool", specification::adaptive_average_pool(x, 6, 6),
           [](Plan& p) { return p.adaptive_average_pool(p.input(), 6, 6); });
 
     const Pointwise f{std::vector<float>(channels, 2), std::vector<float>(channels, -3), true,
@@ -197,7 +186,7 @@ void test_small_operations(const Kernels& kernels, Type type) {
     Conv one;  // to one channel, so that what follows it begins at an odd one if `channels` is even
     one.outputs = 1;
     one.weight.assign(channels, 1);
-    const Tensor single = naive::conv<double>(x, one), joined = naive::concat({&x, &single, &x});
+    const Tensor single = specification::conv<double>(x, one), joined = specification::concat({&x, &single, &x});
     const auto concat = [&](Plan& p) { return p.concat({p.input(), p.conv(p.input(), one), p.input()}); };
     check("concat", joined, concat);
     Tensor flat({joined.shape.channels * 42, 1, 1}, x.count);

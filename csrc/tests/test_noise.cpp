@@ -1,9 +1,10 @@
 // The noise on every instruction set that this machine has: published vectors, frozen results of the specification
-// (correctnet/noise/specification.py), every one of the 2^32 words, and the vector code against the scalar one bit for bit.
+// (correctnet/noise/specification.py), every one of the 2^32 words, and the vector code against the scalar one bit for
+// bit.
 //
 //   test_noise DIRECTORY STRIDE    DIRECTORY of kat_*.txt; of the words, every STRIDE-th (an odd number; 1: all)
 //
-// Portable code takes at least every 61st word, as it would need minutes for all.
+// Portable code is tested on every 61st word at most, as all of them would take minutes.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -13,8 +14,8 @@
 #include <string>
 #include <vector>
 
-#include "../isa.h"
-#include "../noise_kernels.h"
+#include "cpu/isa.h"
+#include "cpu/noise_kernels.h"
 #include "check.h"
 #include "noise_cases.h"
 
@@ -65,7 +66,7 @@ void test_philox(const NoiseCases& cases, const std::string& directory) {
     CHECK(bool(words), "%s", line.c_str());
     const noise::Block scalar = noise::philox4x32({{v[0], v[1], v[2], v[3]}}, v[4] | uint64_t(v[5]) << 32);
     std::vector<uint32_t> vector(cases.step);
-    cases.words({v[4] | uint64_t(v[5]) << 32, v[2], v[1], 0, 0, v[3]}, v[0], vector.data());
+    cases.words({v[4] | uint64_t(v[5]) << 32, v[2], v[1], v[3], 0, 0}, v[0], vector.data());
     for (int i = 0; i < 4; ++i) {
       CHECK(scalar.word[i] == v[6 + i], "%s", line.c_str());
       CHECK(vector[i] == v[6 + i], "%s: %s", isa_name, line.c_str());
@@ -79,7 +80,7 @@ void test_words(const NoiseCases& cases) {
   std::mt19937_64 random(1);
   std::vector<uint32_t> vector(cases.step);
   for (int i = 0; i < 20000; ++i) {
-    const Noise noise{random(), uint32_t(random()), uint32_t(random()), 0, 0, uint32_t(random())};
+    const Noise noise{random(), uint32_t(random()), uint32_t(random()), uint32_t(random()), 0, 0};
     const uint32_t block = i % 2 ? uint32_t(random()) : uint32_t(-cases.step / 4);  // the last ones, too
     cases.words(noise, block, vector.data());
     for (int j = 0; j < cases.step; ++j) {
@@ -95,9 +96,12 @@ void test_frozen(const NoiseCases& cases, const std::string& directory) {
   int results = 0;
   for (const std::string& line : lines(directory + "/kat_lognormal.txt")) {
     std::istringstream words(line);
-    Noise noise{};
+    uint64_t seed = 0;
+    uint32_t layer = 0, sample = 0, purpose = 0;
+    double sigma = 0, shift = 0;
     int64_t first = 0;
-    words >> noise.seed >> noise.layer >> noise.sample >> noise.purpose >> noise.sigma >> noise.shift >> first >> std::hex;
+    words >> seed >> layer >> sample >> purpose >> sigma >> shift >> first >> std::hex;
+    const Noise noise = noise::on_chip(lognormal_noise(layer, sigma, shift, purpose), seed, sample);
     std::vector<uint32_t> expected;
     for (uint32_t u; words >> u;) expected.push_back(u);
     std::vector<float> factors(expected.size());
@@ -161,7 +165,7 @@ void test_exp2(const NoiseCases& cases, uint64_t stride) {
   std::vector<float> x;
   for (uint64_t u = 0; u <= noise::bits(126.0f); u += 1009 * std::min<uint64_t>(stride, 100))
     for (float sign : {1.0f, -1.0f}) x.push_back(sign * noise::from_bits(uint32_t(u)));
-  for (int i = -252; i <= 252; ++i)  // where the rounding to an integer turns over
+  for (int i = -252; i <= 252; ++i)  // where the rounding to an integer changes
     for (float f : {std::nextafter(i * 0.5f, -200.0f), i * 0.5f, std::nextafter(i * 0.5f, 200.0f)})
       x.push_back(std::min(126.0f, std::max(-126.0f, f)));
   x.resize((x.size() + 15) / 16 * 16);
@@ -177,7 +181,7 @@ void test_exp2(const NoiseCases& cases, uint64_t stride) {
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
 
-// Any start, length and alignment gives the bits of the scalar functions, and nothing is written beside the range.
+// Any start, length and alignment gives the bits of the scalar functions, and nothing is written outside the range.
 void test_fill(const NoiseCases& cases, int rounds) {
   constexpr float kGuard = 12345;
   std::mt19937_64 random(3);
@@ -188,8 +192,9 @@ void test_fill(const NoiseCases& cases, int rounds) {
     if (random() % 20 == 0) w = special[random() % 8];
   }
   for (int round = 0; round < rounds; ++round) {
-    const Noise noise{random(), uint32_t(random()), uint32_t(random()), 0.01 * (random() % 200),
-                      0.01 * (int(random() % 100) - 50), uint32_t(random() % 3)};
+    const double sigma = 0.01 * (random() % 200), mean = 0.01 * (int(random() % 100) - 50);
+    const Noise noise = noise::on_chip(lognormal_noise(uint32_t(random()), sigma, mean, uint32_t(random() % 3)), random(),
+                                       uint32_t(random()));
     const int64_t count = random() % (round % 4 ? 70 : 1000), shift = random() % 40;
     const int64_t first = round % 3 ? random() % 1000 : (int64_t(1) << 34) - count - random() % 9;
     std::vector<float> factors(count + 2 * 64, kGuard), products = factors;
@@ -199,16 +204,15 @@ void test_fill(const NoiseCases& cases, int rounds) {
     cases.fill_float32(nullptr, first, count, noise, &factors[64 - shift]);
     cases.fill_float32(base, first, count, noise, &products[64 - shift]);
     cases.fill_bfloat16(base, first, count, noise, &halves[64 - shift]);
-    const noise::Log2Scale log2 = noise::log2_scale(noise);
     for (int64_t i = -64 + shift; i < count + 64 + shift; ++i) {
       const size_t at = 64 - shift + i;
       if (i < 0 || i >= count) {
-        CHECK(factors[at] == kGuard && products[at] == kGuard && halves[at] == 0x4711, "%s: wrote beside the row",
+        CHECK(factors[at] == kGuard && products[at] == kGuard && halves[at] == 0x4711, "%s: wrote outside the row",
               isa_name);
         continue;
       }
       const noise::Block drawn = noise::words(noise, uint32_t((first + i) / 4));
-      const float factor = noise::lognormal(drawn.word[(first + i) % 4], log2, noise::kNormal);
+      const float factor = noise::lognormal(drawn.word[(first + i) % 4], noise, noise::kNormal);
       const float product = row[i] * factor;
       CHECK(noise::bits(factors[at]) == noise::bits(factor), "%s: factor %ld of %ld", isa_name, long(i), long(count));
       CHECK(noise::bits(products[at]) == noise::bits(product) || (product != product && products[at] != products[at]),
@@ -250,13 +254,14 @@ void test_bfloat16() {
 
 // ---- tensors --------------------------------------------------------------------------------------------------------
 
-// The library's functions: any number of threads and either memory order give the numbers of one row at a time.
+// The functions for tensors: any number of threads and either memory order give the results of one row at a time.
 void test_tensors() {
   std::mt19937_64 random(4);
-  for (const Layer layer : {Layer{7, 9, 5, false}, Layer{64, 9, 130, false}, Layer{3, 1, 50000, true}, Layer{0, 9, 5, true},
-                            Layer{300, 25, 6, true}, Layer{5, 4, 1, false}}) {
-    const Noise noise{random(), 3, 4, 0.5, -0.125};
-    const int64_t size = layer.taps * layer.channels, count = layer.rows * size;
+  for (const WeightShape shape : {WeightShape{7, 9, 5, false}, WeightShape{64, 9, 130, false},
+                                  WeightShape{3, 1, 50000, true}, WeightShape{0, 9, 5, true},
+                                  WeightShape{300, 25, 6, true}, WeightShape{5, 4, 1, false}}) {
+    const Noise noise = noise::on_chip(lognormal_noise(3, 0.5, -0.125), random(), 4);
+    const int64_t size = shape.taps * shape.channels, count = shape.rows * size;
     std::vector<float> weight(count), factors(count), all(count), out(count);
     std::vector<uint16_t> halves(count);
     for (float& w : weight) w = float(int(random() % 2001) - 1000) / 500;
@@ -264,12 +269,12 @@ void test_tensors() {
     for (int threads : {1, 2, 5}) {
       lognormal(noise, 0, count, all.data(), threads);
       CHECK(all == factors, "%s: factors with %d threads", isa_name, threads);
-      noisy_weight(noise, layer, weight.data(), out.data(), threads);
-      noisy_weight(noise, layer, weight.data(), halves.data(), threads);
+      noisy_weight(noise, shape, weight.data(), out.data(), threads);
+      noisy_weight(noise, shape, weight.data(), halves.data(), threads);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t row = i / size, place = i % size;  // (channels, taps) in memory, (taps, channels) as elements
         const int64_t element =
-            layer.channels_last ? i : row * size + place % layer.taps * layer.channels + place / layer.taps;
+            shape.channels_last ? i : row * size + place % shape.taps * shape.channels + place / shape.taps;
         const float product = weight[i] * factors[element];
         CHECK(out[i] == product, "%s: weight %ld with %d threads", isa_name, long(i), threads);
         CHECK(halves[i] == noise::bfloat16(product), "%s: weight %ld with %d threads", isa_name, long(i), threads);
@@ -293,7 +298,7 @@ void test_selection() {
 
 }  // namespace
 
-// What fast-math among the linker's flags would change for the whole process.
+// fast-math among the linker flags would change this for the whole process.
 void test_subnormals() {
   volatile float tiny = 1e-40f, one = 1;
   CHECK(tiny * one > 0, "subnormal numbers are zeros");

@@ -1,0 +1,369 @@
+// Convolution, pooling and the memory-bound operations, based on the register tile of lanes.h. Internal linkage.
+#pragma once
+
+#include "cpu/lanes.h"
+
+namespace correctnet {
+namespace {
+
+CN_INLINE Lanes apply(const Epilogue& e, int channel, Lanes a) {
+  a = fma(a, splat(e.scale[channel]), splat(e.shift[channel]));
+  if (e.relu) a = relu(a);
+  if (e.after_scale) a = fma(a, splat(e.after_scale[channel]), splat(e.after_shift[channel]));
+  return a;
+}
+
+// Writes channels first .. first + count - 1 (at most NC, `first` even) of one image vector. y: its vector in slot 0.
+// The partner of an odd last channel is set to zero: its sum of zero products is NaN where an input is infinite.
+template <class Math, int NC>
+CN_INLINE void store_channels(const ConvJob& job, char* y, int first, int count, const Lanes (&a)[NC]) {
+  const ptrdiff_t slot = ptrdiff_t(job.image_blocks) * kVectorBytes;
+  if (Math::kChannels == 1 || job.float_out) {
+#pragma GCC unroll 6
+    for (int c = 0; c < NC; ++c)
+      if (c < count) store(y + (first + c) * slot, a[c]);
+  } else {
+#pragma GCC unroll 3
+    for (int c = 0; c < NC; c += 2)
+      if (c < count) store_pair(y + (first + c) / 2 * slot, a[c], c + 1 < count ? a[c + 1] : zero());
+  }
+}
+
+template <class Math, int NC>
+struct PanelConv {
+  const ConvJob& job;
+  const ConvShape& shape;
+  const Panel& panel;
+  const char* weights;
+
+  ptrdiff_t slot() const { return ptrdiff_t(job.image_blocks) * kVectorBytes; }
+  ptrdiff_t pixel() const { return shape.in_slots * slot(); }
+  char* out(int row, int col, int width) const {
+    return job.y + (ptrdiff_t(row) * width + col) * job.out_slots * slot();
+  }
+
+  // sum[v][c] = sum of x * w over the taps inside the input and over the slots. Image vector v is at job.x + at[v].
+  template <int NV>
+  CN_INLINE void accumulate(Lanes (&sum)[NV][NC], Taps row, Taps col, const ptrdiff_t (&at)[NV]) const {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v)
+#pragma GCC unroll 6
+      for (int c = 0; c < NC; ++c) sum[v][c] = zero();
+    const ptrdiff_t step = slot(), tap_weights = ptrdiff_t(panel.slots) * NC * Math::kWeightBytes;
+    // Where neighbouring taps are adjacent in memory, one run covers the whole kernel row.
+    const bool joined = shape.dilation_w == 1 && panel.slots == shape.in_slots;
+    const int runs = joined ? 1 : col.last - col.first;
+    const int length = joined ? (col.last - col.first) * panel.slots : panel.slots;
+    for (int ky = row.first; ky < row.last; ++ky) {
+      const char* x = job.x + panel.slot * step +
+                      (ptrdiff_t(row.start + (ky - row.first) * shape.dilation_h) * shape.in_w + col.start) * pixel();
+      const char* w = weights + (ky * shape.kernel_w + col.first) * tap_weights;
+      for (int run = 0; run < runs; ++run, x += shape.dilation_w * pixel()) {
+        const char* p = x;
+        for (int k = 0; k < length; ++k, p += step, w += NC * Math::kWeightBytes) Math::step(sum, p, at, w);
+      }
+    }
+  }
+
+  // NV image vectors, `in` apart in x and `out_step` apart in y: NV image blocks at one pixel, or one block at
+  // neighbouring pixels that see the same taps.
+  template <int NV>
+  CN_INLINE void plain(int row, int col, int block, ptrdiff_t in, ptrdiff_t out_step) const {
+    Lanes sum[NV][NC];
+    ptrdiff_t at[NV];
+    for (int v = 0; v < NV; ++v) at[v] = block * kVectorBytes + v * in;
+    accumulate<NV>(sum, shape.rows[row], shape.cols[col], at);
+    char* y = out(row, col, shape.out_w) + block * kVectorBytes;
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+#pragma GCC unroll 6
+      for (int c = 0; c < NC; ++c) sum[v][c] = apply(job.epilogue, panel.first + c, sum[v][c]);
+      store_channels<Math, NC>(job, y + v * out_step, panel.first, panel.outputs, sum[v]);
+    }
+  }
+
+  // The same for the four pixels of a pool window, one after the other.
+  template <int NV>
+  CN_INLINE void pooled(int row, int col, int block) const {
+    alignas(kVectorBytes) float best[NV][NC][kLanes];
+    ptrdiff_t at[NV];
+    for (int v = 0; v < NV; ++v) {
+      at[v] = (block + v) * kVectorBytes;
+      for (int c = 0; c < NC; ++c) store(best[v][c], splat(-__builtin_inff()));
+    }
+    for (int i = 0; i < 4; ++i) {
+      Lanes sum[NV][NC];
+      accumulate<NV>(sum, shape.rows[2 * row + i / 2], shape.cols[2 * col + i % 2], at);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v)
+#pragma GCC unroll 6
+        for (int c = 0; c < NC; ++c)
+          store(best[v][c], max(load(best[v][c]), apply(job.epilogue, panel.first + c, sum[v][c])));
+    }
+    char* y = out(row, col, shape.out_w / 2);
+    for (int v = 0; v < NV; ++v) {
+      Lanes a[NC];
+#pragma GCC unroll 6
+      for (int c = 0; c < NC; ++c) a[c] = load(best[v][c]);
+      store_channels<Math, NC>(job, y + at[v], panel.first, panel.outputs, a);
+    }
+  }
+
+  // The same with the four pixels as the four vectors of the tile, for one block; all of them see every tap.
+  CN_INLINE void quad(int row, int col, int block) const {
+    const ptrdiff_t right = shape.stride_w * pixel(), down = ptrdiff_t(shape.stride_h) * shape.in_w * pixel();
+    const ptrdiff_t image = ptrdiff_t(block) * kVectorBytes;
+    const ptrdiff_t at[4] = {image, image + right, image + down, image + down + right};
+    Lanes sum[4][NC], a[NC];
+    accumulate<4>(sum, shape.rows[2 * row], shape.cols[2 * col], at);
+#pragma GCC unroll 6
+    for (int c = 0; c < NC; ++c) {
+      if (!job.epilogue.monotone)
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) sum[v][c] = apply(job.epilogue, panel.first + c, sum[v][c]);
+      a[c] = max(max(sum[0][c], sum[1][c]), max(sum[2][c], sum[3][c]));
+      if (job.epilogue.monotone) a[c] = apply(job.epilogue, panel.first + c, a[c]);
+    }
+    store_channels<Math, NC>(job, out(row, col, shape.out_w / 2) + image, panel.first, panel.outputs, a);
+  }
+
+  static CN_INLINE bool whole(const Taps* pair, int kernel) {
+    return pair[0].last - pair[0].first == kernel && pair[1].last - pair[1].first == kernel;
+  }
+
+  // Two neighbouring pool windows of one block, the four pixels of each of their rows being a tile.
+  CN_INLINE void two_windows(int row, int col, int block) const {
+    ptrdiff_t at[4];
+    for (int v = 0; v < 4; ++v) at[v] = block * kVectorBytes + v * shape.stride_w * pixel();
+    alignas(kVectorBytes) float best[2][NC][kLanes];
+    for (int i = 0; i < 2; ++i) {
+      Lanes sum[4][NC];
+      accumulate<4>(sum, shape.rows[2 * row + i], shape.cols[2 * col], at);
+#pragma GCC unroll 2
+      for (int w = 0; w < 2; ++w)
+#pragma GCC unroll 6
+        for (int c = 0; c < NC; ++c) {
+          const Lanes a = max(apply(job.epilogue, panel.first + c, sum[2 * w][c]),
+                              apply(job.epilogue, panel.first + c, sum[2 * w + 1][c]));
+          store(best[w][c], i ? max(load(best[w][c]), a) : a);
+        }
+    }
+    for (int w = 0; w < 2; ++w) {
+      Lanes a[NC];
+#pragma GCC unroll 6
+      for (int c = 0; c < NC; ++c) a[c] = load(best[w][c]);
+      store_channels<Math, NC>(job, out(row, col + w, shape.out_w / 2) + block * kVectorBytes, panel.first,
+                               panel.outputs, a);
+    }
+  }
+
+  // Whether `count` columns from `col` on see the same taps.
+  CN_INLINE bool alike(int col, int count) const {
+    if (col + count > shape.out_w) return false;
+    for (int i = 1; i < count; ++i)
+      if (shape.cols[col + i].first != shape.cols[col].first || shape.cols[col + i].last != shape.cols[col].last)
+        return false;
+    return true;
+  }
+
+  template <int NV>
+  CN_INLINE void vectors(int row, int col, int block) const {
+    if (shape.pool)
+      pooled<NV>(row, col, block);
+    else
+      plain<NV>(row, col, block, kVectorBytes, kVectorBytes);
+  }
+
+  // Computes as many columns from `col` on as one tile covers, and returns their number.
+  CN_INLINE int output_columns(int row, int col) const {
+    int block = 0, columns = 1;
+    if constexpr (kMaxVectors == 4) {
+      const ptrdiff_t right = shape.stride_w * pixel(), out_right = job.out_slots * slot();
+      if (shape.pool) {
+        if (whole(shape.rows + 2 * row, shape.kernel_h) && whole(shape.cols + 2 * col, shape.kernel_w)) {
+          for (; block < job.image_blocks; ++block) quad(row, col, block);
+        } else if (job.image_blocks < 4 && 2 * col + 4 <= shape.out_w && alike(2 * col, 4)) {
+          for (columns = 2; block < job.image_blocks; ++block) two_windows(row, col, block);
+        }
+      } else if (job.image_blocks < 4 && alike(col, 4)) {
+        for (columns = 4; block < job.image_blocks; ++block) plain<4>(row, col, block, right, out_right);
+      } else if (job.image_blocks < 2 && alike(col, 2)) {
+        for (columns = 2; block < job.image_blocks; ++block) plain<2>(row, col, block, right, out_right);
+      }
+      for (; block + 4 <= job.image_blocks; block += 4) vectors<4>(row, col, block);
+      for (; block + 2 <= job.image_blocks; block += 2) vectors<2>(row, col, block);
+    }
+    for (; block < job.image_blocks; ++block) vectors<1>(row, col, block);
+    return columns;
+  }
+
+  __attribute__((noinline)) void output_row(int row) const {
+    const int width = shape.pool ? shape.out_w / 2 : shape.out_w;
+    for (int col = 0; col < width;) col += output_columns(row, col);
+  }
+};
+
+// Rows are the outer loop, panels the inner: the rows of x under the kernel stay in the cache for all panels.
+template <class Math>
+void conv(const ConvJob& job) {
+  const ConvShape& shape = *job.shape;
+  const int rows = shape.pool ? shape.out_h / 2 : shape.out_h;
+  for (int row = 0; row < rows; ++row)
+    for (int i = 0; i < job.panel_count; ++i) {
+      const Panel& panel = job.panels[i];
+      const char* weights = job.packed + (panel.offset - job.panels[0].offset);
+      switch (panel.width) {
+        case 2: PanelConv<Math, 2>{job, shape, panel, weights}.output_row(row); break;
+        case 4: PanelConv<Math, 4>{job, shape, panel, weights}.output_row(row); break;
+        case 6: PanelConv<Math, 6>{job, shape, panel, weights}.output_row(row); break;
+      }
+    }
+}
+
+// ---- memory-bound operations ----------------------------------------------------------------------------------------
+
+// A slot as one vector (float32) or two (bfloat16: the even and the odd channels).
+template <class Math>
+struct Slot {
+  Lanes a[Math::kChannels];
+};
+
+template <class Math>
+CN_INLINE Slot<Math> load_slot(const char* p) {
+  if constexpr (Math::kChannels == 1)
+    return {{load(p)}};
+  else
+    return {{load_even(p), load_odd(p)}};
+}
+
+template <class Math>
+CN_INLINE void store_slot(char* p, const Slot<Math>& s) {
+  if constexpr (Math::kChannels == 1)
+    store(p, s.a[0]);
+  else
+    store_pair(p, s.a[0], s.a[1]);
+}
+
+template <class Math>
+void pool(const PoolJob& job) {
+  const int vectors = job.slots * job.image_blocks;
+  const ptrdiff_t pixel = ptrdiff_t(vectors) * kVectorBytes;
+  for (int i = 0; i < job.out_h; ++i)
+    for (int j = 0; j < job.out_w; ++j) {
+      const Taps row = job.rows[i], col = job.cols[j];
+      const Lanes size = splat(float(job.divisor ? job.divisor : (row.last - row.first) * (col.last - col.first)));
+      const char* x = job.x + (ptrdiff_t(row.start) * job.in_w + col.start) * pixel;
+      char* y = job.y + (ptrdiff_t(i) * job.out_w + j) * pixel;
+      for (int v = 0; v < vectors; ++v) {
+        Slot<Math> sum = load_slot<Math>(x + ptrdiff_t(v) * kVectorBytes);
+        for (int h = 0; h < row.last - row.first; ++h)
+          for (int w = h == 0; w < col.last - col.first; ++w) {
+            const Slot<Math> s =
+                load_slot<Math>(x + (ptrdiff_t(h) * job.in_w + w) * pixel + ptrdiff_t(v) * kVectorBytes);
+            for (int c = 0; c < Math::kChannels; ++c)
+              sum.a[c] = job.average ? add(sum.a[c], s.a[c]) : max(sum.a[c], s.a[c]);
+          }
+        if (job.average)
+          for (int c = 0; c < Math::kChannels; ++c) sum.a[c] = div(sum.a[c], size);
+        store_slot<Math>(y + ptrdiff_t(v) * kVectorBytes, sum);
+      }
+    }
+}
+
+template <class Math>
+void pointwise(const PointwiseJob& job) {
+  ptrdiff_t offset = 0;
+  for (int p = 0; p < job.pixels; ++p)
+    for (int slot = 0; slot < job.slots; ++slot)
+      for (int block = 0; block < job.image_blocks; ++block, offset += kVectorBytes) {
+        Slot<Math> s = load_slot<Math>(job.a + offset);
+        if (job.b) {
+          const Slot<Math> b = load_slot<Math>(job.b + offset);
+          for (int c = 0; c < Math::kChannels; ++c) s.a[c] = add(s.a[c], b.a[c]);
+        }
+        for (int c = 0; c < Math::kChannels; ++c) s.a[c] = apply(job.epilogue, slot * Math::kChannels + c, s.a[c]);
+        store_slot<Math>(job.y + offset, s);
+      }
+}
+
+// Where a channel of a bfloat16 pixel is: a slot, and half of its 4-byte lanes.
+struct Half {
+  const char* slot;
+  int shift;
+  ptrdiff_t step;  // to the next block
+};
+
+alignas(kVectorBytes) const char kZeros[kVectorBytes] = {};
+
+CN_INLINE Half half_of(const char* pixel, int channel, ptrdiff_t slot_bytes) {
+  if (!pixel) return {kZeros, 0, 0};
+  return {pixel + channel / 2 * slot_bytes, channel % 2 * 16, kVectorBytes};
+}
+
+CN_INLINE void store_halves(char* y, Half even, Half odd, int image_blocks) {
+  for (int g = 0; g < image_blocks; ++g, y += kVectorBytes, even.slot += even.step, odd.slot += odd.step) {
+    uint32_t a[kLanes], b[kLanes];
+    memcpy(a, even.slot, sizeof a);
+    memcpy(b, odd.slot, sizeof b);
+    for (int i = 0; i < kLanes; ++i) a[i] = (a[i] >> even.shift & 0xffff) | b[i] >> odd.shift << 16;
+    memcpy(y, a, sizeof a);
+  }
+}
+
+// (h, w, c) -> (c, h, w)
+template <class Math>
+void flatten(const FlattenJob& job) {
+  const ptrdiff_t slot = ptrdiff_t(job.image_blocks) * kVectorBytes;
+  const ptrdiff_t pixel = (job.channels + Math::kChannels - 1) / Math::kChannels * slot;
+  char* y = job.y;
+  Half even = {};
+  int n = 0;
+  for (int c = 0; c < job.channels; ++c)
+    for (int i = 0; i < job.pixels; ++i, ++n) {
+      if (Math::kChannels == 1) {
+        memcpy(y, job.x + i * pixel + c * slot, slot);
+        y += slot;
+        continue;
+      }
+      const Half half = half_of(job.x + i * pixel, c, slot);
+      if (n % 2) {
+        store_halves(y, even, half, job.image_blocks);
+        y += slot;
+      } else {
+        even = half;
+      }
+    }
+  if (Math::kChannels == 2 && n % 2) store_halves(y, even, half_of(nullptr, 0, slot), job.image_blocks);
+}
+
+template <class Math>
+void assemble(const AssembleJob& job) {
+  const ptrdiff_t slot = ptrdiff_t(job.image_blocks) * kVectorBytes;
+  const Half zeros = half_of(nullptr, 0, slot);
+  Half even = zeros;  // of a slot that waits for its odd channel
+  int channel = 0;
+  for (int i = 0; i < job.run_count; ++i) {
+    const ChannelRun& run = job.runs[i];
+    int done = 0;
+    if (run.pixel && (channel | run.channel) % Math::kChannels == 0) {
+      const int whole = run.count / Math::kChannels;
+      memcpy(job.y + channel / Math::kChannels * slot, run.pixel + run.channel / Math::kChannels * slot, whole * slot);
+      done = whole * Math::kChannels;
+    } else if (Math::kChannels == 1) {
+      memset(job.y + channel * slot, 0, run.count * slot);
+      done = run.count;
+    }
+    for (; done < run.count; ++done) {
+      const Half half = half_of(run.pixel, run.channel + done, slot);
+      if ((channel + done) % 2)
+        store_halves(job.y + (channel + done) / 2 * slot, even, half, job.image_blocks);
+      else
+        even = half;
+    }
+    channel += run.count;
+  }
+  if (Math::kChannels == 2 && channel % 2) store_halves(job.y + channel / 2 * slot, even, zeros, job.image_blocks);
+}
+
+}  // namespace
+}  // namespace correctnet
