@@ -110,7 +110,7 @@ def test_committed_table_is_the_fit() -> None:
 
 
 def test_both_copies_of_the_table_are_equal() -> None:
-    assert normal_table.CSRC_PATH.read_bytes() == reference.NORMAL_PATH.read_bytes()
+    assert normal_table.CSRC_PATH.read_bytes() == specification.NORMAL_PATH.read_bytes()
 
 
 def test_normal_is_accurate_at_the_borders_and_between() -> None:
