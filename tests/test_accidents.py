@@ -1,4 +1,4 @@
-"""Accidents, each of them for real: kills, lost and cut files, a second run, a full disk, a folder that moves."""
+"""Real accidents: kills, lost and truncated files, a second run, a full disk, a folder that moves."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def pretrain(out: Path, **options: object) -> subprocess.Popen:
 
 
 def finished(process: subprocess.Popen) -> str:
-    """What a process printed that must end well."""
+    """The output of a process that must succeed."""
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return output
@@ -66,14 +66,14 @@ def leftovers(folder: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
-    """A training that nothing happened to."""
+    """The folder of an uninterrupted training."""
     out = tmp_path_factory.mktemp("undisturbed") / "p"
     finished(pretrain(out))
     return out
 
 
 def check_continued(out: Path, before: int, undisturbed: Path) -> None:
-    """The training at `out` was killed after at least `before` epochs, went on, and gave what no accident gives."""
+    """Check that a training killed after at least `before` epochs resumed, with the result of an uninterrupted one."""
     log = pd.read_csv(out / "log.csv")
     assert list(log["epoch"]) == list(range(1, EPOCHS + 1)), "every epoch once"
     first = (log["process"] == 1).sum()
@@ -97,7 +97,7 @@ def test_a_training_that_is_killed_goes_on(tmp_path, undisturbed, number):
         line = f"stopped by {number.name}; the same command goes on from what is done"
         assert output.splitlines()[-1] == line
         assert "Traceback" not in output
-        assert not leftovers(tmp_path), "nothing half written stays"
+        assert not leftovers(tmp_path), "temporary files are removed"
     before = rows(out / "log.csv")
     assert 4 <= before < EPOCHS
     finished(pretrain(out))
@@ -106,7 +106,7 @@ def test_a_training_that_is_killed_goes_on(tmp_path, undisturbed, number):
 
 @pytest.fixture(scope="module")
 def searched(folder, tmp_path_factory):
-    """The arguments of a search, and what an undisturbed one gives."""
+    """The arguments of a search, and the folder of an uninterrupted one."""
     one = folder / "results" / "one"
     arguments = ["search", "--config", folder / "config.yaml", "--pair", "one", "--evaluations", 5, "--episodes", 30]
     arguments += ["--limit", 1.0, "--train-images", 1200, "--train-epochs", 2]
@@ -248,18 +248,19 @@ def killed_in_mid_run(tmp_path: Path) -> tuple[Path, Path]:
     return run, log
 
 
-def readme_block(mark: str) -> list[str]:
+def documented(mark: str) -> list[str]:
     """The commands of the block after <!-- mark --> in docs/cluster.md, without comments."""
-    block = re.search(rf"<!-- {mark} -->\n```sh\n(.*?)```", (ROOT / "docs/cluster.md").read_text(), re.DOTALL)
+    text = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    block = re.search(rf"<!-- {mark} -->\n```sh\n(.*?)```", text, re.DOTALL)
     return [line.split("#")[0].strip() for line in block[1].splitlines() if line.split("#")[0].strip()]
 
 
 @pytest.mark.e2e
-def test_the_head_process_is_killed_and_the_readme_s_recovery_works(tmp_path):
+def test_the_head_process_is_killed_and_the_documented_recovery_works(tmp_path):
     run, log = killed_in_mid_run(tmp_path)
     before = rows(log)
     assert before < 40
-    commands = readme_block("recovery")
+    commands = documented("recovery")
     assert len(commands) <= 5
     for command in commands:
         done = subprocess.run(command, shell=True, cwd=run, env=environment(), capture_output=True, text=True)
@@ -281,7 +282,7 @@ def test_a_second_run_in_the_same_folder_refuses_and_touches_nothing(tmp_path):
     run = long_run(tmp_path)
     first = start(run, "--cores", 2, "results/one/pretrain/model.safetensors")
     wait_for(lambda: rows(run / "results" / "one" / "pretrain" / "log.csv") >= 2, first)
-    os.killpg(first.pid, signal.SIGSTOP)  # so that what changes is the second's doing
+    os.killpg(first.pid, signal.SIGSTOP)  # whatever changes now was changed by the second
     try:
         before = snapshot(run / "results")
         for options, message in (([], "IncompleteFilesException"), (["--rerun-incomplete"], "LockException")):

@@ -590,3 +590,19 @@ def test_stages_before_compensation_refuse_a_compensated_network(chain, tmp_path
 def test_fine_tuning_begins_with_a_compensated_network(chain, tmp_path):
     line = fail("finetune", *FAST, "--compensated", chain / "suppress", "--out", tmp_path / "out")
     assert f"finetune: {chain / 'suppress'} is no model of `compensate`" in line
+
+
+def test_help_imports_neither_torch_nor_pandas():
+    code = "import sys; from correctnet.cli import main; main(['evaluate', '--help'], standalone_mode=False); "
+    code += "print([name for name in ('torch', 'pandas', 'matplotlib') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--chips" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_progress_of_running_jobs(tmp_path):
+    assert "no job has reported progress" in succeed("progress", tmp_path).output
+    log = tmp_path / ".logs" / "one" / "pretrain.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("progress: pretrain: 38 %, epoch 15; about 12 min left\n")
+    assert succeed("progress", tmp_path).output == "one/pretrain: 38 %, epoch 15; about 12 min left\n"

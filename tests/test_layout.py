@@ -54,7 +54,7 @@ def test_a_run_ends_with_its_table_figures_and_pages():
 def test_requested_runs_are_those_among_the_targets():
     here = layout()
     assert here.requested_runs(set()) == ["paper"]
-    assert here.requested_runs(["all", "quick", "results/one/samples.csv"]) == ["paper", "quick"]
+    assert here.requested_runs({"quick", "results/one/samples.csv", "all"}) == ["paper", "quick"]
     assert here.requested_runs(["results/one/samples.csv"]) == []
     assert here.target_runs() == ["quick", "both"]
 
@@ -262,12 +262,15 @@ def test_the_merged_configuration_is_kept_and_can_be_loaded(tmp_path, monkeypatc
     assert yaml.safe_load(path.read_text(encoding="utf-8")) == config
 
 
-TABLE = "Accuracies in %.\n\n| pair | clean |\n|---|---:|\n| a | 99.44% |\n| longer | 8.00% |\n"
+TABLE = (
+    "Accuracies in %.\n\n| pair | clean | epochs | paper |\n|---|---:|---|---:|\n"
+    "| a | 99.44% | 3 |  |\n| longer | 8.00% | 3 |  |\n"
+)
 
 
-def test_tables_are_aligned_for_a_terminal():
-    expected = "Accuracies in %.\n\npair     clean\n------  ------\na       99.44%\nlonger   8.00%"
-    assert head.terminal_table(TABLE) == expected
+def test_a_table_is_aligned_for_a_terminal():
+    assert head.terminal_table(TABLE) == "pair     clean\n------  ------\na       99.44%\nlonger   8.00%"
+    assert "67.01%" in head.terminal_table(TABLE.replace("| 3 |  |", "| 3 | 67.01% |"))
 
 
 def test_a_run_ends_with_its_table_and_where_everything_is(tmp_path, monkeypatch):
@@ -275,12 +278,13 @@ def test_a_run_ends_with_its_table_and_where_everything_is(tmp_path, monkeypatch
     folder = Path("results/summary/quick")
     folder.mkdir(parents=True)
     (folder / "table1.md").write_text(TABLE)
-    (folder / "table1.html").touch()
+    (folder / "provenance.html").touch()
     text = head.summary(layout(), ["quick"])
     assert "longer   8.00%\n" in text
     assert f"{folder}/figure-NAME.png and .svg (NAME: 2, rows, yield, 7, 9, 10, sensitivity)" in text
-    assert f"{folder}/ (table1.html)" in text
+    assert f"{folder}/ (provenance.html)" in text
     assert text.endswith("snakemake --report report.html quick")
+    assert head.summary(layout(), ["quick"], ["a b.yaml"]).endswith("report.html quick --configfile 'a b.yaml'")
 
 
 def write_log(results: Path, name: str, text: str, age: float = 0) -> Path:

@@ -1,4 +1,4 @@
-"""Through a real Slurm of one node (tests/slurm.sh): the same bits, what is asked for, time limits, a killed head.
+"""The workflow on a real Slurm of one node (tests/slurm.sh): same bits, resources, time limits, a killed head process.
 
 It installs Debian packages and starts daemons, so it runs where CORRECTNET_TEST_SLURM=1 says that it may.
 """
@@ -12,7 +12,7 @@ import time
 
 import pandas as pd
 import pytest
-from test_accidents import readme_block, rows, wait_for
+from test_accidents import documented, rows, wait_for
 from workflows import ROOT, configuration, environment, prepare, results, short, snakemake, start, stats
 
 pytest.importorskip("snakemake_executor_plugin_slurm", reason="the cluster extra is not installed")
@@ -24,7 +24,7 @@ pytestmark = [
     ),
 ]
 PROFILE = ("--profile", "workflow/profiles/slurm", "--slurm-init-seconds-before-status-checks", 1)
-# What makes and reads tables and figures, where snakemake itself runs.
+# Rules that run on the machine of snakemake itself.
 LOCAL = {"fetch", "gather", "collect", "figure", "explore", "table1", "provenance"}
 
 
@@ -123,7 +123,7 @@ def test_the_head_process_is_killed_while_jobs_run(cluster, slow_pretraining, tm
     before = rows(log)
     time.sleep(2)
     assert rows(log) > before, "a job on a cluster goes on without the process that submitted it"
-    for command in readme_block("cluster-recovery"):
+    for command in documented("cluster-recovery"):
         done = subprocess.run(command, shell=True, cwd=run, env=environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     assert (run / "results" / "summary" / "paper" / "table1.csv").exists()

@@ -17,9 +17,7 @@ import click
 
 from correctnet.errors import UserError
 from correctnet.files import storage
-
-# Commands that resume after they were stopped; the others take minutes.
-RESUMED = ("pretrain", "suppress", "inject", "search", "compensate", "finetune", "evaluate")
+from correctnet.pipeline.specs import STAGES
 
 
 class Stopped(BaseException):
@@ -91,6 +89,7 @@ class Group(click.Group):
                 click.echo(f"error: {line}", err=True)
             ctx.exit(2)
         except Stopped as stopped:
-            again = "; the same command goes on from what is done" if ctx.invoked_subcommand in RESUMED else ""
+            spec = STAGES.get(ctx.invoked_subcommand)  # type: ignore[call-overload]
+            again = "; the same command goes on from what is done" if spec and spec.resumes else ""
             click.echo(f"stopped by {stopped.signal.name}{again}", err=True)
             ctx.exit(128 + stopped.signal)

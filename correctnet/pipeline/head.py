@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from correctnet.files import storage
 from correctnet.pipeline.config import Config
 from correctnet.pipeline.layout import Layout
 from correctnet.progress import FIRST, MOST, PREFIX
+from correctnet.settings import exact
 
 # Seconds without news after which a job does not count as running: a line comes once a minute, or with a slow step.
 SILENT = 15 * 60.0
@@ -67,40 +69,47 @@ def print_estimate(run: str, cores: int, values: Mapping[str, Any]) -> None:
     subprocess.run(command, input=json.dumps(values), text=True, check=True)
 
 
-def summary(layout: Layout, runs: Iterable[str], command: str = "snakemake") -> str:
-    """Table I of each run, and where its figures, pages and report are, as text."""
-    parts = []
+def summary(layout: Layout, runs: Iterable[str], configfiles: Iterable[str] = ()) -> str:
+    """Table I of each run, and where its figures, pages and report are, as text.
+
+    `configfiles` are those of the command line, without which the runs of an experiment are not known.
+    """
+    parts, options = [], "".join(f" --configfile {shlex.quote(str(file))}" for file in configfiles)
     for run in runs:
         folder = Path(layout.summary(run))
-        pages = [name for name in ("table1.html", "search.html", "provenance.html") if (folder / name).exists()]
+        pages = [name for name in ("search.html", "provenance.html") if (folder / name).exists()]
         figures = ", ".join(layout.figures(run))
         target = "" if run not in layout.target_runs() else f" {run}"
+        table = terminal_table((folder / "table1.md").read_text(encoding="utf-8"))
         parts.append(
-            f"{run}, Table I:\n\n{terminal_table((folder / 'table1.md').read_text(encoding='utf-8'))}\n"
+            f"{run}, Table I at sigma = {exact(layout.config.sigma_of(run))}:\n\n{table}\n\n"
+            f"Table:    {folder}/table1.md (all columns), table1.csv, table1.html (beside the paper's values)\n"
             f"Figures:  {folder}/figure-NAME.png and .svg (NAME: {figures})\n"
             f"Pages:    {folder}/ ({', '.join(pages)})\n"
-            f"Report:   {command} --report report.html{target}"
+            f"Report:   snakemake --report report.html{target}{options}"
         )
     return "\n\n".join(parts)
 
 
+# What a terminal has room for.
+COLUMNS = ("pair", "row", "clean", "mean ± std", "ratio", "overhead", "paper")
+
+
 def terminal_table(markdown: str) -> str:
-    """A text with Markdown tables, their columns aligned for a terminal."""
-    lines = markdown.splitlines()
-    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines if line.startswith("|")]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    right = [cell.endswith(":") for cell in rows[1]] if len(rows) > 1 else []
-    aligned, number = [], 0
-    for line in lines:
-        if line.startswith("|"):
-            row = ["-" * width for width in widths] if number == 1 else rows[number]
-            cells = (
-                cell.rjust(width) if is_right else cell.ljust(width)
-                for cell, width, is_right in zip(row, widths, right, strict=True)
-            )
-            line, number = "  ".join(cells).rstrip(), number + 1
-        aligned.append(line)
-    return "\n".join(aligned)
+    """A Markdown table as text with aligned columns: those of `COLUMNS` that are not empty."""
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    header, rule, *rows = ([cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines)
+    columns = [
+        [name, *cells]
+        for name, cells in zip(header, zip(*rows, strict=True), strict=True)
+        if name in COLUMNS and any(cells)
+    ]
+    right = {name for name, align in zip(header, rule, strict=True) if align.endswith(":")}
+    aligned = []
+    for name, *cells in columns:
+        width = max(map(len, [name, *cells]))
+        aligned.append([f"{cell:{'>' if name in right else '<'}{width}}" for cell in (name, "-" * width, *cells)])
+    return "\n".join("  ".join(row).rstrip() for row in zip(*aligned, strict=True))
 
 
 def running(results: str | Path) -> Iterator[tuple[str, str, float]]:

@@ -61,8 +61,8 @@ class Layout:
 
     def requested_runs(self, targets: Any) -> list[str]:
         """The runs among the targets of the command line; without a target, the default run."""
-        asked = [DEFAULT_RUN if target == "all" else target for target in targets or ["all"]]
-        return [run for run in asked if run in self.config.runs]
+        asked = {DEFAULT_RUN if target == "all" else target for target in targets or ["all"]}
+        return [run for run in self.config.runs if run in asked]
 
     def targets(self, run: str) -> list[str]:
         """The files that a run ends with: everything that people look at."""

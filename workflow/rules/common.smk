@@ -24,18 +24,20 @@ wildcard_constraints:
 
 
 def begin():
-    """Before the first job: the estimate of a full run, and from then on the progress of what runs."""
+    """Print the estimate of a full run, and from then on the progress of running jobs."""
     layout.note_place()
     for run in layout.requested_runs(workflow.dag_settings.targets):
         head.write_configuration(layout, run, config)
-        # On a cluster (no cores) this machine says nothing about those that compute.
+        # On a cluster there are no cores here, and this machine says nothing about those that compute.
         if run != "quick" and workflow.resource_settings.cores is not None:
             head.print_estimate(run, workflow.cores, config)
     head.Progress(layout.results).start()
 
 
 def end():
-    """After the last job: Table I, and where everything is."""
-    runs = layout.requested_runs(workflow.dag_settings.targets)
-    if runs:
-        print(f"\n{head.summary(layout, runs)}\n", file=sys.stderr)
+    """Print Table I of the requested runs, and where their results are; nothing where a run was cut short."""
+    settings = workflow.dag_settings
+    runs = layout.requested_runs(settings.targets)
+    if runs and not (settings.until or settings.omit_from or settings.batch):
+        experiments = [file for file in workflow.configfiles if str(file) != "config.yaml"]
+        print(f"\n{head.summary(layout, runs, experiments)}\n", file=sys.stderr)

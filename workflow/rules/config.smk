@@ -1,4 +1,4 @@
-"""The configuration as it is written: Snakemake reads the files itself, and of two equal keys the last alone."""
+"""Checks of the configuration files before Snakemake reads them, which keeps only the last of two equal keys."""
 
 import os
 
@@ -9,7 +9,7 @@ from correctnet.files.yamlfile import read_values
 
 
 def check_files(*paths):
-    """Refuse what means something else than it shows, before Snakemake reads it."""
+    """Refuse files that cannot be read or have a key twice."""
     try:
         for path in paths:
             read_values(path)
