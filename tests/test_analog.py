@@ -175,7 +175,7 @@ def test_coverage_finds_variation_at_a_wrong_address(lenet, monkeypatch):
     monkeypatch.setattr(layer, "_draw", lambda: HALF.sample(layer.nominal, 0, layer.layer_index, 99))
     x = torch.randn(2, 1, 32, 32)
     check_coverage(lenet, analog, x)
-    with pytest.raises(UserError, match=r"conv2\.layer does not give what its chip's weights give"):
+    with pytest.raises(UserError, match=r"conv2\.layer does not compute with its chip's weights"):
         check_coverage(lenet, wrong, x)
 
 

@@ -208,7 +208,7 @@ def test_images_that_are_not_finite():
 
 
 class Changing:
-    """A loader that gives other images at each pass."""
+    """A loader that yields other images in each pass."""
 
     def __init__(self, change: str):
         self.change, self.passes = change, 0
@@ -234,9 +234,9 @@ def test_a_loader_that_gives_other_images_at_each_pass(change):
     model = network()
     for engine in ENGINES:
         loader = Changing(change)
-        with pytest.warns(DataWarning, match="other images at each pass"):
+        with pytest.warns(DataWarning, match="other images in each pass"):
             kept = evaluate(convert(model, HALF), loader, 5, engine=engine, progress=False)
-        with pytest.raises(UserError, match="gives other images at each pass"):
+        with pytest.raises(UserError, match="yields other images in each pass"):
             evaluate(convert(model, HALF), loader, 5, engine=engine, memory=LITTLE, chunk=1, progress=False)
         with pytest.warns(DataWarning):
             again = evaluate(convert(model, HALF), loader, 5, engine=engine, progress=False)

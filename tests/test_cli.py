@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -224,7 +225,7 @@ def test_files_of_another_stage(chain, tmp_path):
 
 @pytest.mark.parametrize("name", ["sigma", "split", "sample", "chips", "seed"])
 def test_notes_of_a_name_that_is_taken(chain, tmp_path, name, monkeypatch):
-    monkeypatch.setattr(evaluation_stages, "evaluate", lambda *a, **k: pytest.fail("chips were evaluated"))
+    monkeypatch.setattr(evaluation_stages, "simulate", lambda *a, **k: pytest.fail("chips were evaluated"))
     given = ["--model", chain / "pretrain", "--quiet", "--out", tmp_path / "e.csv", "--note", f"{name}=0.5"]
     if name == "chips":  # no column of an evaluation
         monkeypatch.undo()
@@ -326,7 +327,7 @@ def test_only_what_kept_its_work_promises_to_go_on(chain, tmp_path, monkeypatch,
         time.sleep(30)
 
     for module in (evaluation_stages, sweep):
-        monkeypatch.setattr(module, "evaluate", stopped)
+        monkeypatch.setattr(module, "simulate", stopped)
     models = {"evaluate": ["--model", chain / "pretrain"]}
     models["sweep"] = ["--pretrained", chain / "pretrain", "--base", chain / "suppress"]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -372,11 +373,11 @@ def test_the_way_of_a_gpu_reaches_every_stage_that_simulates_chips(chain, tmp_pa
     seen = []
     for module in (evaluation_stages, searching_stages, sweep):
 
-        def evaluate(*args, evaluate=module.evaluate, **kwargs):
-            seen.append(kwargs.pop("gpu_method"))
-            return evaluate(*args, **kwargs)
+        def simulate(model, images, chips, simulation, simulate=module.simulate, **options):
+            seen.append(simulation.gpu_method)
+            return simulate(model, images, chips, replace(simulation, gpu_method="auto"), **options)
 
-        monkeypatch.setattr(module, "evaluate", evaluate)
+        monkeypatch.setattr(module, "simulate", simulate)
     few = ["--quiet", "--threads", "1", "--images", 20, "--gpu-method", "library"]
     model = ("--model", chain / "pretrain")
     succeed("evaluate", *few, *model, "--chips", 1, "--out", tmp_path / "e.csv")

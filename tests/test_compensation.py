@@ -631,7 +631,7 @@ def test_inputs_that_are_no_classification(tiny, blobs, spoilt, line):
 @pytest.mark.parametrize("outputs", [nn.Linear(64, 1), nn.Unflatten(1, (8, 8)), nn.Sequential(nn.Flatten(0))])
 def test_networks_that_are_no_classifiers(blobs, outputs):
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), outputs)
-    with pytest.raises(UserError, match=r"must give \(N, classes\) with 2 classes or more"):
+    with pytest.raises(UserError, match=r"must return \(N, classes\) with 2 classes or more"):
         fit_compensators(network, {"1": 2}, blobs.images, blobs.labels * 0, VARIATION, quiet=True)
 
 

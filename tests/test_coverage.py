@@ -431,7 +431,7 @@ def test_coverage_of_a_network_with_a_dict_for_an_output():
     model, (x, y) = DictOutput().eval(), data(20)
     analog = convert(model, HALF)
     assert check_coverage(model, analog, x[:8]) == ["a", "b"]
-    with pytest.raises(UserError, match=r"must give one tensor \(N, classes\), not a dict of 'logits', 'extra'"):
+    with pytest.raises(UserError, match=r"must return one tensor \(N, classes\), not a dict of 'logits', 'extra'"):
         evaluate(analog, (x, y), 2, progress=False)
 
 

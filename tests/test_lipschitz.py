@@ -8,7 +8,7 @@ from correctnet.crossbar.convert import convert, program
 from correctnet.crossbar.layers import crossbar_layers
 from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.errors import UserError
-from correctnet.methods import suppression as lipschitz
+from correctnet.methods import suppression
 from correctnet.networks.blocks import Block
 from correctnet.networks.building import build
 from correctnet.networks.lenet import lenet5
@@ -16,11 +16,11 @@ from correctnet.networks.lenet import lenet5
 
 def test_lambda_of_the_paper_s_setting():
     # (10) with k = 1, sigma = 0.5, worked out by hand: 1 / (1.13315 + 3 x 0.60390) = 0.33958.
-    assert lipschitz.bound(LogNormalVariation(0.5)) == pytest.approx(0.33958, abs=5e-6)
-    assert lipschitz.bound(LogNormalVariation(0.5), k=2) == pytest.approx(2 * 0.33958, abs=1e-5)
-    assert lipschitz.bound(LogNormalVariation(0.0)) == 1.0
+    assert suppression.bound(LogNormalVariation(0.5)) == pytest.approx(0.33958, abs=5e-6)
+    assert suppression.bound(LogNormalVariation(0.5), k=2) == pytest.approx(2 * 0.33958, abs=1e-5)
+    assert suppression.bound(LogNormalVariation(0.0)) == 1.0
     # With the mean preserved the factor's mean is 1 and its standard deviation 0.60390 / 1.13315 = 0.53294.
-    assert lipschitz.bound(LogNormalVariation(0.5, "mean")) == pytest.approx(1 / (1 + 3 * 0.53294), abs=5e-6)
+    assert suppression.bound(LogNormalVariation(0.5, "mean")) == pytest.approx(1 / (1 + 3 * 0.53294), abs=5e-6)
 
 
 def literal(matrix: np.ndarray, lam: float) -> float:
@@ -54,14 +54,14 @@ def test_penalty_is_the_printed_formula_in_either_orientation(shape):
     weight, lam = np.random.default_rng(0).normal(size=shape), 0.34
     w = applied(weight)
     outputs, inputs = w.shape
-    value = lipschitz.penalty([torch.tensor(weight)], lam).item()
+    value = suppression.penalty([torch.tensor(weight)], lam).item()
     assert value == pytest.approx(literal(w.T, lam), rel=1e-5), "x W, W = w^T"
     paper = literal(w, lam)  # w x
     assert value + lam**4 * (inputs - outputs) == pytest.approx(paper, rel=1e-5)
     # The constant shows where the singular values are those that (11) asks for.
     u, _, v = np.linalg.svd(w, full_matrices=False)
     best = torch.tensor((lam * u @ v).reshape(shape))
-    assert lipschitz.penalty([best], lam).item() == pytest.approx(lam**4 * max(0, outputs - inputs), abs=1e-5)
+    assert suppression.penalty([best], lam).item() == pytest.approx(lam**4 * max(0, outputs - inputs), abs=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(4, 7), (7, 4), (6, 2, 3, 3)])
@@ -69,7 +69,7 @@ def test_gradient_is_that_of_the_printed_formula_in_either_orientation(shape):
     generator = np.random.default_rng(1)
     weight, direction = generator.normal(size=shape), generator.normal(size=shape)
     tensor = torch.tensor(weight, requires_grad=True)
-    lipschitz.penalty([tensor], 0.34).backward()
+    suppression.penalty([tensor], 0.34).backward()
     step = 1e-5
     for turn in (lambda w: w, lambda w: w.T):
         up, down = (literal(turn(applied(weight + sign * step * direction)), 0.34) for sign in (1, -1))
@@ -88,19 +88,20 @@ def test_a_grouped_convolution_is_as_many_layers_as_it_has_groups(channels, outp
     apart = torch.cat([part(piece) for part, piece in zip(parts, x.chunk(groups, 1), strict=True)], 1)
     torch.testing.assert_close(grouped(x), apart)
     whole, split = nn.Sequential(nn.ReLU(), grouped), nn.Sequential(*parts)
-    values = [lipschitz.penalty(lipschitz.analog_weights(m), 0.34, form) for m in (whole, split)]
+    values = [suppression.penalty(suppression.analog_weights(m), 0.34, form) for m in (whole, split)]
     assert values[0].item() == pytest.approx(values[1].item(), rel=1e-5)
     sum(values).backward()
     torch.testing.assert_close(grouped.weight.grad, torch.cat([part.weight.grad for part in parts]))
-    norms = lipschitz.spectral_norms(split).values()
-    assert lipschitz.spectral_norms(whole) == {"1": pytest.approx(max(norms), rel=1e-6)}
+    norms = suppression.spectral_norms(split).values()
+    assert suppression.spectral_norms(whole) == {"1": pytest.approx(max(norms), rel=1e-6)}
 
 
 def test_depthwise_filters_of_norm_one_are_at_the_minimum():
     conv = nn.Conv2d(64, 64, 3, groups=64, bias=False)
     conv.weight.data.fill_(1 / 3)
-    assert lipschitz.spectral_norms(nn.Sequential(conv)) == {"0": pytest.approx(1)}
-    assert lipschitz.penalty(lipschitz.analog_weights(nn.Sequential(conv)), 1.0).item() == pytest.approx(0, abs=1e-5)
+    model = nn.Sequential(conv)
+    assert suppression.spectral_norms(model) == {"0": pytest.approx(1)}
+    assert suppression.penalty(suppression.analog_weights(model), 1.0).item() == pytest.approx(0, abs=1e-5)
 
 
 def test_one_sided_penalty_counts_only_singular_values_above_lambda():
@@ -109,26 +110,26 @@ def test_one_sided_penalty_counts_only_singular_values_above_lambda():
     right, _ = np.linalg.qr(np.random.default_rng(3).normal(size=(6, 4)))
     weight = torch.tensor(left @ np.diag(singular) @ right.T)
     wanted = sum(max(0, s**2 - 0.34**2) ** 2 for s in singular)
-    assert lipschitz.penalty([weight], 0.34, "one-sided").item() == pytest.approx(wanted, rel=1e-4)
+    assert suppression.penalty([weight], 0.34, "one-sided").item() == pytest.approx(wanted, rel=1e-4)
 
 
 def test_penalty_sums_over_layers_and_vanishes_at_its_minimum():
     weights = [torch.randn(3, 4), torch.randn(5, 6)]
-    parts = sum(lipschitz.penalty([w], 0.5).item() for w in weights)
-    assert lipschitz.penalty(weights, 0.5).item() == pytest.approx(parts, rel=1e-6)
+    parts = sum(suppression.penalty([w], 0.5).item() for w in weights)
+    assert suppression.penalty(weights, 0.5).item() == pytest.approx(parts, rel=1e-6)
     orthogonal = 0.5 * torch.eye(4)
-    assert lipschitz.penalty([orthogonal], 0.5).item() == pytest.approx(0, abs=1e-6)
+    assert suppression.penalty([orthogonal], 0.5).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_minimising_it_brings_spectral_norms_to_lambda():
     network = build("lenet5", 10, 1, seed=0)
-    weights = lipschitz.analog_weights(network)
+    weights = suppression.analog_weights(network)
     optimizer = torch.optim.Adam(weights, lr=0.01)
     for _ in range(200):
         optimizer.zero_grad()
-        lipschitz.penalty(weights, 0.34).backward()
+        suppression.penalty(weights, 0.34).backward()
         optimizer.step()
-    norms = lipschitz.spectral_norms(network)
+    norms = suppression.spectral_norms(network)
     assert len(norms) == 5
     assert all(norm == pytest.approx(0.34, abs=0.03) for norm in norms.values()), norms
 
@@ -136,7 +137,7 @@ def test_minimising_it_brings_spectral_norms_to_lambda():
 def test_spectral_norm_of_a_convolution_is_that_of_its_matrix():
     network = build("lenet5", 10, 1, seed=0)
     kernel = network.conv2.layer.weight.detach().numpy().reshape(16, -1).astype(np.float64)
-    assert lipschitz.spectral_norms(network)["conv2.layer"] == pytest.approx(np.linalg.norm(kernel, 2), rel=1e-5)
+    assert suppression.spectral_norms(network)["conv2.layer"] == pytest.approx(np.linalg.norm(kernel, 2), rel=1e-5)
 
 
 @pytest.mark.parametrize("batchnorm", ["before", "after"])
@@ -146,8 +147,8 @@ def test_folded_weights_are_the_matrices_that_the_layers_apply(batchnorm):
     for name, value in model.state_dict().items():
         if "norm" in name and value.is_floating_point():
             value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
-    folded = dict(zip(dict(crossbar_layers(model)), lipschitz.analog_weights(model, True), strict=True))
-    plain = dict(zip(folded, lipschitz.analog_weights(model), strict=True))
+    folded = dict(zip(dict(crossbar_layers(model)), suppression.analog_weights(model, True), strict=True))
+    plain = dict(zip(folded, suppression.analog_weights(model), strict=True))
     assert folded["linear2.layer"] is plain["linear2.layer"]  # without BatchNorm
     for name, shape in {"conv2": (1, 64, 5, 5), "linear1": (1, 512)}.items():
         x = torch.randn(shape, generator=generator)
@@ -158,13 +159,13 @@ def test_folded_weights_are_the_matrices_that_the_layers_apply(batchnorm):
         # A slope through the layer and its BatchNorm, by a difference that their shifts drop out of.
         whole = lambda z, b=block: b.norm(b.layer(z))  # noqa: E731
         torch.testing.assert_close(whole(x) - whole(torch.zeros_like(x)), linear, atol=1e-4, rtol=1e-4)
-    total = lipschitz.penalty(lipschitz.analog_weights(model, True), 0.34)
+    total = suppression.penalty(suppression.analog_weights(model, True), 0.34)
     total.backward()
     assert model.conv2.norm.weight.grad.abs().sum() > 0
 
 
 class Residual(nn.Module):
-    """A block of a ResNet: every BatchNorm stands directly behind a convolution."""
+    """A block of a ResNet: every BatchNorm comes directly after a convolution."""
 
     def __init__(self, conv_of_shortcut=True):
         super().__init__()
@@ -242,11 +243,11 @@ def varied(model):
 )
 def test_batchnorm_directly_behind_a_layer_is_found_in_any_network(make, folded):
     model = varied(make())
-    assert {k: id(v) for k, v in lipschitz.batchnorms(model).items()} == {
+    assert {k: id(v) for k, v in suppression.batchnorms(model).items()} == {
         k: id(model.get_submodule(v)) for k, v in folded.items()
     }
     layers = dict(crossbar_layers(model))
-    weights = dict(zip(layers, lipschitz.analog_weights(model, True), strict=True))
+    weights = dict(zip(layers, suppression.analog_weights(model, True), strict=True))
     for name, weight in weights.items():
         weight = weight.flatten(0, 1) if weight.dim() == 5 else weight
         if name not in folded:
@@ -278,10 +279,10 @@ def test_batchnorm_directly_behind_a_layer_is_found_in_any_network(make, folded)
 )
 def test_a_network_without_batchnorm_directly_behind_a_layer_is_refused(make):
     model = make()
-    with pytest.raises(UserError, match="no conv or linear layer of the network has a BatchNorm directly behind it"):
-        lipschitz.analog_weights(model, True)
+    with pytest.raises(UserError, match="no conv or linear layer of the network has a BatchNorm directly after it"):
+        suppression.analog_weights(model, True)
     layers = dict(crossbar_layers(model)).values()
-    assert all(w is layer.weight for w, layer in zip(lipschitz.analog_weights(model), layers, strict=True))
+    assert all(w is layer.weight for w, layer in zip(suppression.analog_weights(model), layers, strict=True))
 
 
 @pytest.mark.parametrize("network", [lenet5, lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=2))])
@@ -289,15 +290,15 @@ def test_a_programmed_chip_changes_nothing(network):
     model = network()
     analog = convert(model, LogNormalVariation(0.5))
     program(analog, 3)
-    assert lipschitz.spectral_norms(analog) == lipschitz.spectral_norms(model)
+    assert suppression.spectral_norms(analog) == suppression.spectral_norms(model)
     for given in (analog, model):
-        lipschitz.penalty(lipschitz.analog_weights(given), 0.3).backward()
+        suppression.penalty(suppression.analog_weights(given), 0.3).backward()
     for (_, a), (_, b) in zip(crossbar_layers(analog), crossbar_layers(model), strict=True):
         torch.testing.assert_close(a.nominal.grad, b.weight.grad)
 
 
 def test_penalties_that_are_none():
     with pytest.raises(UserError, match="form must be 'orthogonal' or 'one-sided', not 'both'"):
-        lipschitz.penalty([torch.ones(2, 2)], 1.0, form="both")
+        suppression.penalty([torch.ones(2, 2)], 1.0, form="both")
     with pytest.raises(UserError, match="no conv or linear layer"):
-        lipschitz.penalty(lipschitz.analog_weights(nn.ReLU()), 1.0)
+        suppression.penalty(suppression.analog_weights(nn.ReLU()), 1.0)

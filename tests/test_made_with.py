@@ -153,7 +153,7 @@ def test_results_say_for_which_sigma_the_model_was_trained(made, tmp_path, stage
         ({"overhead": -0.1}, "overhead: a fraction that is at least 0 is expected, not -0.1"),
         ({"compensation": {"filters": {"conv1.layer": 2.5}}}, "compensation: filters by layer"),
         ({"compensation": {"filters": {"conv1.layer": True}}}, "compensation: filters by layer"),
-        ({"compensation": {"filters": {"conv1.layer": 2}, "colour": "red"}}, "compensation: no plan that is known"),
+        ({"compensation": {"filters": {"conv1.layer": 2}, "colour": "red"}}, "compensation: not a known plan"),
         ({"data": {"dataset": "imagenet", "validation": 0.1, "seed": 0}}, "data: a data set, the fraction held out"),
         ({"data": {"dataset": "digits", "validation": 10, "seed": 0}}, "data: a data set, the fraction held out"),
         ({"data": {"dataset": "digits", "validation": 0.1, "seed": 0.5}}, "data: a data set, the fraction held out"),

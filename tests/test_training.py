@@ -12,7 +12,7 @@ from correctnet.crossbar.convert import convert, program
 from correctnet.datasets.base import Split
 from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.errors import UserError
-from correctnet.methods import suppression as lipschitz
+from correctnet.methods import suppression
 from correctnet.networks.building import build
 from correctnet.noise import streams
 from correctnet.settings import Training
@@ -223,7 +223,8 @@ def test_a_regulariser_that_diverges_is_an_error(form):
     model = build("lenet5", 10, 1, seed=0)
     images = Split(torch.rand(64, 1, 32, 32), torch.randint(0, 10, (64,)))
     hooks = Hooks(
-        penalty=lambda: lipschitz.penalty(lipschitz.analog_weights(model), 0.34, form), penalty_weight=lambda done: 1e6
+        penalty=lambda: suppression.penalty(suppression.analog_weights(model), 0.34, form),
+        penalty_weight=lambda done: 1e6,
     )
     with pytest.raises(UserError, match=r"the loss is not finite in epoch \d; lower the learning rate or beta"):
         fit(model, images, section(optimizer="sgd", learning_rate=1.0), seed=0, hooks=hooks, quiet=True)

@@ -1,7 +1,8 @@
-"""The contract for data: what `evaluate` and its relatives take, checked once in front of every engine.
+"""The data that `evaluate` and related functions accept, checked once for every engine.
 
-Images (N, ...) are one tensor a batch, labels (N,) whole numbers below the number of classes, and the network's output
-(N, classes) is one floating-point tensor. Anything else is refused in one line that says what is accepted.
+A batch is one tensor of images (N, ...) and one of labels (N,), whole numbers below the number of classes; the
+network's output is one floating-point tensor (N, classes). Anything else is refused in one line that says what is
+accepted.
 """
 
 from __future__ import annotations
@@ -21,36 +22,36 @@ from correctnet.errors import UserError
 Batch = tuple[Tensor, Tensor]
 Batches = Split | tuple[Tensor, Tensor] | Iterable[Batch]
 ACCEPTED = (
-    "a pair of tensors (images, labels), or a loader that gives such pairs and can be iterated over many times, is "
+    "a pair of tensors (images, labels), or a loader that yields such pairs and can be iterated over many times, is "
     "expected"
 )
-CHANGING = "other images at each pass, so that results cannot be compared"
-BITS = 128  # of a digest
+CHANGING = "other images in each pass, so that results cannot be compared"
+BITS = 128  # bits of a digest
 HEAD = 16  # images that a network is tried on
 
 
 class DataWarning(UserWarning):
-    """A loader that gives other images each time."""
+    """A loader yields other images in each pass."""
 
 
 class Data:
-    """Images and labels that can be gone through many times, always the same.
+    """Images and labels that can be iterated over many times with the same result.
 
     Args:
         data: a `Split`, an (images, labels) pair of tensors, or a loader of such batches.
-        size: images a batch, where `data` has no batches of its own.
-        memory: bytes of a loader's batches that are kept, about; a loader of more is read anew each time, and what it
-            gives must be the same images each time.
-        what: who asks, for messages.
-
-    Warns:
-        DataWarning: a loader whose batches are kept gives other images when it is read a second time.
+        size: images in a batch, for data that is not divided into batches.
+        memory: bytes of a loader's batches that are kept, approximately. A loader with more data is read again in each
+            pass, and must yield the same images each time.
+        what: the caller's name, for messages.
 
     Attributes:
-        head: the first images and their labels, some sixteen at most.
-        images: how many there are.
+        head: the first images, at most `HEAD`, and their labels.
+        images: number of images.
         largest: the largest label.
-        uniform: whether all images have one shape and type.
+        uniform: whether all images have the same shape and type.
+
+    Warns:
+        DataWarning: a loader whose batches are kept yields other images in a second pass.
 
     Raises:
         UserError: anything that is not such data.
@@ -81,7 +82,7 @@ class Data:
             self.largest = max(self.largest, int(y.max()))
             taken += sum(t.numel() * t.element_size() for t in (x, y)) if self._loader is not None else 0
             kept.append((x, y))
-            if taken > memory:  # from here on the loader is read anew each time, and held against the first pass
+            if taken > memory:  # from here on, the loader is read in each pass and compared with this one
                 total += sum(_digest(*batch) for batch in kept)
                 kept = []
         if not self.images:
@@ -96,14 +97,14 @@ class Data:
             again = _hexadecimal(sum(_digest(*batch) for batch in self._read()))
             if again != self.digest:
                 warnings.warn(
-                    f"the loader gives {CHANGING}; all chips of this evaluation see those of one pass",
+                    f"the loader yields {CHANGING}; all chips of this evaluation see the images of one pass",
                     DataWarning,
                     stacklevel=4,
                 )
 
     @cached_property
     def digest(self) -> str:
-        """A digest of all images and labels, in hexadecimal, whatever their order and their batches."""
+        """A hexadecimal digest of all images and labels that does not depend on their order and batches."""
         return _hexadecimal(sum(_digest(*batch) for batch in self._kept))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -116,7 +117,7 @@ class Data:
             yield batch
         if _hexadecimal(total) != self.digest:
             raise UserError(
-                f"{self.what}: the loader gives {CHANGING}; load them without random augmentation, and without "
+                f"{self.what}: the loader yields {CHANGING}; load them without random augmentation, and without "
                 "drop_last where it shuffles"
             )
 
@@ -157,7 +158,7 @@ def _loader(data: Any, what: str) -> Any:
 
 
 def check_batch(batch: Any, what: str) -> Batch:
-    """A batch as (images, labels in int64). Raises UserError where it is none."""
+    """A batch as (images, int64 labels). Raises UserError if it is not a batch."""
     if as_pair(batch) is None:
         raise UserError(f"{what}: a batch must be (images, labels), two tensors, not {_kind(batch)}")
     images, labels = as_pair(batch)
@@ -167,7 +168,7 @@ def check_batch(batch: Any, what: str) -> Batch:
     if images.dim() < 2:
         raise UserError(f"{what}: images (N, ...) are expected, not a tensor of shape {tuple(images.shape)}")
     if labels.dim() != 1:
-        hint = "" if labels.dim() else "; give batches, as a DataLoader does that has a batch_size"
+        hint = "" if labels.dim() else "; give batches, as a DataLoader with a batch_size does"
         if labels.dim() == 2:
             hint = "; squeeze the column" if labels.shape[1] == 1 else "; of one-hot rows take labels.argmax(1)"
         raise UserError(f"{what}: labels (N,), one an image, are expected, not {tuple(labels.shape)}{hint}")
@@ -184,19 +185,23 @@ def check_batch(batch: Any, what: str) -> Batch:
 
 
 def check_outputs(outputs: Any, images: Tensor, largest: int, what: str = "evaluate") -> Tensor:
-    """The network's outputs on a batch, (N, classes). Raises UserError where they are something else.
+    """The network's outputs (N, classes) on a batch. Raises UserError if they are anything else.
 
-    `largest`: the largest label that there is.
+    Args:
+        outputs: of the network.
+        images: (N, ...), its input.
+        largest: the largest label of the data, which must be below the number of classes.
+        what: the caller's name, for messages.
     """
     if not isinstance(outputs, Tensor):
         raise UserError(
-            f"{what}: the network must give one tensor (N, classes), not {_kind(outputs)}; wrap it in a module whose "
-            "forward gives the logits"
+            f"{what}: the network must return one tensor (N, classes), not {_kind(outputs)}; wrap it in a module whose "
+            "forward returns the logits"
         )
     if outputs.dim() != 2 or len(outputs) != len(images) or outputs.shape[1] < 2 or not outputs.is_floating_point():
         raise UserError(
-            f"{what}: the network must give (N, classes) with 2 classes or more, floating point, for N = {len(images)} "
-            f"images, not {tuple(outputs.shape)} {outputs.dtype}".replace("torch.", "")
+            f"{what}: the network must return (N, classes) with 2 classes or more, floating point, for N = "
+            f"{len(images)} images, not {tuple(outputs.shape)} {outputs.dtype}".replace("torch.", "")
         )
     if largest >= outputs.shape[1]:
         raise UserError(f"{what}: there is a label {largest}, and the network has {outputs.shape[1]} classes")
@@ -204,7 +209,7 @@ def check_outputs(outputs: Any, images: Tensor, largest: int, what: str = "evalu
 
 
 def _kind(value: Any) -> str:
-    """What a value is, for a message."""
+    """A description of a value, for a message."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, Mapping):
@@ -215,7 +220,7 @@ def _kind(value: Any) -> str:
 
 
 def _digest(images: Tensor, labels: Tensor) -> int:
-    """The sum of a digest of each image with its label: the same in any order."""
+    """The sum of the digests of each image with its label: independent of their order."""
     total = 0
     kind = f"{images.dtype}{tuple(images.shape[1:])}".encode()
     rows = images.detach().cpu().contiguous().view(torch.uint8).view(len(images), -1).numpy() if images.numel() else ()
@@ -231,16 +236,20 @@ def _hexadecimal(total: int) -> str:
 
 
 def looks_across(run: Callable[[Tensor], Any], images: Tensor, whole: Tensor, tolerance: float = 1e-3) -> bool:
-    """Whether the output for an image depends on the others of its batch, as with statistics of the batch.
+    """Whether the output for an image depends on the rest of its batch, as with statistics of the batch.
 
-    `run` computes the outputs of a batch; two halves of `images` are compared with `whole`, the outputs of them all.
+    Args:
+        run: computes the outputs of a batch.
+        images: (N, ...), of which two halves are run.
+        whole: the outputs of all `images`.
+        tolerance: largest difference that is ascribed to rounding, relative to the largest output.
     """
     if len(images) < 2:
         return False
     try:
         halves = [run(half) for half in images.split((len(images) + 1) // 2)]
         parts = torch.cat(halves)
-    except (UserError, RuntimeError, TypeError):  # a network that cannot take fewer images looks at how many there are
+    except (UserError, RuntimeError, TypeError):  # a network that needs a certain batch size
         return True
     scale = whole.abs().max()
     return bool((whole - parts).abs().max() > tolerance * scale) if whole.shape == parts.shape else True

@@ -1,7 +1,7 @@
-"""Proof that variation reaches every layer that should carry it, and no other.
+"""Check that variation reaches every layer that should carry it, and no other.
 
-`check_coverage` compares a converted network with the digital one that has a chip's weights, through the same program
-and the same engine as `correctnet.evaluate`; that one makes the cheaper checks of `correctnet.crossbar.probe` by itself.
+`check_coverage` compares a converted network with a digital one that is given a chip's weights, through the same code
+and the same engine as `correctnet.evaluate`, which itself makes the cheaper checks of `correctnet.crossbar.probe`.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from correctnet.errors import UserError
 
 
 def check_coverage(model: nn.Module, analog: nn.Module, inputs: Tensor, sample: int = 0) -> list[str]:
-    """Prove on real inputs that variation reaches each layer that should have it, and no other.
+    """Check on real inputs that variation reaches each layer that should carry it, and no other.
 
-    In evaluation mode and without gradients, as `evaluate` runs it, `analog` must give exactly what `model` gives with
-    nominal weights, and with chip `sample` exactly what `model` gives with that chip's weights in the place of its own
-    (drawn here from the address, not taken from the layer). The engine that `evaluate` takes is held against the same.
+    In evaluation mode and without gradients, as in `evaluate`, the outputs of `analog` with nominal weights must equal
+    those of `model`, and with chip `sample` those of `model` with the chip's weights in place of its own (drawn here
+    from their address, not read from the layer). The engine of `evaluate` is compared with the same outputs.
 
     Args:
         model: the digital network.
-        analog: what `correctnet.convert` made of it.
-        inputs: a batch.
+        analog: the network that `correctnet.convert` made from it.
+        inputs: (N, ...), a batch.
         sample: number of the chip.
 
     Returns:
-        The names of the layers that carry variation and are used when the network is evaluated.
+        The names of the layers that carry variation and are used in evaluation.
 
     Raises:
-        UserError: names the layers that do not do what they should, e.g. one whose weights are used past it.
+        UserError: names the layers that fail, e.g. one whose nominal weights are used elsewhere in the network.
     """
     devices = {p.device for p in model.parameters()}
     if devices and inputs.device not in devices:
@@ -47,10 +47,10 @@ def check_coverage(model: nn.Module, analog: nn.Module, inputs: Tensor, sample: 
     names = {id(module): name for name, module in analog.named_modules()}
     layers = analog_layers(analog)
     if not layers:
-        raise UserError("check_coverage: the second model carries no variation; it is the one that convert() made")
+        raise UserError("check_coverage: the second model carries no variation; pass the one that convert() returned")
     known = dict(model.named_modules())
     if foreign := [names[id(layer)] for layer in layers if names[id(layer)] not in known]:
-        raise UserError(f"check_coverage: the first model has no layer {foreign[0]!r}; give the one that was converted")
+        raise UserError(f"check_coverage: the first model has no layer {foreign[0]!r}; pass the one that was converted")
     with torch.no_grad(), left_alone(model, analog), programmed(analog, None):
         wanted = run(model, inputs, "check_coverage")
         if not same(wanted, run(model, inputs, "check_coverage")):
@@ -88,7 +88,7 @@ def _varies(layer: AnalogLayer, sample: int) -> bool:
 
 
 def _drawn(model: nn.Module, analog: nn.Module, names: dict[int, str], sample: int) -> dict[str, Tensor]:
-    """By layer, the weights that a chip's address gives for the digital model's weights."""
+    """The weights of a chip by layer name, drawn from their address and the digital model's weights."""
     return {
         names[id(layer)]: layer.variation.sample(
             model.get_submodule(names[id(layer)]).weight.detach(), layer.chip.seed, layer.layer_index, sample
@@ -99,7 +99,7 @@ def _drawn(model: nn.Module, analog: nn.Module, names: dict[int, str], sample: i
 
 @contextmanager
 def _chip_weights(model: nn.Module, analog: nn.Module, names: dict[int, str], sample: int) -> Iterator[None]:
-    """The digital model with a chip's weights for the length of a block; derived weights are replaced by a hook."""
+    """Give the digital model a chip's weights for the length of a block; derived weights are replaced by a hook."""
     swapped: list[tuple[nn.Module, nn.Parameter]] = []
     hooks = []
     try:
@@ -120,7 +120,7 @@ def _chip_weights(model: nn.Module, analog: nn.Module, names: dict[int, str], sa
 
 
 def _used(model: nn.Module, names: list[str], inputs: Tensor) -> set[str]:
-    """The layers of a digital model whose weights an operation of its forward pass reads."""
+    """The names of layers of a digital model whose weights are read in its forward pass."""
     read: set[int] = set()
     with Reads(read.add):
         run(model, inputs, "check_coverage")
@@ -128,7 +128,7 @@ def _used(model: nn.Module, names: list[str], inputs: Tensor) -> set[str]:
 
 
 def _first_difference(model: nn.Module, analog: nn.Module, names: dict[int, str], inputs: Tensor, sample: int) -> str:
-    """Where the analog network first leaves the digital one that has the chip's weights, in words."""
+    """A description of the first module whose output differs from that of the digital model with the chip's weights."""
 
     def outputs(network: nn.Module) -> list[tuple[str, Any]]:
         seen: list[tuple[str, Any]] = []
@@ -152,13 +152,13 @@ def _first_difference(model: nn.Module, analog: nn.Module, names: dict[int, str]
     for (name, a), (other, b) in zip(wanted, found, strict=False):
         if name != other or not same(a, b):
             if isinstance(analog.get_submodule(other), AnalogLayer):
-                return f"{other} does not give what its chip's weights give"
+                return f"{other} does not compute with its chip's weights"
             return f"{other} is digital, yet its output changes with the chip"
-    return "the network does not give what its chip's weights give"
+    return "the network does not compute with its chip's weights"
 
 
 def _check_engine(analog: nn.Module, inputs: Tensor, wanted: Any, sample: int) -> None:
-    """Hold the engine that `evaluate` takes against what torch gives on the chip."""
+    """Compare the outputs of the engine of `evaluate` with those of torch on the chip."""
     if not isinstance(wanted, Tensor) or not wanted.isfinite().all():
         return
     with left_alone(analog), programmed(analog, sample):
@@ -168,4 +168,4 @@ def _check_engine(analog: nn.Module, inputs: Tensor, wanted: Any, sample: int) -
             return
     found, scale = engine.outputs(inputs, [sample])[0], wanted.abs().max()
     if not (found - wanted).abs().max() <= CHECK_TOLERANCE * scale:
-        raise UserError("check_coverage: the C++ core does not give what the chip's weights give")
+        raise UserError("check_coverage: the outputs of the C++ core are not those of the chip's weights")

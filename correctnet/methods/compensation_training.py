@@ -15,7 +15,7 @@ from correctnet.crossbar.convert import convert, program
 from correctnet.crossbar.probe import run
 from correctnet.datasets.base import Split
 from correctnet.datasets.batches import as_pair, check_batch, check_outputs
-from correctnet.devices.lognormal import Variation
+from correctnet.devices.base import Variation
 from correctnet.errors import UserError, whole
 from correctnet.evaluation.montecarlo import simulate
 from correctnet.evaluation.simulation import Simulation

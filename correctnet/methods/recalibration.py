@@ -1,4 +1,4 @@
-"""BatchNorm statistics estimated again under variation: a rival without overhead, for networks that have BatchNorm."""
+"""Recalibration of BatchNorm statistics under variation: a baseline without hardware overhead."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from correctnet.precision import Precision, products
 def recalibrate(
     model: nn.Module, images: Tensor, samples: Sequence[int] | None = None, precision: Precision = "float32"
 ) -> None:
-    """Replace the running mean and variance of every BatchNorm by those of `images`, in place.
+    """Replace the running mean and variance of every BatchNorm by those on `images`, in place.
 
-    With `samples` the statistics are those of all images on all these chips together: a BatchNorm's variance is
+    With `samples` the statistics are taken over all images on all these chips: the variance of a BatchNorm's input is
 
         Var[x] = mean over chips of Var[x | chip] + variance over chips of E[x | chip]
 
-    and each BatchNorm is estimated with those before it in evaluation mode, normalising with the statistics that they
-    have just been given, as they do when the network is used. So over these chips and images every BatchNorm's output
-    has, before scale and shift, mean 0 and variance 1. That takes a part of a forward pass for each BatchNorm and chip.
+    Each BatchNorm is estimated while those before it are in evaluation mode and normalise with their new statistics, as
+    in use. Over these chips and images, the output of every BatchNorm therefore has mean 0 and variance 1 before scale
+    and shift. This takes part of a forward pass for each BatchNorm and chip.
 
     Args:
-        model: from `correctnet.crossbar.convert.convert`. The mode of each module stays as it is.
+        model: from `correctnet.convert`. The mode of each module is left unchanged.
         images: (N, C, H, W), training images.
-        samples: None: on the chip that is programmed now, which a real chip's owner can do only by measuring that
-            chip; else over these simulated chips, which needs no chip.
-        precision: of products, "float32" or "bfloat16"; a chip's batch takes half the time in the latter on CPUs that
-            have it. Statistics are summed in float32.
+        samples: None: the chip that is programmed now, which on real hardware means measuring each chip; else these
+            simulated chips, which needs no measurement.
+        precision: of products, "float32" or "bfloat16" (half the time on CPUs that support it). Statistics are summed
+            in float32.
 
     Raises:
-        UserError: the model has no BatchNorm with statistics or cannot run on the images, there are none, `samples` is
-            empty, or, with `samples`, a BatchNorm is called more than once in a forward pass. The statistics are then
-            what they were.
+        UserError: a model without a BatchNorm that keeps statistics, or that cannot run on the images; no images or
+            empty `samples`; or, with `samples`, a BatchNorm that is called more than once in a forward pass. The
+            statistics are unchanged then.
     """
     names = {m: name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     norms = [m for m in names if m.running_mean is not None]
@@ -77,7 +77,7 @@ def recalibrate(
 
 @contextmanager
 def _modes(model: nn.Module, norms: Sequence[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
-    """Put the modes of all modules and the momenta of `norms` back as they were; behind an error, statistics too."""
+    """Restore the modes of all modules and the momenta of `norms` at the end; after an error, statistics, too."""
     statistics = [(own, own.clone()) for norm in norms for own in norm.buffers()]
     momenta = [m.momentum for m in norms]
     try:
@@ -93,7 +93,7 @@ def _modes(model: nn.Module, norms: Sequence[nn.modules.batchnorm._BatchNorm]) -
 
 
 def _calls(model: nn.Module, norms: Sequence[nn.Module], images: Tensor, sample: int) -> dict[nn.Module, int]:
-    """How often each of `norms` is called in a forward pass, in the order of the first calls."""
+    """Number of calls of each of `norms` in a forward pass, in the order of their first calls."""
     calls: dict[nn.Module, int] = {}
 
     def count(module: nn.Module, _: object) -> None:
@@ -110,11 +110,11 @@ def _calls(model: nn.Module, norms: Sequence[nn.Module], images: Tensor, sample:
 
 
 class _Reached(Exception):
-    """The input of a BatchNorm is there, and nothing behind it is wanted."""
+    """Ends a forward pass once the input of a BatchNorm is known."""
 
 
 def _moments(model: nn.Module, norm: nn.Module, images: Tensor, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance, a value a channel, of what `norm` is given over all images and chips."""
+    """Mean and unbiased variance, (C,) each, of the input of `norm` over all images and chips."""
     seen: list[Tensor] = []
 
     def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

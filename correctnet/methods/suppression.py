@@ -24,7 +24,7 @@ def bound(device: Variation, k: float = 1.0) -> float:
     Args:
         device: the device model; for the paper's lognormal variation the denominator is
             exp(sigma^2 / 2) + 3 sqrt((exp(sigma^2) - 1) exp(sigma^2)).
-        k: the Lipschitz constant that a layer under variation is to keep; 1 in the paper.
+        k: Lipschitz constant that each layer must keep under variation; 1 in the paper.
 
     Returns:
         The bound on the spectral norm of a nominal weight matrix: 0.33958 at sigma 0.5, k at sigma 0.
@@ -34,30 +34,32 @@ def bound(device: Variation, k: float = 1.0) -> float:
 
 
 def weight_matrix(weight: Tensor) -> Tensor:
-    """A layer's weight as the matrix W that its input is multiplied with from the left, x W.
+    """The matrix W of a layer that maps its input x to x W.
 
-    (out, in) gives (in, out), (out, in, kh, kw) gives (in * kh * kw, out). A grouped convolution applies a matrix of
-    its own in each group: (groups, out / groups, in / groups, kh, kw) gives (groups, in / groups * kh * kw,
-    out / groups).
+    (out, in) becomes (in, out), and (out, in, kh, kw) becomes (in * kh * kw, out). A grouped convolution has one matrix
+    for each group: (groups, out / groups, in / groups, kh, kw) becomes (groups, in / groups * kh * kw, out / groups).
     """
     return weight.flatten(2).mT if weight.dim() == 5 else weight.flatten(1).t()
 
 
 def penalty(weights: Iterable[Tensor], lam: float, form: Literal["orthogonal", "one-sided"] = "orthogonal") -> Tensor:
-    """The sum in (11), || W_i^T W_i - lambda^2 I ||_F^2 over all matrices, differentiable, a scalar.
+    """The sum of (11) over all matrices, || W_i^T W_i - lambda^2 I ||_F^2; a differentiable scalar.
 
-    W_i is (inputs, outputs), as `weight_matrix` gives it, so W^T W is (outputs, outputs). With s_j the singular values
+    W_i is (inputs, outputs), as from `weight_matrix`, so W^T W is (outputs, outputs). With s_j the singular values
     of W and c = outputs, the term is sum_{j <= c} (s_j^2 - lambda^2)^2, where s_j = 0 for the columns beyond the rank.
 
     The paper writes a layer as w x with w = W^T, whose w^T w is (inputs, inputs). Read so, each term of (11) is larger
     by the constant lambda^4 (inputs - outputs): it has the same gradient and the same minimum.
 
     Args:
-        weights: of `analog_weights`: (out, in), (out, in, kh, kw), or (groups, out / groups, in / groups, kh, kw) of a
-            grouped convolution, whose groups are a matrix each.
+        weights: from `analog_weights`: (out, in), (out, in, kh, kw), or (groups, out / groups, in / groups, kh, kw) for
+            a grouped convolution, which has one matrix a group.
         lam: lambda of (10).
-        form: "orthogonal", (11) as it is printed: every singular value is pulled to lambda; "one-sided": only those
-            above lambda, sum_j max(0, s_j^2 - lambda^2)^2, which is what (9) asks for.
+        form: "orthogonal": (11) as printed, which pulls every singular value to lambda; "one-sided": only those above
+            lambda, sum_j max(0, s_j^2 - lambda^2)^2, as (9) requires.
+
+    Raises:
+        UserError: an unknown form, or no weights.
     """
     if form not in ("orthogonal", "one-sided"):
         raise UserError(f"penalty: form must be 'orthogonal' or 'one-sided', not {form!r}")
@@ -70,23 +72,23 @@ def penalty(weights: Iterable[Tensor], lam: float, form: Literal["orthogonal", "
 
 
 def _gram(matrix: Tensor) -> Tensor:
-    """The smaller of W^T W and W W^T, of each matrix of a batch."""
+    """The smaller of W^T W and W W^T, for each matrix of a batch."""
     rows, columns = matrix.shape[-2:]
     return matrix.mT @ matrix if columns <= rows else matrix @ matrix.mT
 
 
 def _one_sided(matrix: Tensor, lam: float) -> Tensor:
     gram = _gram(matrix)
-    if not gram.isfinite().all():  # training diverged, and says so of a loss that is not finite; eigvalsh would raise
+    if not gram.isfinite().all():  # training diverged: `fit` reports a loss that is not finite, eigvalsh would raise
         return gram.sum()
     return (torch.linalg.eigvalsh(gram) - lam**2).clamp(min=0).square().sum()
 
 
 class _Orthogonal(torch.autograd.Function):
-    """|| W^T W - lambda^2 I ||_F^2 of one matrix or the sum over a batch, with its gradient in closed form.
+    """|| W^T W - lambda^2 I ||_F^2 of a matrix, or the sum over a batch, with its gradient in closed form.
 
-    That is 4 W (W^T W - lambda^2 I): two products of matrices instead of the three that differentiating the first
-    would take.
+    The gradient is 4 W (W^T W - lambda^2 I). Forward and backward take two matrix products in total; automatic
+    differentiation of the expression takes three.
     """
 
     @staticmethod
@@ -110,14 +112,14 @@ class _Orthogonal(torch.autograd.Function):
 def analog_weights(model: nn.Module, fold_batchnorm: bool | Mapping[str, nn.Module] = False) -> list[Tensor]:
     """The nominal weights of all conv and linear layers, the set W of (11), in order of registration.
 
-    A grouped convolution's is split, (groups, out / groups, in / groups, kh, kw): its groups are matrices of their own.
+    The weight of a grouped convolution is split, (groups, out / groups, in / groups, kh, kw): each group is a matrix.
 
     Args:
         model: the network.
-        fold_batchnorm: multiply each output's weights by gamma / sqrt(running variance + eps) of the BatchNorm behind
-            the layer. That is the matrix the layer applies, whatever the scale of its weight: BatchNorm hides that
-            scale, and with it what (11) does to the weight alone. True looks for them anew at each call; what
-            `batchnorms` gave can stand here instead.
+        fold_batchnorm: multiply the weights of each output by gamma / sqrt(running variance + eps) of the BatchNorm
+            after the layer. The result is the matrix that the layer applies, whatever the scale of its weight:
+            BatchNorm cancels that scale, and with it the effect of (11) on the weight alone. True searches for the
+            BatchNorms at each call; the result of `batchnorms` can be passed instead.
 
     Raises:
         UserError: with `fold_batchnorm` True, as `batchnorms`.
@@ -141,12 +143,12 @@ def _by_group(layer: nn.Module, weight: Tensor) -> Tensor:
 
 
 def batchnorms(model: nn.Module) -> dict[str, nn.Module]:
-    """The BatchNorm behind each layer that has one, by the layer's name.
+    """The BatchNorm after each layer that has one, by the layer's name.
 
-    It stands behind a layer if it reads the layer's output and nothing else does, and neither is used a second time:
-    seen by tracing the network, or, where it cannot be traced, in the `nn.Sequential`s that it is made of. In a
-    `correctnet.networks.blocks.Block` a ReLU may stand between them: as it keeps the sign, the Lipschitz constant is the same
-    with BatchNorm behind it.
+    A BatchNorm follows a layer if it alone reads the layer's output, and neither is used a second time. This is found
+    by tracing the network or, if it cannot be traced, from its `nn.Sequential`s. In a
+    `correctnet.networks.blocks.Block` a ReLU may come between the two: it commutes with positive scales and is
+    1-Lipschitz, so the bound is the same.
 
     Raises:
         UserError: no layer has one.
@@ -165,7 +167,7 @@ def batchnorms(model: nn.Module) -> dict[str, nn.Module]:
         if norm.running_var is not None and norm.num_features == layers[name].weight.shape[0]
     }
     if not found:
-        raise UserError("fold_batchnorm: no conv or linear layer of the network has a BatchNorm directly behind it")
+        raise UserError("fold_batchnorm: no conv or linear layer of the network has a BatchNorm directly after it")
     return {name: found[name] for name in layers if name in found}
 
 
@@ -174,23 +176,26 @@ def _is_normalised(module: nn.Module) -> bool:
 
 
 class _Tracer(fx.Tracer):
-    """Goes into all modules but torch's own and analog layers."""
+    """Traces into all modules except torch's own, BatchNorm and analog layers."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """See the class."""
+        """Whether `m` is one node of the graph."""
         return isinstance(m, (AnalogLayer, _BatchNorm)) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _traced(model: nn.Module) -> list[fx.Node] | None:
-    """The operations of the network in order, None where it cannot be traced. A copy is: tracing may leave traces."""
+    """The operations of the network in order; None if it cannot be traced.
+
+    A copy is traced, because tracing may change the network.
+    """
     try:
         return list(_Tracer().trace(copy.deepcopy(model)).nodes)
-    except Exception:  # whatever the network's code makes of a value that has none
+    except Exception:  # whatever the network's own code raises for a proxy in place of a tensor
         return None
 
 
 def _in_graph(model: nn.Module, nodes: list[fx.Node]) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """(module, BatchNorm) of each BatchNorm that is the only one to read the module's output."""
+    """(module, BatchNorm) for each BatchNorm that alone reads the module's output."""
     modules = {node: model.get_submodule(node.target) for node in nodes if node.op == "call_module"}
     calls = Counter(map(id, modules.values()))
     for node, norm in modules.items():
@@ -202,7 +207,7 @@ def _in_graph(model: nn.Module, nodes: list[fx.Node]) -> Iterator[tuple[nn.Modul
 
 
 def _in_sequentials(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """(module, BatchNorm) that stand next to each other in an `nn.Sequential`, and nowhere else."""
+    """(module, BatchNorm) for neighbours in an `nn.Sequential` that occur nowhere else."""
     places = Counter(id(child) for module in model.modules() for child in module._modules.values())
     for module in model.modules():
         if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
@@ -213,7 +218,7 @@ def _in_sequentials(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 @torch.no_grad()
 def spectral_norms(model: nn.Module) -> dict[str, float]:
-    """The largest singular value of each layer's nominal weight matrix, by name; of all groups of a convolution."""
+    """The largest singular value of each layer's nominal weight matrix, by name; for convolutions over all groups."""
     return {
         name: torch.linalg.matrix_norm(weight_matrix(_by_group(layer, nominal_weight(layer))).float(), ord=2)
         .max()
