@@ -121,8 +121,8 @@ def differences(name: str, noise: float, evaluations: int, seeds: int, **changes
     """(seeds,): REINFORCE - random search, true means of what they choose."""
     budget = {"evaluations": evaluations}
     ours = [found(name, noise, s, strategy="reinforce", **budget, **changes) for s in range(seeds)]
-    rival = [found(name, noise, s, strategy="random", **budget) for s in range(seeds)]
-    return np.array(ours) - np.array(rival)
+    random = [found(name, noise, s, strategy="random", **budget) for s in range(seeds)]
+    return np.array(ours) - np.array(random)
 
 
 def main() -> None:

@@ -120,7 +120,7 @@ def suppress(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) 
 
 
 def inject(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) -> None:
-    """Train on with variation in all weights, a fresh chip each batch: a rival after [11], without overhead."""
+    """Variation-aware training, after [11]: a baseline without overhead. A fresh chip sample is drawn for each batch."""
     _train_with_variation("inject", settings, pretrained, out, runtime)
 
 
