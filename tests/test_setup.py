@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,38 @@ def test_the_workflow_brings_what_its_report_asks_for() -> None:
     # Snakemake's report needs it without depending on it, and pytest hides that: it brings it into every test's venv.
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert any(requirement.startswith("pygments") for requirement in extras["workflow"])
+
+
+def output(*command: str | Path, **environment: str) -> str:
+    """What a command that must succeed prints."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(command, cwd=ROOT / "csrc", env=os.environ | environment, **options)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.mark.build
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a manylinux wheel is for Linux")
+@pytest.mark.skipif(not (COMPILER and find_spec("auditwheel")), reason="no C++ compiler or auditwheel")
+def test_manylinux_wheel(tmp_path: Path) -> None:
+    """The wheel of tools/wheel.sh, which runs the installed package with no compiler on PATH."""
+    printed = output(ROOT / "tools" / "wheel.sh", "--offline", tmp_path, PYTHON=sys.executable)
+    (wheel,) = tmp_path.iterdir()
+    assert re.search(r"-manylinux_2_\d+_\w+\.whl$", wheel.name)
+    assert re.search(r"^  in use: ", printed, re.MULTILINE)
+    assert re.search(r"^\d+ passed", printed, re.MULTILINE)
+
+
+@pytest.mark.build
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not all(map(shutil.which, ["aarch64-linux-gnu-g++", "qemu-aarch64", "cmake", "ninja"])),
+    reason="no aarch64-linux-gnu-g++, qemu-aarch64, CMake or Ninja",
+)
+def test_cpp_on_aarch64() -> None:
+    """The C++ tests, compiled for another architecture and emulated."""
+    build = ROOT / "build" / "aarch64"
+    output("cmake", "--preset", "aarch64")
+    output("cmake", "--build", build)
+    print(output("ctest", "--test-dir", build, "--output-on-failure", "--no-tests=error"))
