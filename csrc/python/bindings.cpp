@@ -1,5 +1,5 @@
 // The Python module correctnet._native. Tensors are passed as addresses, so that one build works with every version of
-// torch; the callers in correctnet/noise/core.py check types, sizes and memory orders. Plans are in bindings_plan.cpp.
+// torch; the callers in correctnet/noise/draw.py check types, sizes and memory orders. Plans are in bindings_plan.cpp.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,5 +1,5 @@
 // correctnet._native.cuda: the CUDA kernels (cuda/engine.h). Device memory is passed as integer addresses and owned by
-// the callers in correctnet/noise/device.py.
+// the callers in correctnet/noise/device.py, correctnet/engine/cuda.py and correctnet/crossbar/kernels.py.
 #if defined(CORRECTNET_SHIM)
 #include "cuda/device.cuh"
 #endif

@@ -1,5 +1,5 @@
 // correctnet._native.Plan: a network on many chip samples (plan/plan.h). Arrays are numpy arrays; plans are built by
-// correctnet/engine/lowering.py and correctnet/engine/operators.py.
+// correctnet/engine/lowering.py and correctnet/crossbar/kernels.py.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
