@@ -31,8 +31,10 @@ CN_DEVICE void store(T* p, const float (&a)[kCount]) {
 // Calls f(i) for 0 <= i < count, each once in the whole grid row.
 template <class F>
 CN_DEVICE void for_each(int64_t count, const F& f) {
-  const int64_t step = int64_t(gridDim.x) * kElementwiseThreads;
-  for (int64_t i = int64_t(blockIdx.x) * kElementwiseThreads + threadIdx.x; i < count; i += step) f(i);
+  // The step is not a variable, which would take registers.
+  for (int64_t i = int64_t(blockIdx.x) * kElementwiseThreads + threadIdx.x; i < count;
+       i += int64_t(gridDim.x) * kElementwiseThreads)
+    f(i);
 }
 
 // y[pixel][c] over the window rows[h], cols[w]; the mean's divisor is 0 for the size of the window. In the order of the
