@@ -4,7 +4,8 @@
 #   snakemake --cores 8 lenet    the LeNet-5 half
 #   snakemake --cores 8 quick    the same stages on the embedded digits, in minutes
 #
-# Every stage is a command (`correctnet STAGE --help`); the rules only chain them.
+# Every stage is a command (`correctnet STAGE --help`); the rules only chain them. A run shows the progress of its jobs,
+# which `correctnet progress` prints in another terminal, too, and ends with Table I.
 
 from snakemake.utils import min_version
 

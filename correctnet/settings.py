@@ -16,12 +16,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from correctnet.datasets import DATASETS
+from correctnet.devices import DEVICES
 from correctnet.errors import UserError
 from correctnet.networks import NETWORKS
 
 # Names of the registries, so that a mistake in one is found when settings are read.
 DataSetName = Literal[tuple(DATASETS)]
 NetworkName = Literal[tuple(NETWORKS)]
+DeviceName = Literal[tuple(DEVICES)]
 
 
 class Section(BaseModel):
@@ -108,7 +110,7 @@ class Network(Section):
 class VariationSettings(Section):
     """The device variation, (1) and (2) of the paper: w = w_nominal exp(theta), theta ~ N(0, sigma^2)."""
 
-    model: Literal["lognormal"] = "lognormal"
+    model: DeviceName = "lognormal"
     """device model"""
     on: Literal["weight"] = "weight"
     """the quantity that varies"""

@@ -19,7 +19,7 @@ correctnet info >"$log" 2>&1
 block 20 "$log"
 
 section "pytest -m gpu"
-python -m pytest -m gpu tests/test_gpu*.py -q >"$log" 2>&1 || status=1
+python -m pytest -n 0 -m gpu tests/test_gpu*.py -q >"$log" 2>&1 || status=1
 block 15 "$log"
 
 section "compute-sanitizer"
@@ -29,7 +29,7 @@ if command -v compute-sanitizer >/dev/null; then
     select='(bits or specification or outputs or agree or librar) and not graph'
     for tool in memcheck racecheck; do
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-            python -m pytest tests/test_gpu.py -q -k "$select" >"$log" 2>&1 || status=1
+            python -m pytest -n 0 tests/test_gpu.py -q -k "$select" >"$log" 2>&1 || status=1
         printf '%s: %s\n\n' "$tool" "$(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$log" | tail -1)" >>"$out"
     done
 else

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis_profile import examples
 from torch import nn
 
 from correctnet import precision as arithmetic
@@ -15,7 +16,6 @@ from correctnet.datasets.base import Split
 from correctnet.precision import available, products, weight_gradient
 from correctnet.settings import Training
 from correctnet.training.loop import fit
-from profiles import examples
 
 
 @pytest.fixture

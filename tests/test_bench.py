@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis_profile import examples
 from torch import nn
 
 from correctnet.bench import baseline, gpu_timing, gpu_training, report, workloads
@@ -20,7 +21,6 @@ from correctnet.errors import UserError
 from correctnet.files import storage
 from correctnet.networks.lenet import lenet5
 from correctnet.noise import core, draw
-from profiles import examples
 
 needs_core = pytest.mark.skipif(not core.status().built, reason="the C++ core was not built")
 

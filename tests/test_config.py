@@ -9,6 +9,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis_profile import examples
 from pydantic import BaseModel
 
 from correctnet.datasets import DATASETS, loading
@@ -16,7 +17,6 @@ from correctnet.errors import UserError
 from correctnet.pipeline.config import RULES, Config
 from correctnet.pipeline.specs import STAGES, lineage
 from correctnet.settings import Settings, exact, merge
-from profiles import examples
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted((ROOT / "workflow" / "experiments").glob("*.yaml"))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis_profile import examples
 from torch import nn
 
 from correctnet import LogNormalVariation, convert, evaluate
@@ -25,7 +26,6 @@ from correctnet.methods.compensation import compensate
 from correctnet.networks.lenet import lenet5
 from correctnet.networks.vgg import vgg16
 from correctnet.noise import core, draw, specification
-from profiles import examples
 
 pytestmark = pytest.mark.skipif(not core.status().built, reason="the C++ core was not built")
 

@@ -17,6 +17,7 @@ import pytest
 from by_hand import run, succeed
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis_profile import examples
 from test_tables_figures import complete, log_of_a_search
 
 from correctnet.datasets import DATASETS
@@ -26,7 +27,6 @@ from correctnet.noise import core as native
 from correctnet.pipeline import provenance
 from correctnet.report import figures, pages, tables
 from correctnet.settings import exact
-from profiles import examples
 
 ROOT = Path(__file__).parents[1]
 # Markup of mathtext, LaTeX, Markdown and HTML, a quote of each kind, letters beyond Latin-1, and a second line.

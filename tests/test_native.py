@@ -19,6 +19,7 @@ import torch
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
+from hypothesis_profile import examples
 from isolated import NOT_EDITABLE
 from scipy import stats
 from scipy.special import ndtri
@@ -29,7 +30,6 @@ from correctnet.cli import main
 from correctnet.crossbar.operators import noisy_linear
 from correctnet.errors import UserError
 from correctnet.noise import core, draw, specification
-from profiles import examples
 
 _native = core.extension
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis_profile import examples
 from torch import Tensor
 from torch.library import opcheck
 
@@ -25,7 +26,6 @@ from correctnet.crossbar.arguments import DTYPES
 from correctnet.crossbar.operators import noisy_conv2d, noisy_linear
 from correctnet.noise import core, draw, specification
 from correctnet.noise import device as gpu
-from profiles import examples
 
 OPS = torch.ops.correctnet
 SEED, LAYER, SIGMA, SHIFT = 11, 3, 0.5, -0.125

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from hypothesis_profile import examples
 from scipy import stats
 from scipy.special import ndtri
 
 from correctnet.noise import normal_table, specification
-from profiles import examples
 
 # A correct generator fails a two-sided test at this limit once in 10^6 seeds.
 SIGMAS = -ndtri(0.5e-6)

@@ -9,6 +9,7 @@ import search_budgets
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from hypothesis_profile import examples
 
 from correctnet.crossbar.layers import crossbar_layers
 from correctnet.errors import UserError
@@ -20,7 +21,6 @@ from correctnet.methods.search_policy import Policy, Room
 from correctnet.networks.blocks import parameter_count
 from correctnet.networks.vgg import vgg16
 from correctnet.settings import Search, search_rounds
-from profiles import examples
 
 WIDTHS = (64, 64, 128, 128, 256, 256)
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)

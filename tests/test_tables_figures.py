@@ -7,12 +7,12 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis_profile import examples
 from PIL import Image
 
 from correctnet.errors import UserError
 from correctnet.evaluation.results import COLUMNS, Result, record
 from correctnet.report import figures, pages, tables
-from profiles import examples
 
 
 def samples(pair="vgg16-cifar100", row="correctnet", sigma=0.5, accuracies=(0.6, 0.7), images=100, **columns):

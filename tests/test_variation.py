@@ -1,16 +1,17 @@
 import math
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from correctnet import devices
 from correctnet.devices.base import Variation, kernel_noise
 from correctnet.devices.lognormal import LogNormalVariation
-from correctnet.errors import UserError
 from correctnet.noise import specification
 from correctnet.settings import VariationSettings
 
@@ -115,11 +116,37 @@ def test_moments_of_the_factor(centre):
     assert deviation == pytest.approx(model.mean * model.cv)
 
 
+class Gain(Variation):
+    """Scales the weights of chip n by 1 + sigma n."""
+
+    def __init__(self, sigma):
+        self.sigma = sigma
+
+    @classmethod
+    def from_settings(cls, settings):
+        return cls(settings.sigma)
+
+    def sample(self, weight, seed, layer, sample):
+        return weight * (1 + self.sigma * sample)
+
+    def describe(self):
+        return {"model": "gain", "sigma": self.sigma}
+
+
 def test_devices_are_made_from_settings():
     made = devices.make(VariationSettings(sigma=0.25, centre="mean"))
     assert made == LogNormalVariation(0.25, "mean")
-    with pytest.raises(UserError, match=r"variation\.model: no device 'memristor' \(known: lognormal\)"):
-        devices.make(SimpleNamespace(model="memristor"))
+    with pytest.raises(ValidationError, match="memristor"):
+        VariationSettings(model="memristor")
+
+
+def test_a_device_is_one_module_and_one_line(monkeypatch):
+    module = ModuleType("correctnet.devices.gain")
+    module.Gain = Gain
+    monkeypatch.setitem(sys.modules, "correctnet.devices.gain", module)
+    monkeypatch.setitem(devices.DEVICES, "gain", "gain:Gain")
+    made = devices.make(SimpleNamespace(model="gain", sigma=0.25))
+    assert made.sample(torch.ones(1), 0, 0, 3) == 1.75
 
 
 class Doubled(LogNormalVariation):

@@ -99,6 +99,17 @@ def test_nothing_reruns_when_nothing_changed(folder):
     assert stats(snakemake(folder, "-n", "quick")) == {}
 
 
+@pytest.mark.e2e
+def test_another_wording_of_a_command_reruns_nothing(folder, tmp_path):
+    copied = tmp_path / "reworded"
+    shutil.copytree(folder, copied)
+    rules = copied / "workflow" / "rules" / "train.smk"
+    rules.write_text(rules.read_text().replace('"correctnet {params.command}', '"exec correctnet {params.command}'))
+    assert stats(snakemake(copied, "-n", "quick")) == {}
+    by_code = stats(snakemake(copied, "-n", "quick", "--rerun-triggers", "code"))
+    assert {"pretrain", "suppress", "compensate"} <= set(by_code), "the wording did change"
+
+
 # What follows the results of any row.
 END = {"collect": 1, "table1": 1, "provenance": 1}
 # The networks from the suppressed one on, and the search of the compensated one.
@@ -363,10 +374,15 @@ def test_rows_whose_folders_are_named_alike_are_made_with_their_own_settings(tmp
 
 
 @pytest.mark.e2e
-def test_a_full_run_prints_its_estimate(folder):
+def test_a_full_run_begins_with_its_estimate_and_ends_with_its_table(folder):
+    assert "Table I" not in snakemake(folder, "-n", "all")
     output = snakemake(folder, "all")
-    assert re.search(r"paper: about \d+ (s|min) on \d+ cores", output), output
+    estimate = re.search(r"paper: about \d+ (s|min) on \d+ cores", output)
     assert re.search(r"one: about \d+ (s|min) \(pretrain", output)
+    table = re.search(r"paper, Table I at sigma = 0.5:\n\npair +row +clean +mean ± std +ratio +overhead\n", output)
+    assert output.index("Building DAG") < estimate.start() < output.index("rule table1") < table.start()
+    assert "Report:   snakemake --report report.html\n" in output[table.end() :]
+    assert "quick, Table I" not in output, "of the requested run alone"
 
 
 def test_the_shipped_workflow_plans_the_whole_paper():

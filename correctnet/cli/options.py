@@ -78,11 +78,11 @@ def leaves(stage: Stage) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
 
 
 def option_name(path: tuple[str, ...], taken: dict[str, tuple[str, ...]]) -> str:
-    """Name of a setting's option: --beta for suppress.beta, --network for network.name.
+    """Name of a setting's option: --beta for suppress.beta, --network for network.name, --variation for its model.
 
     Where two settings of a stage have the same name, the section comes first.
     """
-    name = path[0] if path[-1] == "name" else path[-1]
+    name = path[0] if path[-1] in ("name", "model") else path[-1]
     if taken.get(name, path) != path:
         name = f"{path[0]}_{name}"
     taken[name] = path
@@ -280,9 +280,9 @@ def runtime_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _check_out(stage: str, out: Path, single: bool) -> None:
+def _check_out(stage: Stage, out: Path, single: bool) -> None:
     """Raise UserError, before the work, where a stage cannot write to `out`: a file or a folder, depending on it."""
-    if stage in ("evaluate", "sensitivity") or single:
+    if not STAGES[stage].writes or single:
         storage.check_writable(out)
         return
     if out.suffix in (".safetensors", ".json", ".csv"):
@@ -294,18 +294,13 @@ def _check_out(stage: str, out: Path, single: bool) -> None:
 MODELS, FILES = ("pretrained", "base", "model", "compensated"), ("candidates", "found", "known")
 
 
-def _check_inputs(stage: str, out: Path, arguments: dict[str, Any]) -> None:
+def _check_inputs(stage: Stage, out: Path, arguments: dict[str, Any]) -> None:
     """Raise UserError, before the work, where a stage would overwrite one of its inputs."""
     models = [arguments[key] for key in MODELS if arguments.get(key)]
     others = [arguments[key] for key in FILES if arguments.get(key)]
     files = [path for other in others for path in (other if isinstance(other, tuple) else (other,))]
     files += [file for model in models for file in storage.model_files(model)]
-    storage.check_distinct([out, *(out / name for name in WRITTEN.get(stage, MODEL))], files)
-
-
-# Names of the files of stages that write several; most write a model.
-MODEL = ("model.safetensors", "model.json", "log.csv")
-WRITTEN = {"sweep": ("accuracy.csv", "candidates.json"), "search": ("best.json", "log.csv")}
+    storage.check_distinct([out, *(out / name for name in STAGES[stage].writes)], files)
 
 
 def _runtime(data_dir: Path | None, device: str, threads: int | None, memory: int, work: Path, quiet: bool) -> Runtime:

@@ -170,9 +170,8 @@ def evaluate(
         settings, model, out, runtime, chips=chips, start=start, notes=notes, prefixes=prefix
     )
     first = result.table.iloc[0]
-    click.echo(
-        f"{first['variation']} {first['on']}s, sigma {exact(first['sigma'])}, centre {first['centre']}: "
-        f"w / nominal has mean {first['factor_mean']:.3f} and coefficient of variation {first['factor_cv']:.1%}\n"
-        f"{result}",
-        err=True,
-    )
+    device = f"{first['variation']} {first['on']}s, sigma {exact(first['sigma'])}, centre {first['centre']}"
+    if "factor_cv" in first:  # not every device multiplies weights by a factor
+        device += f": w / nominal has mean {first['factor_mean']:.3f} and coefficient of variation "
+        device += f"{first['factor_cv']:.1%}"
+    click.echo(f"{device}\n{result}", err=True)

@@ -1,28 +1,23 @@
 """Device models: what programming a crossbar does to the weights.
 
-A further device is a module with a `Variation` subclass and a line in `DEVICES`.
+To add a device, write a module with a `Variation` subclass that has `from_settings`, and add a line to `DEVICES`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from correctnet.devices.base import Variation
-from correctnet.devices.lognormal import LogNormalVariation
-from correctnet.errors import UserError
+if TYPE_CHECKING:
+    from correctnet.devices.base import Variation
 
-# The device models by their names in the settings (`variation.model`).
-DEVICES: dict[str, type[Variation]] = {
-    "lognormal": LogNormalVariation,
+# By name in the settings (`variation.model`), module and class of the device; known without torch.
+DEVICES: dict[str, str] = {
+    "lognormal": "lognormal:LogNormalVariation",
 }
 
 
 def make(settings: Any) -> Variation:
-    """Make the device that the `variation` section of the settings describes.
-
-    Raises:
-        UserError: no device has the name `settings.model`.
-    """
-    if settings.model not in DEVICES:
-        raise UserError(f"variation.model: no device {settings.model!r} (known: {', '.join(DEVICES)})")
-    return DEVICES[settings.model].from_settings(settings)
+    """Make the device that the `variation` section of the settings describes."""
+    module, name = DEVICES[settings.model].split(":")
+    return getattr(import_module(f"correctnet.devices.{module}"), name).from_settings(settings)

@@ -1,7 +1,7 @@
-"""Settings: what config.yaml may say, checked before anything runs.
+"""The configuration file, validated before anything runs.
 
-`Config` is the whole file; `Config.settings(pair, row)` merges defaults < pair < row into one `Settings`; and
-`correctnet.pipeline.specs` says which of them a stage reads, so that a change elsewhere reruns nothing.
+`Config` is the whole file, and `Config.settings(pair, row)` merges defaults < pair < row into one `Settings`. Which of
+them a stage reads is in `correctnet.pipeline.specs`, so that a change elsewhere reruns nothing.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from correctnet.settings import (
     validate,
 )
 
-# What names consist of: they stand in paths and in commands.
+# Names are parts of paths and commands.
 PAIR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 ROW_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,99}")
-# The rules of the workflow, whose names no run can have.
+# Rules of the workflow; no run can have their names.
 RULES = ("all", "fetch", "pretrain", "suppress", "inject", "sweep", "sensitivity", "search_state", "search")
 RULES += ("compensate", "finetune", "evaluate", "gather", "collect", "table1", "figure", "explore", "provenance")
 # The run of `snakemake` without a target.
@@ -54,7 +54,7 @@ DEFAULT_RUN = "paper"
 
 
 def _expanded(path: str) -> str:
-    """A folder of the configuration, `~` replaced. Raises ValueError for one that stages cannot be told."""
+    """A folder of the configuration with `~` expanded. Raises ValueError for one that no command can be given."""
     expanded = os.path.expanduser(path)
     if not path.strip():
         raise ValueError("a folder is expected")
@@ -139,7 +139,7 @@ class Config(Section):
 
     @classmethod
     def check(cls, values: Any, source: str = "config.yaml") -> Config:
-        """Check the values of a file that is already read, every pair and row of it."""
+        """Check the values of a file, every pair and row."""
         config = validate(cls, _mapping(values, source), source)
         mistakes = list(config._mistakes(source))
         if mistakes:
@@ -222,10 +222,10 @@ class Config(Section):
                     "a letter or digit first, at most 100"
                 )
         if DEFAULT_RUN not in self.runs:
-            yield f"{source}: runs.{DEFAULT_RUN}: missing; `snakemake` without a target runs the pairs of it"
+            yield f"{source}: runs.{DEFAULT_RUN}: missing; `snakemake` without a target runs its pairs"
 
     def _mistaken_like(self, pair: str) -> str | None:
-        """What is wrong with the `like` of a pair."""
+        """The mistake in the `like` of a pair, if any."""
         like = self.pairs[pair].get("like")
         if like is None:
             return None
@@ -238,7 +238,7 @@ class Config(Section):
         return None
 
     def _mistaken_rows(self, pair: str) -> Iterator[str]:
-        """What is wrong with the `rows` of a pair."""
+        """Mistakes in the `rows` of a pair."""
         rows = self.pairs[pair].get("rows")
         if rows is None:
             return
@@ -255,7 +255,7 @@ class Config(Section):
         yield from (f"{row!r} is listed twice" for row in _repeated(row for row in rows if isinstance(row, str)))
 
     def _not_comparable(self, pair: str, row: str, settings: Settings) -> Iterator[str]:
-        """In what a row differs from the first one of its pair that all rows of a table share."""
+        """Settings that all rows of a table share and in which a row differs from the first one of its pair."""
         first = self.rows_of(pair)[0]
         own = self.settings(pair, first)
         for key, mine, other in (
@@ -282,8 +282,7 @@ class Config(Section):
         """The sigma of a run's table.
 
         Raises:
-            UserError: its pairs differ in it. No mistake as long as nobody asks for that table, as each pair of its own
-                can be run.
+            UserError: its pairs differ in it. That matters for this table only: each pair can be run by itself.
         """
         sigmas = sorted({self.settings(pair).variation.sigma for pair in self.runs[run]})
         if len(sigmas) > 1:
@@ -293,7 +292,7 @@ class Config(Section):
 
     def settings(self, pair: str, row: str | None = None) -> Settings:
         """The settings of a pair, or of one of its rows."""
-        if (pair, row) not in self._merged:  # the workflow asks for them again with every job
+        if (pair, row) not in self._merged:  # the workflow needs them for every job
             self._merged[pair, row] = self._settings(pair, row)
         return self._merged[pair, row]
 
@@ -309,17 +308,17 @@ class Config(Section):
         return validate(Settings, merged, f"pair {pair}")
 
     def variant(self, pair: str, row: str, stage: Stage) -> str:
-        """Where a stage of a row stands: '' where it is the pair's own, else '@' and the settings that differ.
+        """Suffix of the folder of a row's stage: '' for the pair's own, else '@' and the settings that differ.
 
-        Rows that agree in all that a stage and the stages before it read share one run of it, and its folder's name
-        depends on nothing else: other rows may come and go.
+        Rows that agree in all settings that a stage and the stages before it read share one run of it. The folder's
+        name depends on nothing else, so that other rows can be added and removed.
         """
         own, changed = self.settings(pair), self.settings(pair, row)
         stages = lineage(changed, stage)
 
         def read(settings: Settings) -> dict[str, Any]:
             leaves = dict(leaf for s in stages for leaf in _leaves(STAGES[s].values(settings)))
-            if "compensate" in stages:  # which takes the best of the searches within these limits
+            if "compensate" in stages:  # it uses the best of the searches within these limits
                 leaves["search.limits"] = list(settings.search.limits)
             return leaves
 
@@ -348,11 +347,11 @@ def _without_rows(pair: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _repeated(names: Iterable[str]) -> list[str]:
-    """The names that stand there more than once."""
+    """The names that occur more than once."""
     return [name for name, count in Counter(list(names)).items() if count > 1]
 
 
-# Letters of a folder's name that tell what differs; file systems take 255 in all.
+# Characters of a folder's name for the settings that differ; file systems allow 255 in all.
 LONGEST = 120
 
 
@@ -366,12 +365,12 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _plain(value: Any) -> str:
-    """A setting's value in letters that file names and the workflow's wildcards take."""
+    """A setting's value in characters that file names and the workflow's wildcards allow."""
     return "_".join(map(_plain, value)) if isinstance(value, list) else json.dumps(value).strip('"')
 
 
 def network_mistake(settings: Settings) -> str | None:
-    """What does not fit the network or the data set, which is known only when all settings are merged."""
+    """The setting that does not fit the network or the data set, once all settings are merged; None if all do."""
     network, data = settings.network, settings.data
     images, architecture = DATASETS[data.dataset].train, NETWORKS[network.name]
     if not 0 < round(data.validation * images) < images:
@@ -383,14 +382,14 @@ def network_mistake(settings: Settings) -> str | None:
 
 
 def sizes_mistake(settings: Settings, stage: Literal["pretrain", "suppress"], network: str) -> str | None:
-    """Smaller images for a network that takes none."""
+    """A message where a network that takes whole images only is to be trained on smaller ones, else None."""
     if getattr(settings, stage).sizes and not NETWORKS[network].any_size:
         return f"{stage}.sizes: {network} takes images of 32 x 32 pixels only"
     return None
 
 
 def lone_image(settings: Settings, stage: Stage) -> str | None:
-    """What is wrong where a stage normalises with each batch and the last one of an epoch is a single image."""
+    """A message where a stage normalises with each batch and the last batch of an epoch is one image, else None."""
     training = getattr(settings, stage, None)
     if not isinstance(training, Training) or not training.epochs or not _has_batchnorm(settings.network):
         return None
@@ -409,5 +408,5 @@ def _has_batchnorm(network: Network) -> bool:
 
 
 def one_word(name: str) -> str:
-    """A name of the configuration in a message, whatever it consists of."""
+    """A name of the configuration for a message, quoted unless it is one printable word."""
     return name if name.isprintable() and name and " " not in name else repr(name)

@@ -16,6 +16,7 @@ from correctnet import devices
 from correctnet.crossbar.convert import convert, program, programmed
 from correctnet.crossbar.layers import crossbar_layers
 from correctnet.datasets import DATASETS
+from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.engine.engine import Engine, Unsupported
 from correctnet.errors import UserError
 from correctnet.machine import available_cpus
@@ -65,7 +66,7 @@ def costs(settings: Settings) -> Costs:
         program(analog, 0)
         analog.chip_weight()
 
-    network = convert(model.eval(), devices.LogNormalVariation(max(s.variation.sigma, 0.1)))
+    network = convert(model.eval(), LogNormalVariation(max(s.variation.sigma, 0.1)))
     test = _test_seconds(network, images, s.montecarlo.precision)
     with torch.no_grad():
         sampling = _seconds(sample) * weights / layer.weight.numel()

@@ -25,7 +25,7 @@ from typing import Any
 from correctnet.errors import UserError
 from correctnet.pipeline import resources
 from correctnet.pipeline.config import DEFAULT_RUN, Config
-from correctnet.pipeline.specs import STAGES, Stage, lineage
+from correctnet.pipeline.specs import MODEL, STAGES, Stage, lineage
 from correctnet.settings import SEARCHING, Settings, exact, search_rounds
 
 FIGURES = {
@@ -140,8 +140,8 @@ class Layout:
 
     def model(self, stage: Stage) -> dict[str, str]:
         """The patterns of the files of a stage that trains a network."""
-        names = {"model": "model.safetensors", "description": "model.json", "epochs": "log.csv"}
-        return {key: self.output(f"{stage}{{variant}}/{name}") for key, name in names.items()}
+        keys = ("model", "description", "epochs")
+        return {k: self.output(f"{stage}{{variant}}/{name}") for k, name in zip(keys, MODEL, strict=True)}
 
     def log(self, job: str) -> str:
         """The pattern of a job's log, e.g. of `{pair}/sweep{variant}`."""

@@ -20,7 +20,7 @@ from correctnet.settings import Settings, exact
 
 
 def read_network(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
-    """The network at `path` as a plain module in evaluation mode, and its description.
+    """Read the network at `path` as a plain module in evaluation mode, and its description.
 
     Raises UserError where the files are absent, damaged, or describe no network of this package.
     """
@@ -29,7 +29,7 @@ def read_network(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict
         raise UserError(f"{path}: holds no network of correctnet.networks; load it with correctnet.load")
     _check_description(storage.model_files(path)[1], description)
     try:
-        # Other weights take the place of those drawn here.
+        # The weights drawn here are replaced.
         model = build_described(description["network"], 0, "restore")
         model = saved.restore(model, tensors, description, str(path))
     except (TypeError, ValueError) as error:  # settings that no network and no compensation has
@@ -43,7 +43,7 @@ def _compensated(description: dict[str, Any]) -> bool:
 
 
 def check_uncompensated(stage: Stage, path: Path, description: dict[str, Any]) -> None:
-    """Raise a UserError where a stage that comes before compensation is given a compensated network."""
+    """Raise a UserError where a stage that precedes compensation is given a compensated network."""
     if _compensated(description):
         raise UserError(f"{stage}: {path} is compensated; give the network that it was made from")
 
@@ -60,7 +60,7 @@ def is_number(value: Any, low: float = 0.0, high: float = math.inf) -> bool:
 
 
 def are_filters(value: Any) -> bool:
-    """Whether a value of a JSON file says how many filters which layers have."""
+    """Whether a value of a JSON file maps layers to numbers of filters."""
     return isinstance(value, dict) and all(is_whole(m, 1) for m in value.values())
 
 
@@ -71,7 +71,7 @@ def expect(path: Path, key: str, holds: bool, expected: str, value: Any) -> None
 
 
 def _check_description(path: Path, description: dict[str, Any]) -> None:
-    """Raise a UserError where a model's description says what no stage writes."""
+    """Raise a UserError where a model's description has a value that no stage writes."""
     network, history = description["network"], description.get("history", [])
     expect(path, "network", isinstance(network, dict) and isinstance(network.get("name"), str), "a network", network)
     for key in ("classes", "channels"):
@@ -92,6 +92,7 @@ def _check_description(path: Path, description: dict[str, Any]) -> None:
 
 
 def build_described(network: dict[str, Any], seed: int, stage: str) -> nn.Module:
+    """Make the network that a model's description names, with weights drawn from `seed` for `stage`."""
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in network.items()}
     return build(**options, seed=seed, stage=stage)
 
@@ -114,6 +115,6 @@ def last_stage(description: dict[str, Any]) -> str:
 
 
 def trained_sigma(history: Sequence[dict[str, Any]]) -> str:
-    """The sigmas that a model was trained for, by the stages that know one; "none" where none does."""
+    """The sigmas that a model was trained for, from the stages whose settings have one; "none" without any."""
     sigmas = (h.get("settings", {}).get("variation", {}).get("sigma") for h in history)
     return " + ".join(dict.fromkeys(exact(sigma) for sigma in sigmas if sigma is not None)) or "none"

@@ -1,7 +1,7 @@
-"""Where results come from: code, versions, machine and command of each job, with its wall time and memory.
+"""Provenance of results: code, versions, machine and command of each job, with its wall time and memory.
 
-A stage that the workflow starts writes `here()` as the first line of its log, and Snakemake its time and memory as a
-benchmark file beside; `jobs` puts the two together.
+A stage that the workflow starts writes `here()` as the first line of its log, and Snakemake writes its time and memory
+to a benchmark file; `jobs` joins the two.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COLUMNS = ["job", "seconds", "memory_mib", "cpu_seconds", "started", "version", 
 
 @cache
 def revision() -> str | None:
-    """Git revision of the code, '+' behind it where files were changed since; None for code that is no checkout."""
+    """Git revision of the code, followed by '+' where files were changed since; None outside a checkout."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
@@ -40,7 +40,7 @@ def revision() -> str | None:
 
 
 def here(device: str = "cpu", threads: int | None = None) -> dict[str, Any]:
-    """The present process: version, revision, Python, torch, CPU, device, threads, start and command."""
+    """This process: version, revision, Python, torch, CPU, device, threads, start and command."""
     import torch
 
     from correctnet import __version__, machine
@@ -62,12 +62,12 @@ def here(device: str = "cpu", threads: int | None = None) -> dict[str, Any]:
 
 
 def line(device: str, threads: int | None) -> str:
-    """`here()` as a line of a log."""
+    """`here()` as a line for a log."""
     return PREFIX + json.dumps(here(device, threads))
 
 
 def fold(names: Iterable[str]) -> str:
-    """Names of jobs, paths all, as short JSON: a folder is an object, and what stands in one folder a list."""
+    """Names of jobs, which are paths, as short JSON: folders are objects, and the jobs of one folder a list."""
     tree: dict[str, Any] = {}
     for name in names:
         *folders, last = name.split("/")
@@ -85,7 +85,7 @@ def _without_empty(tree: Any) -> Any:
 
 
 def unfold(text: str) -> list[str]:
-    """The names of jobs that `fold` gave. Raises UserError where it is something else."""
+    """Names of jobs from the output of `fold`. Raises UserError for anything else."""
 
     def names(tree: Any, path: tuple[str, ...]) -> Iterator[str]:
         if isinstance(tree, dict):
@@ -104,10 +104,10 @@ def unfold(text: str) -> list[str]:
 
 
 def jobs(results: Path, pairs: list[str], only: Collection[str] | None = None) -> pd.DataFrame:
-    """One row a job of `pairs` that has a benchmark file under `results`, in the order in which they started.
+    """Table of the jobs of `pairs` with a benchmark file under `results`, in the order in which they started.
 
-    `only` are the jobs of the run as it is configured now; what lies there of others, of rows that it no longer has
-    or of settings that were changed, is left out.
+    `only` names the jobs of the run as it is configured now; files of other jobs (of removed rows, of settings before a
+    change) are left out.
 
     Columns: job (its path), seconds (wall time) and memory_mib (peak, resident) of its last process, cpu_seconds,
     started, and from its log version, revision, torch, cpu and command.
@@ -137,7 +137,7 @@ def _benchmark(path: Path) -> dict[str, Any]:
 
 
 def _first_line(log: Path) -> dict[str, Any]:
-    """What a job's log says of it; nothing where it was written by something else."""
+    """The provenance in the first line of a job's log; empty where there is none."""
     try:
         with open(log, encoding="utf-8", errors="replace") as file:
             first = file.readline()

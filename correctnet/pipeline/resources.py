@@ -1,7 +1,7 @@
 """Threads, memory and time that each job asks for. Partitions and accounts are set in profiles.
 
 Measured on 2 cores of an AMD EPYC (Zen 4), from the `benchmark:` files of a run of every stage on every pair
-(results/reference/resources.csv; tests/test_workflow.py compares the two). A retry asks for more: it continues where
+(results/reference/resources.csv; tests/test_layout.py compares the two). A retry asks for more: it continues where
 the job before it was killed.
 """
 

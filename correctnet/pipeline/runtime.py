@@ -1,4 +1,4 @@
-"""Where and how a stage runs, and what it keeps to resume from."""
+"""Runtime of a stage: where and how it runs, and its resume checkpoints."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ from correctnet.settings import Settings
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how a stage runs; none of it changes what the stage is asked for."""
+    """Where and how a stage runs; it does not change what the stage computes."""
 
     data_dir: str | None = None
     device: str = "cpu"
     quiet: bool = False
     work: Path | None = None
-    """folder for what a killed stage needs to go on; None: it begins anew"""
+    """folder of resume checkpoints; None: none are kept"""
     memory: int = MEMORY
-    """bytes that Monte Carlo may take beside the data, about"""
+    """bytes that Monte Carlo may use beside the data, approximately"""
 
     def load(self, settings: Settings, description: dict[str, Any] | None = None, source: Path | str = "") -> DataSet:
-        """The data set that a stage's settings name, on the device; that of the model at `source`, if it is described.
+        """Load the data set of a stage's settings onto the device, split as for the model at `source`, if any.
 
-        The model's images are split as they were for it: another seed of the settings is that of chips and batches
-        alone. Raises UserError where the settings name another data set than the model's, or hold out another fraction.
+        The images are split with the seed that the model was trained with: a different seed in the settings applies to
+        chips and batches alone. Raises UserError where the settings name another data set than the model's, or hold out
+        another fraction.
         """
         seed = split_seed(settings, description, source)
         if seed != settings.seed:
@@ -48,7 +49,7 @@ class Runtime:
         return loading.load(settings.data.dataset, self.data_dir, settings.data.validation, seed).to(self.device)
 
     def simulation(self, settings: Settings, start: int, progress: bool = True) -> Simulation:
-        """How a stage simulates its chips, the first of which is `start`."""
+        """The simulation of a stage's chips, the first of which is number `start`."""
         own = settings.montecarlo
         progress = progress and not self.quiet
         return Simulation(start, "auto", own.precision, own.gpu_method, self.memory, progress)
@@ -71,7 +72,7 @@ def split_seed(settings: Settings, description: dict[str, Any] | None, source: P
 
 
 def stage_identity(stage: Stage, settings: Settings, description: dict[str, Any], *inputs: Path | str) -> str:
-    """What a stage was asked for, as text: settings, network, images and their split, input files."""
+    """Everything that a stage's result depends on, as text: settings, network, images, their split, input files."""
     base = json.dumps([description.get("network"), storage.training_data(description)], sort_keys=True)
     known = loading.digest(settings.data.dataset)
     return "\n".join(
@@ -80,12 +81,12 @@ def stage_identity(stage: Stage, settings: Settings, description: dict[str, Any]
 
 
 def resumable(folder: Path, name: str, identity: str) -> Path:
-    """The CSV in which a stage notes what is done: one of its own for each `identity` of settings and inputs."""
+    """Path of the CSV file of a stage's finished work, a separate one for each `identity` of settings and inputs."""
     return folder / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.csv"
 
 
 def discard(path: Path) -> None:
-    """Remove what a finished stage no longer needs to go on, and its folder where that is empty then."""
+    """Delete the checkpoint of a finished stage, and its folder if it is then empty."""
     path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # the folder holds something else
+    with contextlib.suppress(OSError):  # the folder is not empty
         path.parent.rmdir()

@@ -32,7 +32,7 @@ RECALIBRATION_CHIPS = 20
 
 
 def sensitivity(settings: Settings, path: Path, out: Path, runtime: Runtime) -> None:
-    """What variation in each layer alone costs a model, on the validation images. Writes a CSV."""
+    """Evaluate a model with variation in each layer alone, on the validation images. Writes a CSV."""
     s = STAGES["sensitivity"].read(settings)
     storage.check_writable(out)
     model, description = read_network(path, runtime.device)
@@ -58,18 +58,18 @@ def evaluate_chips(
     notes: Mapping[str, Any] | None = None,
     prefixes: Sequence[int] = (),
 ) -> Result:
-    """Accuracy of a number of chips. Writes a CSV, a row a chip.
+    """Evaluate a model on chip samples. Writes a CSV with a row a chip.
 
     Args:
-        settings: those of `evaluate`.
-        path: a model.
-        chips: how many; with `variation.sigma` 0 all chips are the nominal network, and it is evaluated once.
-        start: number of the first among the chips for these images: test images and validation images are evaluated on
-            chips of their own (`correctnet.noise.streams`), as choices are made on the latter.
-        notes: further columns of one value each (pair, row), put before the others.
-        prefixes: with `variation.sigma` 0, numbers of images: how many of the first N are correct is put into the
-            column `prefixes`, as N:CORRECT, for Table I to divide the accuracies of rows of N images by. One that is
-            not below the number of all images is left out.
+        settings: settings of `evaluate`.
+        path: the model.
+        chips: number of chip samples; with `variation.sigma` 0 all are the nominal network, which is evaluated once.
+        start: number of the first chip among those for these images: test and validation images have separate chips
+            (`correctnet.noise.streams`), as choices are made on the latter.
+        notes: further columns of one value each (pair, row), placed before the others.
+        prefixes: with `variation.sigma` 0, numbers of images N: the number of correct ones among the first N is written
+            to the column `prefixes` as N:CORRECT. Table I divides the accuracies of rows with N images by it. Values of
+            N that are not below the number of all images are ignored.
     """
     s = STAGES["evaluate"].read(settings)
     storage.check_writable(out)
@@ -110,7 +110,7 @@ def evaluate_chips(
 
     save = None
     if runtime.work:
-        # The rows of other settings or another model have another name, and are not taken over.
+        # Rows of other settings or another model are in a file of another name.
         save = resumable(
             runtime.work, "chips", stage_identity("evaluate", settings, description, *storage.model_files(path))
         )
@@ -131,7 +131,7 @@ def evaluate_chips(
 
 
 def describe_engine(path: Path) -> str:
-    """What of the model at `path` the C++ core runs, layer by layer, as text."""
+    """List layer by layer, as text, what of the model at `path` the C++ core runs."""
     model, description = read_network(path)
     analog = convert(model, LogNormalVariation(0.5))
     example = torch.zeros(2, description["network"]["channels"], 32, 32)
@@ -146,7 +146,7 @@ def describe_engine(path: Path) -> str:
 
 
 def _variation_columns(analog: nn.Module) -> dict[str, Any]:
-    """What the variation was, and the mean and coefficient of variation of w / w_nominal that follow."""
+    """Columns of the device model, with the mean and coefficient of variation of w / w_nominal."""
     described = analog_layers(analog)[0].variation.describe()
     names = {"model": "variation", "mean": "factor_mean", "cv": "factor_cv"}
     return {names.get(key, key): value for key, value in described.items()}

@@ -62,10 +62,10 @@ def search(
     runtime: Runtime,
     known: Sequence[Path] = (),
 ) -> dict[str, Any]:
-    """Search the states within one overhead limit. Writes out/log.csv (as it goes) and out/best.json, and gives it.
+    """Search the states within one overhead limit. Writes out/log.csv and out/best.json, and returns the latter.
 
-    With `strategy` "all" or "greedy" nothing is searched: every candidate gets the largest ratio, whatever that costs,
-    or `correctnet.methods.search.greedy` says which. `known`: states that `search_state` has scored.
+    With `strategy` "all" every candidate gets the largest ratio, whatever its overhead, and with "greedy" the ratios of
+    `correctnet.methods.search.greedy`, without a search. `known`: states that `search_state` has scored.
     """
     s = STAGES["search"].read(settings)
     if s.search.strategy not in SEARCHING:
@@ -81,7 +81,7 @@ def search(
     problem, names = _search_problem(settings, base, candidates, limit, runtime)
     log_path = None
     if runtime.work:
-        # A log of other settings or inputs has another name, and is not resumed from.
+        # A log of other settings or inputs is a file of another name.
         weights, text = storage.model_files(base)
         identity = stage_identity("search", settings, storage.read_json(text), weights, candidates)
         log_path = resumable(runtime.work, "search", f"{identity} {limit}")
@@ -132,12 +132,12 @@ def search_state(
 def _search_problem(
     settings: Settings, base: Path, candidates: Path, limit: float, runtime: Runtime
 ) -> tuple[searching.Problem, list[str]]:
-    """What is searched within one overhead limit, and the names of the candidate layers."""
+    """The search problem within one overhead limit, and the names of the candidate layers."""
     s = STAGES["search"].read(settings)
     if not 0 < limit <= 1:
         raise UserError(f"search: --limit is a fraction above 0 and at most 1, not {limit}")
     model, description = read_network(base, runtime.device)
-    split_seed(s, description, base)  # refused before any work
+    split_seed(s, description, base)  # mistakes are found before any work
     check_uncompensated("search", base, description)
     layers = dict(crossbar_layers(model))
     names = _candidate_names(candidates, layers)
@@ -145,7 +145,7 @@ def _search_problem(
     device = devices.make(s.variation)
 
     @functools.cache
-    def splits() -> tuple[Split, Split]:  # read once, and not at all where nothing is trained
+    def splits() -> tuple[Split, Split]:  # read once, and only where states are trained
         data = runtime.load(s, description, base)
         return data.train.take(s.search.train_images), data.validation.take(s.search.images)
 
@@ -174,12 +174,12 @@ def _search_problem(
 
 
 def _named(names: Sequence[str], filters: searching.Filters) -> dict[str, int]:
-    """The generator filters of the layers that are compensated, by name."""
+    """Generator filters of the compensated layers, by name."""
     return {name: m for name, m in zip(names, filters, strict=True) if m}
 
 
 def _read_states(paths: Sequence[Path]) -> list[searching.Explored]:
-    """The states that `search_state` scored; files that say `null` hold none."""
+    """States that `search_state` scored; files with `null` hold none."""
     states = []
     for path in paths:
         found = storage.read_json(path)
@@ -187,7 +187,7 @@ def _read_states(paths: Sequence[Path]) -> list[searching.Explored]:
             continue
         keys = ("filters", "mean", "std", "seconds")
         if not isinstance(found, dict) or not set(keys) <= set(found):
-            raise UserError(f"{path}: no state of a search; delete it to have it made again")
+            raise UserError(f"{path}: no state of a search; delete it to have it remade")
         filters, mean, std, seconds = (found[key] for key in keys)
         holds = isinstance(filters, list) and all(is_whole(m, 0) for m in filters)
         expect(path, "filters", holds, "a list of numbers of filters", filters)

@@ -49,13 +49,13 @@ def _train(
     parameters: Sequence[nn.Parameter] | None = None,
     judge: Callable[[], dict[str, Any]] = dict,
 ) -> None:
-    """Train a stage's model, resumably, and write it: what all stages that train share.
+    """Train a stage's model, resumably, and write it, with its log, to `out`.
 
-    `judge` is called with the trained model and may change it; what it gives is written into the model's history.
+    `judge` is called after the training and may change the model; what it returns is added to the model's history.
     """
     s = STAGES[stage].read(settings)
     hooks.augment = s.data.augment
-    # A checkpoint is for these settings, these images, these inputs, and no others.
+    # A checkpoint is valid for these settings, images and inputs only.
     identity = stage_identity(stage, settings, base, *inputs)
     checkpoint = Checkpoint(runtime.work / f"{stage}.safetensors", identity) if runtime.work else None
     rows = fit(
@@ -80,7 +80,7 @@ def _train(
 
 
 def pretrain(settings: Settings, out: Path, runtime: Runtime) -> None:
-    """Train the network without any method. Writes out/model.{safetensors,json} and out/log.csv."""
+    """Train the original network, without any method. Writes out/model.{safetensors,json} and out/log.csv."""
     s = STAGES["pretrain"].read(settings)
     if mistake := network_mistake(settings):
         raise UserError(mistake)
@@ -94,7 +94,7 @@ def pretrain(settings: Settings, out: Path, runtime: Runtime) -> None:
 def suppress(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) -> None:
     """Train under the Lipschitz regulariser (11), from the pre-trained weights or from scratch.
 
-    From scratch the architecture is all that is taken of the pre-trained network.
+    From scratch, only the architecture of the pre-trained network is used.
     """
     s = STAGES["suppress"].read(settings)
     model, base = read_network(pretrained, runtime.device)
@@ -113,22 +113,22 @@ def suppress(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) 
         temperature=s.suppress.temperature,
         sizes=s.suppress.sizes,
     )
-    # From scratch, nothing of the pre-trained network but its shape is used.
+    # From scratch, the pre-trained weights are not used.
     inputs = [] if s.suppress.start == "scratch" else [storage.model_files(pretrained)[0]]
     data = runtime.load(s, base, pretrained)
     _train("suppress", model, base, data, settings, hooks, out, runtime, inputs)
 
 
 def inject(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) -> None:
-    """Variation-aware training, after [11]: a baseline without overhead. A fresh chip sample is drawn for each batch."""
+    """Variation-aware training, after [11]: a baseline without overhead, with a fresh chip sample for each batch."""
     _train_with_variation("inject", settings, pretrained, out, runtime)
 
 
 def finetune(settings: Settings, compensated: Path, out: Path, runtime: Runtime) -> None:
-    """Train a compensated network in full, with variation in its analog weights: no part of the paper.
+    """Train analog weights and compensators of a compensated network together, with variation; beyond the paper.
 
-    Weights and digital compensators minimise the cross entropy together, each batch on a fresh chip w exp(theta).
-    Writes a model and its log to `out`. Raises UserError where `compensated` is no model, or the loss is not finite.
+    They minimise the cross entropy, each batch on a fresh chip sample. Writes a model and its log to `out`. Raises
+    UserError where `compensated` is no compensated model, or the loss is not finite.
     """
     _train_with_variation("finetune", settings, compensated, out, runtime)
 
@@ -136,10 +136,10 @@ def finetune(settings: Settings, compensated: Path, out: Path, runtime: Runtime)
 def _train_with_variation(
     stage: Literal["inject", "finetune"], settings: Settings, path: Path, out: Path, runtime: Runtime
 ) -> None:
-    """Train all that the model at `path` has, a fresh chip a batch; what `inject` and `finetune` share."""
+    """Train all parameters of the model at `path`, with a fresh chip sample for each batch."""
     s = STAGES[stage].read(settings)
     model, base = read_network(path, runtime.device)
-    split_seed(s, base, path)  # refused before any work
+    split_seed(s, base, path)  # mistakes are found before any work
     if stage == "inject":
         check_uncompensated(stage, path, base)
     elif "compensation" not in base:
@@ -156,13 +156,16 @@ def _train_with_variation(
 def compensate(settings: Settings, base: Path, found: Sequence[Path], out: Path, runtime: Runtime) -> None:
     """Train the compensators of the best state that the searches found. Writes a model and its log to `out`.
 
-    The network with the trained compensators and the one without are compared under variation on validation images; the
-    better one is written, both accuracies stand in its history (`judged`), and a warning says if it is the latter.
+    The network with trained compensators is compared with the one without, under variation on validation images. The
+    better one is written, with both accuracies in its history (`judged`); a warning is given if it is the latter.
 
     Args:
-        settings, base, out, runtime: as elsewhere.
-        found: best.json of each limit; the one with the best mean validation accuracy is taken, of equals the one
-            with the least overhead. Where no layer is a candidate the result is that network itself.
+        settings: settings of `compensate`.
+        base: the model to compensate.
+        found: best.json of each limit; the one with the best mean validation accuracy is used, of equals the one with
+            the least overhead. Without candidate layers, the result is the network at `base`.
+        out: folder of the result.
+        runtime: where and how the stage runs.
     """
     s = STAGES["compensate"].read(settings)
     results = [_read_best(path) for path in found]
@@ -194,7 +197,7 @@ def compensate(settings: Settings, base: Path, found: Sequence[Path], out: Path,
 
 
 def _read_best(path: Path) -> dict[str, Any]:
-    """The result of a search."""
+    """Read the result of a search."""
     best = storage.read_json(path)
     if not isinstance(best, dict) or not {"filters", "mean", "overhead"} <= set(best):
         raise UserError(f"{path}: not what a search found (its best.json)")
