@@ -21,7 +21,7 @@ from correctnet import machine
 from correctnet import precision as arithmetic
 from correctnet.files.storage import write_csv
 from correctnet.networks.building import build
-from correctnet.noise import core as native
+from correctnet.noise import core
 
 BATCH = 128
 
@@ -70,7 +70,7 @@ def main(out: Path, threads: int, rounds: int) -> None:
                 row = {"size": size, "precision": precision, "way": name, "images_per_s": round(rate[name], 1)}
                 rows.append(row | {"to_best_plain": round(rate[name] / best, 3)})
                 print(row, f"{rate[name] / best:.2f}")
-    about = {"cpu": machine.cpu_name(), "isa": native.status().isa, "threads": threads, "torch": torch.__version__}
+    about = {"cpu": machine.cpu_name(), "isa": core.status().isa, "threads": threads, "torch": torch.__version__}
     write_csv(out, pd.DataFrame(rows).assign(batch=BATCH, rounds=rounds, **about))
 
 

@@ -15,12 +15,12 @@ from correctnet import machine
 from correctnet.datasets.base import Split
 from correctnet.networks.blocks import Block
 from correctnet.networks.building import build
-from correctnet.noise import core as native
+from correctnet.noise import core
 
 
 def pytest_report_header() -> list[str]:
     """How far each of the C++ core's code paths is tested on this machine."""
-    status = native.status()
+    status = core.status()
     if not status.built:
         return [f"code paths: numpy only, {status.reason}"]
     lines = [f"code paths ({machine.cpu_name()}):"]

@@ -23,9 +23,7 @@ from correctnet.evaluation.montecarlo import clean_accuracy, evaluate
 from correctnet.files import storage
 from correctnet.methods import candidates as sweep
 from correctnet.methods import compensation
-from correctnet.noise import core as native
-from correctnet.noise import device as cuda
-from correctnet.noise import streams
+from correctnet.noise import core, device, streams
 from correctnet.pipeline import stages
 from correctnet.pipeline.models import read_network
 from correctnet.pipeline.specs import STAGES
@@ -405,8 +403,8 @@ def test_a_gpu_without_kernels_is_said_once(stage, built, tmp_path, monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
-    monkeypatch.setattr(cuda, "_problem", Kernels.problem)
-    monkeypatch.setattr(cuda, "kernels", lambda: Kernels if built else None)
+    monkeypatch.setattr(device, "_problem", Kernels.problem)
+    monkeypatch.setattr(device, "kernels", lambda: Kernels if built else None)
     inputs = {"sweep": ["--pretrained", "p", "--base", "b"], "search": ["--base", "b", "--candidates", "c"]}
     inputs |= {name: ["--pretrained", "p"] for name in ("suppress", "inject")}
     inputs |= {name: ["--model", "m"] for name in ("sensitivity", "evaluate")}
@@ -420,7 +418,7 @@ def test_a_gpu_without_kernels_is_said_once(stage, built, tmp_path, monkeypatch)
 
 
 def test_the_engine_does_not_say_again_that_there_are_no_kernels(tmp_path):
-    reason = cuda.status().reason
+    reason = device.status().reason
     code = f"""
 import warnings
 from correctnet.cli import options
@@ -451,8 +449,8 @@ def test_info_says_what_computes(chain):
     text = succeed("info").output
     assert f"torch {torch.__version__}" in text
     assert "C++ core: " in text
-    if native.status().built:
-        assert f"in use: {native.status().isa}" in text
+    if core.status().built:
+        assert f"in use: {core.status().isa}" in text
         text = succeed("info", chain / "compensate").output
         assert "lenet5, 5 of 5 analog layers fused" in text
         assert "conv1.layer.original" in text

@@ -22,7 +22,7 @@ from correctnet.crossbar.convert import chip_of, keeping, programmed
 from correctnet.crossbar.layers import AnalogLayer, CoverageWarning, analog_layers, crossbar_layers
 from correctnet.devices.base import Variation
 from correctnet.evaluation.montecarlo import EngineWarning, clean_accuracy
-from correctnet.noise import core as native
+from correctnet.noise import core
 from correctnet.noise import specification as reference
 
 HALF = LogNormalVariation(0.5)
@@ -892,7 +892,7 @@ def test_a_network_that_counts_its_calls(engine):
 # ---- the core beside torch ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not native.status().built, reason="the C++ core was not built")
+@pytest.mark.skipif(not core.status().built, reason="the C++ core was not built")
 def test_weights_that_the_graph_reads_are_the_chips():
     from correctnet.engine.engine import Engine
 
@@ -919,7 +919,7 @@ def test_a_random_network_is_said_to_be_one():
         evaluate(convert(Dropping(), HALF), data(20), 2, progress=False)
 
 
-@pytest.mark.skipif(not native.status().built, reason="the C++ core was not built")
+@pytest.mark.skipif(not core.status().built, reason="the C++ core was not built")
 def test_the_engine_says_that_a_network_is_random():
     from correctnet.engine.engine import describe
 

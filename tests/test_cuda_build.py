@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 from isolated import NOT_EDITABLE
 
-from correctnet.noise import core as native
-from correctnet.noise import device as cuda
+from correctnet.noise import core, device
 
 ROOT = Path(__file__).parent.parent
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
@@ -130,9 +129,9 @@ def test_no_contraction_reaches_the_noise(tmp_path: Path) -> None:
     NVCC is None or os.environ.get("CORRECTNET_CUDA") == "0", reason="no nvcc, or it was not to be used"
 )
 def test_this_installation_has_them() -> None:
-    if not native.status().built:
+    if not core.status().built:
         pytest.skip("the C++ core was not built")
-    status = cuda.status()
+    status = device.status()
     assert status.built, status.reason
     assert status.usable or status.reason == "torch sees no CUDA device" or "GPU" in status.reason
 

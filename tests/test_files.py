@@ -23,7 +23,7 @@ from test_tables_figures import complete, log_of_a_search
 from correctnet.datasets import DATASETS
 from correctnet.errors import UserError
 from correctnet.files import storage
-from correctnet.noise import core as native
+from correctnet.noise import core
 from correctnet.pipeline import provenance
 from correctnet.report import figures, pages, tables
 from correctnet.settings import exact
@@ -503,13 +503,13 @@ def test_sources_in_the_place_of_the_installed_package_are_said(tmp_path, monkey
     installed.mkdir(parents=True)
     information.mkdir()
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: correctnet\nVersion: 1.0\n")
-    monkeypatch.setattr(native, "extension", None)
+    monkeypatch.setattr(core, "extension", None)
     monkeypatch.delenv("CORRECTNET_ISA", raising=False)
     found = [importlib.metadata.Distribution.at(information)]
-    monkeypatch.setattr(native, "distributions", lambda name: found if name == "correctnet" else [])
-    assert "no compiler when correctnet was installed" in native.status().reason, "the package has none either"
+    monkeypatch.setattr(core, "distributions", lambda name: found if name == "correctnet" else [])
+    assert "no compiler when correctnet was installed" in core.status().reason, "the package has none either"
     (installed / "_native.cpython-311.so").write_text("")
-    reason = native.status().reason
+    reason = core.status().reason
     assert f"the sources in {ROOT / 'correctnet'} were imported" in reason
     assert str(installed) in reason
     assert "\n" not in reason

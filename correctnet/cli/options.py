@@ -323,9 +323,9 @@ def _runtime(data_dir: Path | None, device: str, threads: int | None, memory: in
 def warn_without_kernels() -> None:
     """Tell once that the CUDA kernels cannot be used, and silence the warnings of every engine about it."""
     from correctnet.evaluation.montecarlo import EngineWarning
-    from correctnet.noise import device as cuda
+    from correctnet.noise import device
 
-    status = cuda.status()
+    status = device.status()
     if not status.usable:
         click.echo(f"--device cuda: torch computes everything: {status.reason}", err=True)
         again = f"everything runs through torch: the model is on .*{re.escape(status.reason)}"

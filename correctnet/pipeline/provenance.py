@@ -44,9 +44,9 @@ def here(device: str = "cpu", threads: int | None = None) -> dict[str, Any]:
     import torch
 
     from correctnet import __version__, machine
-    from correctnet.noise import core as native
+    from correctnet.noise import core
 
-    status = native.status()
+    status = core.status()
     return {
         "version": __version__,
         "revision": revision(),
