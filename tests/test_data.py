@@ -282,8 +282,8 @@ def cut(raw):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("data_batch_3.bin", lambda: cut(stored("cifar10", "data_batch_3.bin")), "records that stand twice"),
-        ("test_batch.bin", lambda: cut(stored("cifar10", "test_batch.bin")), "records that stand twice"),
+        ("data_batch_3.bin", lambda: cut(stored("cifar10", "data_batch_3.bin")), "records that occur twice"),
+        ("test_batch.bin", lambda: cut(stored("cifar10", "test_batch.bin")), "records that occur twice"),
         ("test_batch.bin", lambda: stored("cifar10", "data_batch_2.bin"), "10000 records of the other part"),
         ("data_batch_4.bin", lambda: stored("cifar10", "test_batch.bin"), "10000 records of the other part"),
     ],
@@ -300,7 +300,7 @@ def test_a_batch_that_stands_there_twice(tmp_path):
     folder = copied("cifar10", tmp_path, **{"data_batch_5.bin": stored("cifar10", "data_batch_1.bin")})
     text = refused("cifar10", tmp_path)
     assert text.startswith(f"{folder / 'data_batch_1.bin'}, {folder / 'data_batch_5.bin'}: not what cifar10 has")
-    assert "10000 records that stand twice" in text
+    assert "10000 records that occur twice" in text
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])

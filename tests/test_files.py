@@ -456,7 +456,7 @@ def test_figure_7_takes_the_sigma_of_a_row_s_name_to_the_last_bit(tmp_path):
     anew = own[own["row"] == "correctnet"].assign(row=f"correctnet-sigma-{sigma!r}")
     pd.concat([own, anew]).to_csv(tmp_path / "s.csv", index=False)
     ax = figures.figure7([tmp_path / "s.csv"]).axes[0]
-    curve = next(line for line in ax.lines if line.get_label().endswith("anew for each σ"))
+    curve = next(line for line in ax.lines if line.get_label().endswith("trained for each σ"))
     assert sigma in list(curve.get_xdata())
     plt.close("all")
 
