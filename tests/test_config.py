@@ -346,7 +346,7 @@ def test_what_yaml_means_as_it_shows(tmp_path, text, path, value):
         *((f"runs/{rule}", ["lenet5-mnist"], f"runs.{rule}: {rule} is a rule of the workflow") for rule in RULES),
         ("runs/my run", ["lenet5-mnist"], f"runs.'my run': {NAME}"),
         ("runs/-n", ["lenet5-mnist"], NAME),
-        ("runs", {"quick": ["lenet5-mnist"]}, "runs.paper: missing; `snakemake` without a target runs the pairs of it"),
+        ("runs", {"quick": ["lenet5-mnist"]}, "runs.paper: missing; `snakemake` without a target runs its pairs"),
         *(
             (f"rows/{name}", {"evaluate": "pretrain", "label": "x"}, SMALL)
             for name in ("A", "a b", ".a", "-a", "a_b", "é")
