@@ -219,17 +219,7 @@ def test_data_of_somebody_else(closed, tmp_path):
         with open(folder / file.name, "wb") as empty:
             empty.truncate(file.size)  # sparse: of the right size, and of nothing
     (folder / closed).chmod(0)
-    command = [
-        sys.executable,
-        "-m",
-        "correctnet.cli",
-        "pretrain",
-        "--dataset",
-        "mnist",
-        "--epochs",
-        "0",
-        "--quiet",
-    ]
+    command = [sys.executable, "-m", "correctnet.cli", "pretrain", "--dataset", "mnist", "--epochs", "0", "--quiet"]
     command += ["--data-dir", tmp_path, "--out", tmp_path / "out"]
     done = subprocess.run([*ORDINARY, *command], capture_output=True, text=True)
     (folder / closed).chmod(0o755)

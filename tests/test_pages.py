@@ -160,17 +160,7 @@ def test_a_damaged_benchmark_file_is_named(tmp_path):
 
 
 def test_a_stage_writes_its_provenance_into_its_log(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "correctnet.cli",
-        "pretrain",
-        "--dataset",
-        "digits",
-        "--epochs",
-        "0",
-        "--quiet",
-    ]
+    command = [sys.executable, "-m", "correctnet.cli", "pretrain", "--dataset", "digits", "--epochs", "0", "--quiet"]
     done = subprocess.run(
         [*command, "--out", tmp_path / "p", "--threads", "1"], capture_output=True, text=True, check=True
     )
