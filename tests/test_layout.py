@@ -224,8 +224,9 @@ def test_only_a_vgg16_of_the_usual_widths_asks_for_more_threads_than_one(network
 
 def test_a_retry_asks_for_more():
     settings = Settings.model_validate({**VGG16, "pretrain": {"epochs": 40}})
-    assert [resources.memory_mib(settings, attempt) for attempt in (1, 2, 3)] == [2800, 4200, 5600]
-    assert resources.memory_mib(settings, cuda=True) == 2800 + resources.CUDA
+    memory = [resources.memory_mib(settings, attempt) for attempt in (1, 2, 3)]
+    assert memory == pytest.approx([2800, 4200, 5600], rel=0.01)
+    assert resources.memory_mib(settings, cuda=True) == memory[0] + resources.CUDA
     first, second, third = (resources.minutes("pretrain", settings, attempt) for attempt in (1, 2, 3))
     assert (second, third) == (2 * first, 3 * first)
     # An epoch of 45,000 images took 281 s on two threads of the machine of `resources`.

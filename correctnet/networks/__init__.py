@@ -11,10 +11,35 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+class Work(NamedTuple):
+    """The size of a network on an image of 32 x 32 pixels, approximately: for estimates of memory and time."""
+
+    multiply_adds: float
+    weights: float
+    layers: int
+    """convolutions and linear layers"""
+
+
+def _some_work(widths: tuple[int, ...], channels: int) -> Work:
+    """A network about which nothing is known: a sixth of the usual VGG16."""
+    return Work(50e6, 2.5e6, len(widths) + 1)
+
+
+def _lenet5_work(widths: tuple[int, ...], channels: int) -> Work:
+    a, b, c, d = widths
+    first, second, linear = 25 * channels * a, 25 * a * b, 25 * b * c + c * d + 10 * d
+    return Work(28 * 28 * first + 10 * 10 * second + linear, first + second + linear, 5)
+
+
+def _vgg16_work(widths: tuple[int, ...], channels: int) -> Work:
+    share = (sum(widths) / 4736) ** 2  # of the usual VGG16, whose widths add up to 4736
+    return Work(313e6 * share, 15e6 * share, 15)
 
 
 @dataclass(frozen=True)
@@ -31,6 +56,10 @@ class Architecture:
     """whether it can have BatchNorm, and takes `batchnorm`"""
     any_size: bool = False
     """whether it takes images of other sizes than 32 x 32"""
+    work: Callable[[tuple[int, ...], int], Work] = _some_work
+    """its size, of widths and channels of the images"""
+    memory: int = 900
+    """MiB that training or simulating it adds to a process; resources.csv in results/reference has those measured"""
 
     def make(self) -> Callable[..., nn.Module]:
         """The function that makes it; imports its module."""
@@ -44,12 +73,15 @@ class Architecture:
 
 
 NETWORKS = {
-    "lenet5": Architecture("lenet:lenet5", (6, 16, 120, 84), "conv1, conv2, linear1, linear2"),
+    "lenet5": Architecture(
+        "lenet:lenet5", (6, 16, 120, 84), "conv1, conv2, linear1, linear2", work=_lenet5_work, memory=0
+    ),
     "vgg16": Architecture(
         "vgg:vgg16",
         (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512, 512),
         "conv1, ..., conv13, linear1",
         batchnorm=True,
         any_size=True,
+        work=_vgg16_work,
     ),
 }

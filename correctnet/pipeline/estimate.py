@@ -23,6 +23,7 @@ from correctnet.machine import available_cpus
 from correctnet.networks import NETWORKS
 from correctnet.networks.building import build
 from correctnet.noise import streams
+from correctnet.pipeline import resources
 from correctnet.pipeline.config import Config
 from correctnet.pipeline.specs import STAGES, Stage, lineage
 from correctnet.pipeline.workload import Costs
@@ -48,7 +49,8 @@ def costs(settings: Settings) -> Costs:
     facts, network = DATASETS[s.data.dataset], s.network
     options = NETWORKS[network.name].options(network.widths, network.batchnorm, network.dropout)
     model = build(network.name, facts.classes, facts.channels, **options)
-    size, generator = 64 if s.network.name == "vgg16" else 128, streams.torch_generator(0, "benchmark", "estimate")
+    size = 64 if resources.work_of(s).multiply_adds > 1e8 else 128
+    generator = streams.torch_generator(0, "benchmark", "estimate")
     images = torch.randn(size, facts.channels, 32, 32, generator=generator)
     labels = torch.zeros(len(images), dtype=torch.int64)
 

@@ -9,49 +9,41 @@ from __future__ import annotations
 
 import math
 
+from correctnet.datasets import DATASETS
+from correctnet.networks import NETWORKS, Work
 from correctnet.pipeline.specs import STAGES, Stage
 from correctnet.pipeline.workload import Costs, search_state
-from correctnet.settings import Network, Settings
+from correctnet.settings import Settings
 
-# Peak memory in MiB: of a process with a LeNet-5 and small data, what training and simulating a VGG16 adds to that, and
-# what reading a data set adds.
+# Peak memory in MiB of a process with a small network and small data.
 PROCESS = 1000
-VGG16 = 900
-DATA = {"digits": 0, "mnist": 300, "cifar10": 900, "cifar100": 900}
 # Host memory of CUDA, in MiB; not measured yet.
 CUDA = 4000
 
 
-def _vgg16_share(network: Network) -> float:
-    """Fraction of the multiply-adds and weights of the usual VGG16, whose widths add up to 4736, approximately."""
-    return (sum(network.widths) / 4736) ** 2 if network.widths else 1.0
-
-
-def work_of(network: Network, channels: int) -> tuple[float, float, int]:
-    """Multiply-adds of an image of 32 x 32 pixels, number of weights, and number of crossbar layers."""
-    if network.name == "vgg16":
-        return 313e6 * _vgg16_share(network), 15e6 * _vgg16_share(network), 15
-    a, b, c, d = network.widths or (6, 16, 120, 84)
-    first, second, linear = 25 * channels * a, 25 * a * b, 25 * b * c + c * d + 10 * d
-    return 28 * 28 * first + 10 * 10 * second + linear, first + second + linear, 5
+def work_of(settings: Settings) -> Work:
+    """The size of a row's network on its images."""
+    network, facts = NETWORKS[settings.network.name], DATASETS[settings.data.dataset]
+    return network.work(settings.network.widths or network.widths, facts.channels)
 
 
 def training_threads(settings: Settings) -> int:
-    """8 threads for VGG16; LeNet-5 and a narrow VGG16 are too small for more than one."""
-    multiply_adds, _, _ = work_of(settings.network, channels=3)
-    return 8 if multiply_adds > 1e8 else 1
+    """8 threads for a VGG16 of the usual widths; smaller networks are too small for more than one."""
+    return 8 if work_of(settings).multiply_adds > 1e8 else 1
 
 
 def costs(settings: Settings) -> Costs:
     """Seconds of one thread on the machine above."""
-    channels = 1 if settings.data.dataset in ("digits", "mnist") else 3
-    work, weights, layers = work_of(settings.network, channels)
-    return Costs(train=1.5e-4 + 6e-11 * work, test=1e-5 + 2.5e-11 * work, sample=4e-9 * weights, layers=layers)
+    work = work_of(settings)
+    train, test = 1.5e-4 + 6e-11 * work.multiply_adds, 1e-5 + 2.5e-11 * work.multiply_adds
+    return Costs(train=train, test=test, sample=4e-9 * work.weights, layers=work.layers)
 
 
 def memory_mib(settings: Settings, attempt: int = 1, *, cuda: bool = False) -> int:
     """Memory in MiB, 50 % more with every retry."""
-    need = PROCESS + DATA[settings.data.dataset] + (VGG16 if settings.network.name == "vgg16" else 0)
+    facts = DATASETS[settings.data.dataset]
+    data = 1.3 * 4 * facts.channels * 32 * 32 * (facts.train + facts.test) / 2**20  # float32, and reading it
+    need = PROCESS + data + NETWORKS[settings.network.name].memory
     return math.ceil((need + cuda * CUDA) * (1 + 0.5 * (attempt - 1)))
 
 
