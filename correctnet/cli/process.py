@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -55,6 +56,12 @@ def end_with(head: str | None) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def _abandon_output() -> None:
+    """Discard what stdout still buffers: Python would fail to write it again at exit, with another status."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a stream without a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Group(click.Group):
     """Commands in the order of the pipeline; a UserError prints one line per mistake and exits with status 2."""
 
@@ -80,6 +87,7 @@ class Group(click.Group):
                     return super().invoke(ctx)
                 except OSError as error:  # of a file that was not checked before
                     if error.errno == errno.ENOSPC and error.filename is None:
+                        _abandon_output()
                         raise UserError(f"the output cannot be written: {error.strerror}") from error
                     if error.filename is None:
                         raise
