@@ -250,7 +250,8 @@ def test_without_the_core_numpy_computes_and_says_so(tmp_path: Path) -> None:
     package = copy_without_core(tmp_path)
     done = run(STATUS + "; print(draw.lognormal(1, 2, 3, 3, 0.5).tolist())", package)
     assert "built=False, isa='numpy'" in done.stdout, done.stderr
-    assert "was not built" in done.stdout
+    # Where a package with the core is installed, `status` says that the copy hides it.
+    assert "was not built" in done.stdout or "have no C++ core" in done.stdout or "has no C++ core" in done.stdout
     assert str(specification.lognormal(1, 2, 3, 3, 0.5).tolist()) in done.stdout
     assert "CORRECTNET_ISA is set, but the C++ core was not built" in run(STATUS, package, CORRECTNET_ISA="avx2").stderr
 

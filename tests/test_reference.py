@@ -109,6 +109,7 @@ def test_committed_table_is_the_fit() -> None:
     np.testing.assert_array_max_ulp(normal_table.fit_exp2(), specification.EXP2, maxulp=1)
 
 
+@pytest.mark.skipif(not normal_table.CSRC_PATH.parent.exists(), reason="an installed package has no csrc/")
 def test_both_copies_of_the_table_are_equal() -> None:
     assert normal_table.CSRC_PATH.read_bytes() == specification.NORMAL_PATH.read_bytes()
 

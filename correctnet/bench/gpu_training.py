@@ -17,7 +17,7 @@ from correctnet.bench.workloads import SIGMA, Log, Row, Workload
 from correctnet.crossbar.layers import crossbar_layers
 from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.errors import one_line
-from correctnet.methods import compensation
+from correctnet.methods import compensation, compensation_training
 from correctnet.networks.vgg import vgg16
 from correctnet.noise import device as gpu
 from correctnet.settings import Compensate
@@ -163,7 +163,7 @@ def training_rows(
 def _fit(network: nn.Module, filters: dict[str, int], x: Tensor, y: Tensor, seed: int) -> Callable[[int], None]:
     """Make the training steps of `correctnet.training.loop.fit`, without reading the loss."""
     section = Compensate(precision="bfloat16")
-    analog, _, hooks = compensation.prepare(network, filters, section, LogNormalVariation(SIGMA), seed)
+    analog, _, hooks = compensation_training.prepare(network, filters, section, LogNormalVariation(SIGMA), seed)
     analog = analog.to(on.DEVICE, memory_format=torch.channels_last)
     x, y = x.to(on.DEVICE).contiguous(memory_format=torch.channels_last), y.to(on.DEVICE)
     parameters = compensation.compensation_parameters(analog)
