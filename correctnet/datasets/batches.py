@@ -102,6 +102,11 @@ class Data:
                     stacklevel=4,
                 )
 
+    @classmethod
+    def of(cls, data: Batches | Data, size: int = 100, memory: int = 2 << 30, what: str = "evaluate") -> Data:
+        """`data` itself if it is one, which has been read and checked already; else as the class."""
+        return data if isinstance(data, Data) else cls(data, size, memory, what)
+
     @cached_property
     def digest(self) -> str:
         """A hexadecimal digest of all images and labels that does not depend on their order and batches."""
@@ -137,7 +142,9 @@ def as_pair(data: Any) -> Batch | None:
 
 
 def first_images(data: Batches, what: str) -> Tensor:
-    """The first images of `data`. Raises UserError as `Data` does."""
+    """The first images of `data`, a `Data` or what it is made of. Raises UserError as `Data` does."""
+    if isinstance(data, Data):
+        return data.head[0]
     pair = as_pair(data)
     for batch in _loader(data, what) if pair is None else [pair]:
         images, _ = check_batch(batch, what)

@@ -19,12 +19,13 @@ from torch import nn
 from correctnet.crossbar.convert import convert, programmed
 from correctnet.crossbar.layers import ANALOG, analog_layers, crossbar_layers, nominal_weight
 from correctnet.crossbar.probe import Reads, address, left_alone, run
-from correctnet.datasets.batches import Batches, first_images
+from correctnet.datasets.batches import Batches, Data, first_images
 from correctnet.devices.base import Variation
 from correctnet.errors import UserError
 from correctnet.evaluation.montecarlo import clean_accuracy, simulate
 from correctnet.evaluation.results import Result
 from correctnet.evaluation.simulation import Simulation
+from correctnet.noise import streams
 from correctnet.progress import ProgressBar
 
 
@@ -146,38 +147,91 @@ def sweep(
     return Sweep(results, names, original, threshold)
 
 
-def sensitivity(
-    model: nn.Module,
-    variation: Variation,
-    seed: int,
+def find_candidates(
+    network: nn.Module,
     data: Batches,
+    variation: Variation,
+    *,
+    original: nn.Module | float | None = None,
+    threshold: float = 0.95,
+    chips: int = 50,
+    seed: int = 0,
+    simulation: Simulation | None = None,
+    progress: bool = True,
+) -> Sweep:
+    """Find the layers that need compensation: the first i, for the largest i with too low an accuracy (Fig. 9).
+
+    The network is evaluated with variation from layer i to the last, for i = L, L-1, ..., 1. Layers are counted in the
+    order in which the network runs them.
+
+    Args:
+        network: the network that will be compensated, suppressed or not.
+        data: validation images and labels, as in `correctnet.evaluate`; never the test set.
+        variation: the device model.
+        original: the network before suppression, or its clean accuracy on `data`; None: `network` itself is the
+            original one.
+        threshold: the first i layers are candidates if their mean accuracy is below `threshold` times the original
+            accuracy; 0.95 in the paper.
+        chips: chip samples a layer.
+        seed: of the chips.
+        simulation: how chips are simulated; None: as `correctnet.evaluate` does, on chips that only this choice uses.
+        progress: show progress bars, where `simulation` does not say.
+
+    Returns:
+        A `Sweep`: `candidates`, names of layers; `table()`, accuracies of every layer and chip.
+
+    Raises:
+        UserError: as `correctnet.convert` and `correctnet.evaluate`; a layer that the network does not use; a threshold
+            or an original accuracy that is no fraction; or an original network of accuracy 0.
+    """
+    simulation = simulation or Simulation(streams.chips("sweep", max(0, chips)).start, progress=progress)
+    analog = convert(network, variation, seed)
+    with left_alone():
+        data = Data.of(data, memory=simulation.memory, what="find_candidates")
+    if original is None or isinstance(original, nn.Module):
+        original = clean_accuracy(network if original is None else original, data)
+    return sweep(analog, data, original, threshold, chips=chips, simulation=simulation)
+
+
+def sensitivity(
+    network: nn.Module,
+    data: Batches,
+    variation: Variation,
     *,
     chips: int = 20,
+    seed: int = 0,
     simulation: Simulation | None = None,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Accuracy with variation in one layer alone and nominal weights in every other layer, for each layer.
 
     Args:
-        model: a digital network, compensated or not.
-        variation: the device model.
-        seed: of the chips. A layer carries the same weights on chip n here as on chip n of the converted network.
+        network: a digital network, compensated or not.
         data: images and labels, as in `correctnet.evaluate`.
+        variation: the device model.
         chips: chip samples a layer.
-        simulation: how chips are simulated.
+        seed: of the chips. A layer carries the same weights on chip n here as on chip n of the converted network.
+        simulation: how chips are simulated; None: as `correctnet.evaluate` does, on chips that nothing else uses.
+        progress: show progress bars, where `simulation` does not say.
 
     Returns:
         One row a layer and chip: layer (1 is the first that the network runs), name, weights (their number), sample,
         accuracy, ..., clean (accuracy of the nominal network on the same images).
+
+    Raises:
+        UserError: as `correctnet.convert` and `correctnet.evaluate`, and for a layer that the network does not use.
     """
-    simulation = simulation or Simulation()
-    layers = dict(crossbar_layers(model))
-    names = executed(model, data)
-    clean = clean_accuracy(model, data)
+    simulation = simulation or Simulation(streams.chips("sensitivity", max(0, chips)).start, progress=progress)
+    layers = dict(crossbar_layers(network))
+    with left_alone():
+        data = Data.of(data, memory=simulation.memory, what="sensitivity")
+    names = executed(network, data)
+    clean = clean_accuracy(network, data)
     parts = []
     for i, name in enumerate(
         ProgressBar(names, desc="sensitivity", unit="layer", disable=not simulation.progress), start=1
     ):
-        alone = convert(model, variation, seed, exclude=[other for other in names if other != name])
+        alone = convert(network, variation, seed, exclude=[other for other in names if other != name])
         result = simulate(alone, data, chips, simulation, chunk=chips, title=name)
         parts.append(result.table.assign(layer=i, name=name, weights=layers[name].weight.numel(), clean=clean))
     return pd.concat(parts, ignore_index=True)

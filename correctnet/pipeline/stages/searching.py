@@ -14,11 +14,10 @@ import pandas as pd
 from torch import nn
 
 from correctnet import devices
-from correctnet.crossbar.convert import convert
 from correctnet.crossbar.layers import crossbar_layers
 from correctnet.datasets.base import Split
 from correctnet.errors import UserError
-from correctnet.evaluation.montecarlo import clean_accuracy, simulate
+from correctnet.evaluation.montecarlo import simulate
 from correctnet.files import storage
 from correctnet.methods import candidates as sweeping
 from correctnet.methods import compensation, compensation_training
@@ -41,12 +40,14 @@ def sweep(settings: Settings, pretrained: Path, base: Path, out: Path, runtime: 
     if split_seed(s, description, base) != split_seed(s, of_original, pretrained):
         raise UserError(f"sweep: {base} and {pretrained} were trained on other splits of the images")
     images = runtime.load(s, description, base).validation.take(s.sweep.images)
-    found = sweeping.sweep(
-        convert(model, devices.make(s.variation), s.seed),
+    found = sweeping.find_candidates(
+        model,
         images,
-        clean_accuracy(original, images),
-        s.sweep.threshold,
+        devices.make(s.variation),
+        original=original,
+        threshold=s.sweep.threshold,
         chips=s.sweep.chips,
+        seed=s.seed,
         simulation=runtime.simulation(s, streams.chips("sweep", s.sweep.chips).start),
     )
     storage.write_csv(out / "accuracy.csv", found.table())
