@@ -66,7 +66,7 @@ class Data:
             images, labels = check_batch(pair, what)
             batches: Iterable[Batch] = zip(images.split(size), labels.split(size), strict=True)
         else:
-            self._loader = _loader(data, what)
+            self._loader = check_loader(data, what)
             batches = self._read()
         kept: list[Batch] = []
         head: list[Batch] = []
@@ -141,25 +141,26 @@ def as_pair(data: Any) -> Batch | None:
     return None
 
 
-def first_images(data: Batches, what: str) -> Tensor:
-    """The first images of `data`, a `Data` or what it is made of. Raises UserError as `Data` does."""
+def first_batch(data: Batches, what: str) -> Batch:
+    """The first images and labels of `data`, a `Data` or what it is made of. Raises UserError as `Data` does."""
     if isinstance(data, Data):
-        return data.head[0]
+        return data.head
     pair = as_pair(data)
-    for batch in _loader(data, what) if pair is None else [pair]:
-        images, _ = check_batch(batch, what)
+    for batch in check_loader(data, what) if pair is None else [pair]:
+        images, labels = check_batch(batch, what)
         if len(images):
-            return images
+            return images, labels
     raise UserError(f"{what}: the data holds no images")
 
 
-def _loader(data: Any, what: str) -> Any:
+def check_loader(data: Any, what: str) -> Any:
+    """`data`, if it is a loader that can be read many times. Raises UserError for anything else."""
     if isinstance(data, Tensor | Mapping | str | bytes) or not isinstance(data, Iterable):
         extra = "; wrap a Dataset in a DataLoader" if hasattr(data, "__getitem__") and hasattr(data, "__len__") else ""
         raise UserError(f"{what}: {ACCEPTED}, not {_kind(data)}{extra}")
     if isinstance(data, torch.utils.data.Dataset) and not isinstance(data, torch.utils.data.IterableDataset):
         raise UserError(f"{what}: {ACCEPTED}, not {_kind(data)}; wrap a Dataset in a DataLoader")
-    if iter(data) is data:
+    if isinstance(data, Iterator):  # `iter(data)` would start a DataLoader's workers
         raise UserError(f"{what}: {ACCEPTED}, not {_kind(data)}, which can be iterated over once")
     return data
 

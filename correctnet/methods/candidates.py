@@ -19,7 +19,7 @@ from torch import nn
 from correctnet.crossbar.convert import convert, programmed
 from correctnet.crossbar.layers import ANALOG, analog_layers, crossbar_layers, nominal_weight
 from correctnet.crossbar.probe import Reads, address, left_alone, run
-from correctnet.datasets.batches import Batches, Data, first_images
+from correctnet.datasets.batches import Batches, Data, first_batch
 from correctnet.devices.base import Variation
 from correctnet.errors import UserError
 from correctnet.evaluation.montecarlo import clean_accuracy, simulate
@@ -72,7 +72,7 @@ def executed(model: nn.Module, data: Batches) -> list[str]:
     Observed on images of `data`, in evaluation mode. Raises UserError for a layer that is not used: variation in it has
     no effect.
     """
-    images = first_images(data, "sweep")
+    images, _ = first_batch(data, "sweep")
     layers = dict(crossbar_layers(model))
     device = next(model.parameters()).device
     order: dict[str, None] = {}
