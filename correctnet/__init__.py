@@ -20,6 +20,7 @@ _PUBLIC = {
     "evaluate": "evaluation.montecarlo",
     "clean_accuracy": "evaluation.montecarlo",
     "Result": "evaluation.results",
+    "suppress": "methods.suppression_training",
     "find_candidates": "methods.candidates",
     "sensitivity": "methods.candidates",
     "compensate": "methods.compensation",

@@ -172,7 +172,7 @@ def simulate(
             "images": images.images,
             "data": images.digest,
             "device": _device_text(model),
-            "model": _state_digest(model),
+            "model": state_digest(model),
             "settings": settings,
         }
         rows = storage.resume(save, _read_rows, [])
@@ -224,7 +224,7 @@ def _device_text(model: nn.Module) -> str:
     return f"{name}({', '.join(settings)})"
 
 
-def _state_digest(model: nn.Module) -> str:
+def state_digest(model: nn.Module) -> str:
     """A digest of the network: its modules' types and settings, its parameters and buffers, and which layers vary."""
     digest = hashlib.blake2b(digest_size=8)
     for name, module in model.named_modules():

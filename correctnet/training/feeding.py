@@ -41,8 +41,8 @@ class TensorFeed:
         images: number of images, where it is known.
     """
 
-    def __init__(self, split: Split, batch: int):
-        self.split, self.batch, self.images = split, batch, len(split)
+    def __init__(self, split: Split, batch: int, device: torch.device):
+        self.split, self.batch, self.device, self.images = split, batch, device, len(split)
         self.steps = math.ceil(len(split) / batch)
         self._largest = int(split.labels.max())
 
@@ -51,7 +51,8 @@ class TensorFeed:
         generator = streams.torch_generator(seed, "batches", stage, epoch)
         order = torch.randperm(len(self.split), generator=generator, device="cpu").to(self.split.images.device)
         for part in order.split(self.batch):
-            yield Step(self.split.images[part], self.split.labels[part], self._largest)
+            images, labels = self.split.images[part], self.split.labels[part]
+            yield Step(images.to(self.device), labels.to(self.device), self._largest)
 
 
 class LoaderFeed:
@@ -129,7 +130,7 @@ def feed(data: Batches, batch: int, device: torch.device) -> TensorFeed | Loader
     else:
         split = Split(*check_batch(pair, WHAT))
         empty = not len(split)
-        found = split if empty else TensorFeed(split, batch)
+        found = split if empty else TensorFeed(split, batch, device)
     if empty:
         raise UserError(f"{WHAT}: there are no images")
     return found
