@@ -23,6 +23,7 @@ _PUBLIC = {
     "suppress": "methods.suppression_training",
     "find_candidates": "methods.candidates",
     "sensitivity": "methods.candidates",
+    "search": "methods.placement",
     "compensate": "methods.compensation",
     "overhead": "methods.compensation",
     "save": "methods.saved",

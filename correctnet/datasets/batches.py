@@ -153,6 +153,32 @@ def first_batch(data: Batches, what: str) -> Batch:
     raise UserError(f"{what}: the data holds no images")
 
 
+class Taken:
+    """The first `count` images of each pass over a loader, in its batches, the last of which may be cut."""
+
+    def __init__(self, loader: Iterable[Batch], count: int):
+        self.loader, self.count = loader, count
+        self.batch_size, self.dataset = getattr(loader, "batch_size", None), getattr(loader, "dataset", None)
+
+    def __iter__(self) -> Iterator[Batch]:
+        left = self.count
+        for images, labels in self.loader:
+            yield images[:left], labels[:left]
+            left -= len(labels)
+            if left <= 0:
+                return
+
+
+def take(data: Batches | Data, count: int | None) -> Any:
+    """The first `count` images of `data`, or fewer where it has fewer; None: all of it."""
+    if count is None:
+        return data
+    pair = as_pair(data)
+    if pair is not None:
+        return Split(*pair).take(count)
+    return Taken(check_loader(data, "take"), count)
+
+
 def check_loader(data: Any, what: str) -> Any:
     """`data`, if it is a loader that can be read many times. Raises UserError for anything else."""
     if isinstance(data, Tensor | Mapping | str | bytes) or not isinstance(data, Iterable):
