@@ -10,9 +10,10 @@ from correctnet.crossbar.layers import crossbar_layers
 from correctnet.datasets.base import Split
 from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.errors import UserError
-from correctnet.evaluation.montecarlo import clean_accuracy, evaluate
+from correctnet.evaluation.montecarlo import clean_accuracy, evaluate, simulate
 from correctnet.evaluation.results import COLUMNS, Result
 from correctnet.evaluation.simulation import Simulation
+from correctnet.methods import candidates
 from correctnet.methods.candidates import Sweep, executed, find_candidates, sensitivity, sweep
 from correctnet.networks.building import build
 
@@ -235,3 +236,31 @@ def test_a_loader_is_read_twice_whatever_the_number_of_layers(tiny, blobs):
 
 def test_images_and_labels_in_a_list(tiny, blobs):
     assert executed(tiny, [blobs.images, blobs.labels]) == executed(tiny, blobs)
+
+
+def test_a_sweep_that_was_stopped_is_continued(tiny, blobs, tmp_path, monkeypatch):
+    calls = []
+
+    def stopping(*args, **options):
+        calls.append(options["title"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return simulate(*args, **options)
+
+    monkeypatch.setattr(candidates, "simulate", stopping)
+
+    def call():
+        return find_candidates(tiny, blobs, LogNormalVariation(0.5), chips=3, work=tmp_path, progress=False)
+
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    (folder,) = tmp_path.iterdir()
+    assert [path.name for path in folder.iterdir()] == ["3.csv"]
+    saved = pd.read_csv(folder / "3.csv")
+    saved.loc[0, ["correct", "accuracy"]] = [7, 7 / 300]  # a file that is read instead of evaluating again shows it
+    saved.to_csv(folder / "3.csv", index=False)
+    found = call()
+    assert found.results[3].table["correct"].tolist() == saved["correct"].tolist()
+    whole = find_candidates(tiny, blobs, LogNormalVariation(0.5), chips=3, progress=False)
+    for i in (1, 2):
+        pd.testing.assert_frame_equal(found.results[i].table, whole.results[i].table)

@@ -10,6 +10,7 @@ import copy
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -25,6 +26,7 @@ from correctnet.errors import UserError
 from correctnet.evaluation.montecarlo import clean_accuracy, simulate
 from correctnet.evaluation.results import Result
 from correctnet.evaluation.simulation import Simulation
+from correctnet.methods import work as folder
 from correctnet.noise import streams
 from correctnet.progress import ProgressBar
 
@@ -111,6 +113,7 @@ def sweep(
     *,
     chips: int = 50,
     simulation: Simulation | None = None,
+    save: Path | None = None,
 ) -> Sweep:
     """Evaluate with variation in layers i..L for i = L, L-1, ..., 1, each on the same chips (Fig. 9).
 
@@ -124,6 +127,7 @@ def sweep(
             accuracy is below threshold * original; 0.95 in the paper.
         chips: chip samples a layer.
         simulation: how chips are simulated.
+        save: a folder for the finished layers, a file each, which are not evaluated again.
 
     Raises:
         UserError: accuracies that are not fractions, a layer that carries no variation, or one that is not used.
@@ -143,7 +147,9 @@ def sweep(
         in_order = names == registered
         varied = model if in_order else _nominal(model, names[: i - 1])
         first_layer = i - 1 if in_order else 0
-        results[i] = simulate(varied, data, chips, simulation, first_layer=first_layer, chunk=chips, title=names[i - 1])
+        options = {"first_layer": first_layer, "chunk": chips, "title": names[i - 1]}
+        options["save"] = None if save is None else save / f"{i}.csv"
+        results[i] = simulate(varied, data, chips, simulation, **options)
     return Sweep(results, names, original, threshold)
 
 
@@ -157,6 +163,7 @@ def find_candidates(
     chips: int = 50,
     seed: int = 0,
     simulation: Simulation | None = None,
+    work: str | Path | None = None,
     progress: bool = True,
 ) -> Sweep:
     """Find the layers that need compensation: the first i, for the largest i with too low an accuracy (Fig. 9).
@@ -175,6 +182,7 @@ def find_candidates(
         chips: chip samples a layer.
         seed: of the chips.
         simulation: how chips are simulated; None: as `correctnet.evaluate` does, on chips that only this choice uses.
+        work: a folder. A call that was stopped continues from its last layer when it is repeated.
         progress: show progress bars, where `simulation` does not say.
 
     Returns:
@@ -190,7 +198,17 @@ def find_candidates(
         data = Data.of(data, memory=simulation.memory, what="find_candidates")
     if original is None or isinstance(original, nn.Module):
         original = clean_accuracy(network if original is None else original, data)
-    return sweep(analog, data, original, threshold, chips=chips, simulation=simulation)
+    save = None
+    if work is not None:
+        parts = {
+            "network": network,
+            "data": data,
+            "variation": variation,
+            "seed": seed,
+            "precision": simulation.precision,
+        }
+        save = folder.file(work, "sweep", "", folder.identity("sweep", **parts, start=simulation.start))
+    return sweep(analog, data, original, threshold, chips=chips, simulation=simulation, save=save)
 
 
 def sensitivity(
