@@ -220,6 +220,21 @@ def test_loaders_without_suppression_and_with_a_device_of_one_s_own(trained, par
     assert found.search.filters
 
 
+def test_the_caller_s_generators_are_left_as_they_were(trained, parts):
+    class Unsized:
+        def __init__(self, part):
+            self.loader = DataLoader(TensorDataset(part.images, part.labels), 50)
+
+        def __iter__(self):
+            yield from self.loader  # draws a seed for workers in each pass
+
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    found = called(trained, [Unsized(part) for part in parts])
+    assert found.search.filters
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 class Smooth(nn.Module):
     """An activation that the core does not run."""
 

@@ -176,7 +176,8 @@ def train_compensators(
     analog, plan, hooks = prepare(model, filters, section, variation, seed, stage)
     hooks.loss = loss
     compensated = compensate(model, **plan, stage=stage).eval()
-    images, labels = first_batch(train, stage)
+    with left_alone():
+        images, labels = first_batch(train, stage)
     pairs = [pair for pair in (as_pair(train), as_pair(judged), (images, labels)) if pair is not None]
     device = next(model.parameters(), torch.empty(0)).device
     check_calls(compensated, images[:8].to(device), max(int(y.max()) for _, y in pairs), stage)

@@ -71,7 +71,7 @@ class LoaderFeed:
         try:
             self.steps = len(loader)
         except (TypeError, NotImplementedError):
-            with self._drawing(0):
+            with self._drawing(0), torch.random.fork_rng(devices=[]):
                 self.steps = sum(1 for _ in loader)
 
     def epoch(self, seed: int, stage: str, epoch: int) -> Iterator[Step]:
