@@ -41,7 +41,8 @@ def test_every_state_is_trained_and_scored(tiny, blobs):
             best = filters, result.mean, row["overhead"]
     assert (found.filters, found.mean, found.overhead) == (best[0], pytest.approx(best[1]), best[2])
     assert compensate(tiny, found.filters) is not None
-    assert str(found).startswith(", ".join(f"{n}: {m}" for n, m in best[0].items()) or "no compensation")
+    where = ", ".join(f"{name} ({m} filters)" for name, m in best[0].items()) or "no layer"
+    assert str(found).startswith(f"compensated: {where}; overhead {best[2]:.2%}, accuracy {best[1]:.2%}")
 
 
 @pytest.mark.parametrize("strategy", ["all", "greedy"])

@@ -102,9 +102,8 @@ class Correction:
             f"overhead {r['overhead']:.2%}"
             for r in self.table.to_dict("records")
         ]
-        where = ", ".join(f"{name}: {m}" for name, m in self.search.filters.items()) or "no layer"
-        result = self.results["unprotected"]
-        lines.append(f"compensated: {where}; {result.chips} chips x {result.images} images; yield: >= {self.good:.2%}")
+        chips, images = self.results["unprotected"].chips, self.results["unprotected"].images
+        lines.append(f"compensated: {self.search.where}; {chips} chips x {images} images; yield: >= {self.good:.2%}")
         return "\n".join(lines)
 
     def plot(self, ax: Axes | None = None, what: Literal["rows", "candidates", "search"] = "rows") -> Axes:
@@ -123,6 +122,7 @@ class Correction:
             UserError: another `what`.
         """
         import matplotlib.pyplot as plt  # slow to import, and needed for plots only
+        from matplotlib.ticker import PercentFormatter
 
         from correctnet.report import figures
 
@@ -132,6 +132,8 @@ class Correction:
         with plt.rc_context(figures.STYLE):
             if ax is None:
                 _, ax = plt.subplots(figsize=sizes[what])
+            if what != "rows":
+                ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
             if what == "candidates":
                 figures.draw_sweep(ax, self.sweep.table())
             elif what == "search":

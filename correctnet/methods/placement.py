@@ -60,10 +60,14 @@ class Placement:
         keys = ("strategy", "limit", "filters", "overhead", "mean", "std", "evaluations")
         return {key: getattr(self, key) for key in keys}
 
+    @property
+    def where(self) -> str:
+        """The compensated layers and their filters, as text."""
+        return ", ".join(f"{name} ({m} filters)" for name, m in self.filters.items()) or "no layer"
+
     def __str__(self) -> str:
-        where = ", ".join(f"{name}: {m}" for name, m in self.filters.items()) or "no compensation"
         scored = "" if self.mean is None else f", accuracy {self.mean:.2%} +- {self.std:.2%} on validation images"
-        return f"{where}; overhead {self.overhead:.2%}{scored} ({self.evaluations} states trained)"
+        return f"compensated: {self.where}; overhead {self.overhead:.2%}{scored} ({self.evaluations} states trained)"
 
 
 def make_problem(
