@@ -3,6 +3,9 @@
 import base64
 import copy
 import re
+import signal
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -361,3 +364,59 @@ def test_work_that_is_in_use_or_a_file(trained, parts, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file; the name of a folder is expected"):
         called(trained, parts, work=tmp_path / "file")
+
+
+KILLED = """
+import os, signal, sys
+import torch
+import torch.nn.functional as F
+from torch import nn
+from correctnet import LogNormalVariation, correct, save
+
+when, work, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+torch.set_num_threads(1)
+torch.manual_seed(0)
+labels = torch.arange(300) % 3
+images = torch.randn(3, 20)[labels] + torch.randn(300, 20)
+network = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 3))
+parts = [(images[a:b], labels[a:b]) for a, b in ((0, 150), (150, 220), (220, 300))]
+optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
+for _ in range(100):
+    optimizer.zero_grad()
+    F.cross_entropy(network(images), labels).backward()
+    optimizer.step()
+calls = 0
+
+def loss(outputs, targets):
+    global calls
+    calls += 1
+    if calls == when:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return F.cross_entropy(outputs, targets)
+
+found = correct(
+    network, *parts, LogNormalVariation(1.0), limit=0.9, chips=3, loss=loss, work=work or None, progress=False,
+    suppress={"epochs": 2, "batch": 50}, sweep={"threshold": 1.0, "chips": 2},
+    search={"evaluations": 2, "episodes": 3, "chips": 2}, compensate={"epochs": 2, "batch": 50},
+)
+found.table.to_csv(out + ".csv")
+save(found.network, out)
+print(calls)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_three_times_ends_with_the_same_files(tmp_path):
+    def run(when, work, out):
+        command = [sys.executable, "-W", "ignore", "-c", KILLED, str(when), str(work), str(tmp_path / out)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    whole = run(0, "", "whole")
+    assert whole.returncode == 0, whole.stderr
+    for when in (5, 4, 8):  # in the second epoch of suppression, then in the search, then in the compensators
+        assert run(when, tmp_path / "work", "killed").returncode == -signal.SIGKILL
+    last = run(0, tmp_path / "work", "killed")
+    assert last.returncode == 0, last.stderr
+    assert int(last.stdout) < int(whole.stdout) / 2
+    for name in (".csv", "/model.safetensors"):
+        assert (tmp_path / f"whole{name}").read_bytes() == (tmp_path / f"killed{name}").read_bytes()
