@@ -19,6 +19,7 @@ FLOORS = (
     {"evaluation"},
     {"methods"},
     {"report"},
+    {"correction"},
     {"pipeline"},
     {"bench"},
     {"cli"},

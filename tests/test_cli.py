@@ -22,13 +22,12 @@ from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.evaluation.montecarlo import clean_accuracy, evaluate
 from correctnet.files import storage
 from correctnet.methods import candidates as sweep
-from correctnet.methods import compensation
+from correctnet.methods import compensation, placement
 from correctnet.noise import core, device, streams
 from correctnet.pipeline import stages
 from correctnet.pipeline.models import read_network
 from correctnet.pipeline.specs import STAGES
 from correctnet.pipeline.stages import evaluation as evaluation_stages
-from correctnet.pipeline.stages import searching as searching_stages
 from correctnet.pipeline.stages import training as training_stages
 from correctnet.training import loop as training
 
@@ -369,7 +368,7 @@ def test_cuda_that_is_not_there(tmp_path, monkeypatch):
 
 def test_the_way_of_a_gpu_reaches_every_stage_that_simulates_chips(chain, tmp_path, monkeypatch):
     seen = []
-    for module in (evaluation_stages, searching_stages, sweep):
+    for module in (evaluation_stages, placement, sweep):
 
         def simulate(model, images, chips, simulation, simulate=module.simulate, **options):
             seen.append(simulation.gpu_method)

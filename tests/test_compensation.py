@@ -17,6 +17,7 @@ from correctnet.datasets.base import Split
 from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.errors import UserError
 from correctnet.evaluation.montecarlo import evaluate
+from correctnet.evaluation.simulation import Simulation
 from correctnet.methods import compensation, compensation_training
 from correctnet.methods.compensation import Compensated, compensate
 from correctnet.methods.compensation_training import CompensationWarning, fit_compensators
@@ -25,7 +26,7 @@ from correctnet.networks.blocks import Block
 from correctnet.networks.building import build
 from correctnet.networks.lenet import lenet5
 from correctnet.noise import streams
-from correctnet.settings import Training
+from correctnet.settings import Compensate, Training
 from correctnet.training.loop import fit
 
 
@@ -671,3 +672,92 @@ def test_initial_weights_do_not_depend_on_torch_s_default_dtype(lenet):
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+# ---- loaders, a loss of one's own, and a folder ----------------------------------------------------------------------
+
+FEW = {"epochs": 2, "batch": 60, "quiet": True}
+
+
+def unlike_identity(model):
+    return {k: v for k, v in model.state_dict().items() if "generator" in k or "compensator" in k}
+
+
+@pytest.mark.filterwarnings("ignore::correctnet.methods.compensation_training.CompensationWarning")
+def test_compensators_are_trained_on_a_loader_and_with_a_loss(tiny, blobs, monkeypatch):
+    seen = {}
+
+    def noting(model, train, section, seed, **options):
+        seen.update(train=train, **options)
+
+    monkeypatch.setattr(compensation_training, "fit", noting)
+    loader = list(zip(blobs.images.split(60), blobs.labels.split(60), strict=True))
+    found = fit_compensators(
+        tiny, {"0.layer": 2}, loader, variation=VARIATION, validation=loader[:2], loss=F.multi_margin_loss, **FEW
+    )
+    assert seen["train"] is loader
+    assert seen["hooks"].loss is F.multi_margin_loss
+    assert list(compensation.compensation_modules(found)) == ["0.layer"]
+
+
+def test_the_stage_decides_which_chips_and_weights_are_drawn(tiny, blobs):
+    data = blobs.images, blobs.labels
+    options = {"validation": data, "init": "random", **FEW}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = fit_compensators(tiny, {"4": 2}, *data, VARIATION, stage="compensate", **options)
+        other = fit_compensators(tiny, {"4": 2}, *data, VARIATION, **options)
+    assert not torch.equal(found[4].generator.weight, other[4].generator.weight)
+    section = Compensate(epochs=2, batch=60, init="random")
+    analog, plan, hooks = compensation_training.prepare(tiny, {"4": 2}, section, VARIATION, 0, "compensate")
+    parameters = compensation_training.trained_parameters(analog, section)
+    fit(analog, blobs, section, 0, stage="compensate", parameters=parameters, hooks=hooks, quiet=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compensation_training.keep_better(analog, tiny, plan, blobs, 0, "compensate", Simulation(engine="torch"))
+    assert all(torch.equal(value, found.state_dict()[name]) for name, value in analog.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore::correctnet.methods.compensation_training.CompensationWarning")
+def test_a_stopped_call_with_a_folder_is_continued(tiny, blobs, tmp_path):
+    class Stopped(Exception):
+        pass
+
+    calls = []
+
+    def stopping(outputs, labels):
+        calls.append(1)
+        if len(calls) == 8:  # five batches an epoch
+            raise Stopped
+        return F.cross_entropy(outputs, labels)
+
+    def call(work, loss):
+        options = {"validation": (blobs.images, blobs.labels), "loss": loss, "work": work, **FEW}
+        return fit_compensators(tiny, {"4": 2}, blobs.images, blobs.labels, VARIATION, **options)
+
+    whole = call(None, None)
+    with pytest.raises(Stopped):
+        call(tmp_path, stopping)
+    resumed = call(tmp_path, stopping)
+    assert len(calls) == 8 + 5
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        (lambda d: ([d.images], None, VARIATION, {}), "fit_compensators: validation: a loader's images cannot be held "
+         "out; give images and labels on which the compensators are compared with none"),
+        (lambda d: (d.images, d.labels, None, {}), "fit_compensators: variation: a device model such as "
+         "LogNormalVariation(0.5) is expected"),
+        (lambda d: (d.images, d.labels, VARIATION, {"stage": "search"}), "fit_compensators: stage must be "
+         "'fit_compensators' or 'compensate', not 'search'"),
+        (lambda d: (5, None, VARIATION, {}), "fit_compensators: a pair of tensors (images, labels), or a loader that "
+         "yields such pairs and can be iterated over many times, is expected, not a int"),
+    ],
+)  # fmt: skip
+def test_calls_with_loaders_that_are_refused(tiny, blobs, call, line):
+    images, labels, variation, options = call(blobs)
+    with pytest.raises(UserError) as error:
+        fit_compensators(tiny, {"4": 2}, images, labels, variation, **options)
+    assert str(error.value) == line

@@ -15,9 +15,9 @@ from correctnet.engine.engine import Engine
 from correctnet.errors import UserError
 from correctnet.evaluation import montecarlo
 from correctnet.files import storage
-from correctnet.methods import compensation_training
+from correctnet.methods import compensation_training, placement
 from correctnet.noise import streams
-from correctnet.pipeline.stages import evaluation, searching
+from correctnet.pipeline.stages import evaluation
 from correctnet.pipeline.stages import training as training_stages
 from correctnet.training import loop as training
 
@@ -128,7 +128,7 @@ class Record:
         self._patch.setattr(streams, "seed_of", seeds)
         self._patch.setattr(LogNormalVariation, "sample", through_torch)
         self._patch.setattr(torch, "randperm", permuted)
-        for module in (training_stages, searching, compensation_training):
+        for module in (training_stages, placement, compensation_training):
             self._patch.setattr(module, "fit", fitted)
         for name in ("outputs", "count"):
             self._patch.setattr(Engine, name, self._through_core(getattr(Engine, name)))

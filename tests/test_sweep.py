@@ -10,10 +10,11 @@ from correctnet.crossbar.layers import crossbar_layers
 from correctnet.datasets.base import Split
 from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.errors import UserError
-from correctnet.evaluation.montecarlo import clean_accuracy, evaluate
+from correctnet.evaluation.montecarlo import clean_accuracy, evaluate, simulate
 from correctnet.evaluation.results import COLUMNS, Result
 from correctnet.evaluation.simulation import Simulation
-from correctnet.methods.candidates import Sweep, executed, sensitivity, sweep
+from correctnet.methods import candidates
+from correctnet.methods.candidates import Sweep, executed, find_candidates, sensitivity, sweep
 from correctnet.networks.building import build
 
 SILENT, FROM_NINE = Simulation(progress=False), Simulation(start=9, progress=False)
@@ -90,7 +91,7 @@ def test_layers_are_counted_as_they_are_run_and_keep_their_addresses(blobs):
                 layer.weight.data = variation.sample(layer.weight.data, 5, addresses[name], row["sample"])
             assert row["accuracy"] == clean_accuracy(chip, blobs)
     assert len({r.mean for r in found.results.values()}) == 3
-    alone = sensitivity(network, variation, 5, blobs, chips=2, simulation=SILENT)
+    alone = sensitivity(network, blobs, variation, chips=2, seed=5, simulation=SILENT)
     assert list(alone["name"]) == ["early", "early", "late", "late", "head", "head"]
     assert [type(m).__name__ for m in (analog.head, network.head)] == ["AnalogLinear", "Linear"], "neither was changed"
 
@@ -119,7 +120,7 @@ def test_a_layer_that_is_never_called_is_refused(tiny, blobs):
 
 def test_sensitivity_is_variation_in_one_layer_alone(tiny, blobs):
     variation = LogNormalVariation(1.0)
-    found = sensitivity(tiny, variation, 3, blobs, chips=2, simulation=FROM_NINE)
+    found = sensitivity(tiny, blobs, variation, chips=2, seed=3, simulation=FROM_NINE)
     assert list(found["layer"]) == [1, 1, 2, 2, 3, 3]
     assert list(found["sample"]) == [9, 10] * 3
     assert set(found["clean"]) == {clean_accuracy(tiny, blobs)}
@@ -159,7 +160,7 @@ def test_a_layer_whose_weight_is_read_is_run():
     data, half = (x, model(x).argmax(1)), LogNormalVariation(0.5)
     assert executed(model, data) == executed(convert(model, half), data) == ["first", "middle", "head"]
     found = sweep(convert(model, half), data, 1.0, chips=3, simulation=SILENT)
-    table = sensitivity(model, half, 0, data, chips=3, simulation=SILENT)
+    table = sensitivity(model, data, half, chips=3, simulation=SILENT)
     for i, name in enumerate(found.names, start=1):
         wanted = []
         for chip in range(3):
@@ -189,11 +190,77 @@ def test_data_that_are_refused(tiny, blobs, make, message):
     images, labels = blobs.images, blobs.labels
     for call in (
         lambda data: sweep(convert(tiny, LogNormalVariation(0.5)), data, 1.0, chips=1, simulation=SILENT),
-        lambda data: sensitivity(tiny, LogNormalVariation(0.5), 0, data, chips=1, simulation=SILENT),
+        lambda data: sensitivity(tiny, data, LogNormalVariation(0.5), chips=1, simulation=SILENT),
+        lambda data: find_candidates(tiny, data, LogNormalVariation(0.5), original=1.0, chips=1, progress=False),
     ):
         with pytest.raises(UserError, match=message):
             call(make(images, labels))
 
 
+@pytest.mark.parametrize("original", ["network", "number", None])
+def test_candidates_of_a_network_are_those_of_the_sweep_by_hand(tiny, blobs, original):
+    other = copy.deepcopy(tiny)
+    torch.nn.init.zeros_(other[4].weight)  # one class for all images: accuracy 1/3
+    given = {"network": other, "number": clean_accuracy(other, blobs), None: None}[original]
+    half = LogNormalVariation(0.5)
+    found = find_candidates(tiny, blobs, half, original=given, threshold=1.0, chips=3, seed=2, progress=False)
+    accuracy = clean_accuracy(tiny if original is None else other, blobs)
+    wanted = sweep(
+        convert(tiny, half, 2),
+        blobs,
+        accuracy,
+        1.0,
+        chips=3,
+        simulation=Simulation(start=2 << 28, progress=False),  # the third purpose of chips
+    )
+    pd.testing.assert_frame_equal(found.table(), wanted.table())
+    assert found.candidates == wanted.candidates
+
+
+def test_a_loader_is_read_twice_whatever_the_number_of_layers(tiny, blobs):
+    passes = []
+
+    class Loader:
+        def __iter__(self):
+            passes.append(1)
+            yield from zip(blobs.images.split(50), blobs.labels.split(50), strict=True)
+
+    half = LogNormalVariation(0.5)
+    found = find_candidates(tiny, Loader(), half, chips=2, progress=False)
+    assert len(passes) == 2, "the second pass checks that it yields the same images"
+    table = sensitivity(tiny, Loader(), half, chips=2, progress=False)
+    assert len(passes) == 4
+    pd.testing.assert_frame_equal(found.table(), find_candidates(tiny, blobs, half, chips=2, progress=False).table())
+    pd.testing.assert_frame_equal(table, sensitivity(tiny, blobs, half, chips=2, progress=False))
+
+
 def test_images_and_labels_in_a_list(tiny, blobs):
     assert executed(tiny, [blobs.images, blobs.labels]) == executed(tiny, blobs)
+
+
+def test_a_sweep_that_was_stopped_is_continued(tiny, blobs, tmp_path, monkeypatch):
+    calls = []
+
+    def stopping(*args, **options):
+        calls.append(options["title"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return simulate(*args, **options)
+
+    monkeypatch.setattr(candidates, "simulate", stopping)
+
+    def call():
+        return find_candidates(tiny, blobs, LogNormalVariation(0.5), chips=3, work=tmp_path, progress=False)
+
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    (folder,) = tmp_path.iterdir()
+    assert [path.name for path in folder.iterdir()] == ["3.csv"]
+    saved = pd.read_csv(folder / "3.csv")
+    saved.loc[0, ["correct", "accuracy"]] = [7, 7 / 300]  # a file that is read instead of evaluating again shows it
+    saved.to_csv(folder / "3.csv", index=False)
+    found = call()
+    assert found.results[3].table["correct"].tolist() == saved["correct"].tolist()
+    whole = find_candidates(tiny, blobs, LogNormalVariation(0.5), chips=3, progress=False)
+    for i in (1, 2):
+        pd.testing.assert_frame_equal(found.results[i].table, whole.results[i].table)

@@ -92,8 +92,8 @@ def convert(model: nn.Module, variation: Variation, seed: int = 0, exclude: Iter
             raise UserError(
                 f"convert: {name or 'the layer'} has an attribute {clash[0]!r}, as analog layers do; rename it"
             )
-    analog, chip = _copy(model), Chip(seed)
-    _check_forwards(model, analog)
+    analog, chip = copy_model(model), Chip(seed)
+    check_forwards(model, analog)
     for name, index in kept.items():
         make_analog(analog.get_submodule(name), variation, index, chip, layers[name])
     _warn_uncovered(analog, exclude)
@@ -131,8 +131,11 @@ def _instead(model: nn.Module) -> str:
     return f" (it holds {', '.join(sorted(kinds)[:4])}, which cannot carry variation)" if kinds else ""
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    """Copy a model deeply; weights that pruning or weight normalisation derived from parameters are copied by value."""
+def copy_model(model: nn.Module, what: str = "convert") -> nn.Module:
+    """Copy a model deeply; weights that pruning or weight normalisation derived from parameters are copied by value.
+
+    Raises UserError, which begins with `what`, for a model that cannot be copied.
+    """
     derived = {
         id(value): value.detach().clone()
         for module in model.modules()
@@ -143,18 +146,18 @@ def _copy(model: nn.Module) -> nn.Module:
         with torch.inference_mode(False):
             return copy.deepcopy(model, derived)
     except Exception as error:  # attributes of the model may raise anything
-        raise UserError(f"convert: the model cannot be copied ({one_line(error, 200)})") from error
+        raise UserError(f"{what}: the model cannot be copied ({one_line(error, 200)})") from error
 
 
-def _check_forwards(model: nn.Module, copied: nn.Module) -> None:
-    """Raise UserError for a copy with a patched `forward` that still runs layers of the original."""
+def check_forwards(model: nn.Module, copied: nn.Module, what: str = "convert") -> None:
+    """Raise UserError, beginning with `what`, for a copy with a patched `forward` that runs the original's layers."""
     originals = {id(module): name for name, module in model.named_modules()}
     for name, module in copied.named_modules():
         patched = vars(module).get("forward")
         if patched is not None and any(id(held) in originals for held in _held(patched)):
             where = f"of {name!r} " if name else ""
             raise UserError(
-                f"convert: the forward {where}was replaced by a function that runs the original's layers, so that the "
+                f"{what}: the forward {where}was replaced by a function that runs the original's layers, so that the "
                 "copy's would carry no variation; remove it (del model.forward), or make it a method of a class"
             )
 

@@ -66,7 +66,7 @@ class Data:
             images, labels = check_batch(pair, what)
             batches: Iterable[Batch] = zip(images.split(size), labels.split(size), strict=True)
         else:
-            self._loader = _loader(data, what)
+            self._loader = check_loader(data, what)
             batches = self._read()
         kept: list[Batch] = []
         head: list[Batch] = []
@@ -102,6 +102,11 @@ class Data:
                     stacklevel=4,
                 )
 
+    @classmethod
+    def of(cls, data: Batches | Data, size: int = 100, memory: int = 2 << 30, what: str = "evaluate") -> Data:
+        """`data` itself if it is one, which has been read and checked already; else as the class."""
+        return data if isinstance(data, Data) else cls(data, size, memory, what)
+
     @cached_property
     def digest(self) -> str:
         """A hexadecimal digest of all images and labels that does not depend on their order and batches."""
@@ -136,23 +141,52 @@ def as_pair(data: Any) -> Batch | None:
     return None
 
 
-def first_images(data: Batches, what: str) -> Tensor:
-    """The first images of `data`. Raises UserError as `Data` does."""
+def first_batch(data: Batches, what: str) -> Batch:
+    """The first images and labels of `data`, a `Data` or what it is made of. Raises UserError as `Data` does."""
+    if isinstance(data, Data):
+        return data.head
     pair = as_pair(data)
-    for batch in _loader(data, what) if pair is None else [pair]:
-        images, _ = check_batch(batch, what)
+    for batch in check_loader(data, what) if pair is None else [pair]:
+        images, labels = check_batch(batch, what)
         if len(images):
-            return images
+            return images, labels
     raise UserError(f"{what}: the data holds no images")
 
 
-def _loader(data: Any, what: str) -> Any:
+class Taken:
+    """The first `count` images of each pass over a loader, in its batches, the last of which may be cut."""
+
+    def __init__(self, loader: Iterable[Batch], count: int):
+        self.loader, self.count = loader, count
+        self.batch_size, self.dataset = getattr(loader, "batch_size", None), getattr(loader, "dataset", None)
+
+    def __iter__(self) -> Iterator[Batch]:
+        left = self.count
+        for images, labels in self.loader:
+            yield images[:left], labels[:left]
+            left -= len(labels)
+            if left <= 0:
+                return
+
+
+def take(data: Batches | Data, count: int | None) -> Any:
+    """The first `count` images of `data`, or fewer where it has fewer; None: all of it."""
+    if count is None:
+        return data
+    pair = as_pair(data)
+    if pair is not None:
+        return Split(*pair).take(count)
+    return Taken(check_loader(data, "take"), count)
+
+
+def check_loader(data: Any, what: str) -> Any:
+    """`data`, if it is a loader that can be read many times. Raises UserError for anything else."""
     if isinstance(data, Tensor | Mapping | str | bytes) or not isinstance(data, Iterable):
         extra = "; wrap a Dataset in a DataLoader" if hasattr(data, "__getitem__") and hasattr(data, "__len__") else ""
         raise UserError(f"{what}: {ACCEPTED}, not {_kind(data)}{extra}")
     if isinstance(data, torch.utils.data.Dataset) and not isinstance(data, torch.utils.data.IterableDataset):
         raise UserError(f"{what}: {ACCEPTED}, not {_kind(data)}; wrap a Dataset in a DataLoader")
-    if iter(data) is data:
+    if isinstance(data, Iterator):  # `iter(data)` would start a DataLoader's workers
         raise UserError(f"{what}: {ACCEPTED}, not {_kind(data)}, which can be iterated over once")
     return data
 

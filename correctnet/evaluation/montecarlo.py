@@ -47,7 +47,7 @@ def count_correct(model: nn.Module, data: Batches, batch: int = 100) -> tuple[in
     Raises UserError for data that `evaluate` would refuse.
     """
     with left_alone(model):
-        found = Data(data, batch)
+        found = Data.of(data, batch)
         correct, _ = count(model, found)
     return correct, found.images
 
@@ -162,7 +162,7 @@ def simulate(
     if end > 2**32:
         raise UserError(f"evaluate: chips lie in [0, 2^32), not {simulation.start} to {end - 1}")
     with left_alone(model), programmed(model, None), restoring(model, parameters=prepare is not None) as put_back:
-        images = Data(data, batch, simulation.memory)
+        images = Data.of(data, batch, simulation.memory)
         settings = f"first_layer={first_layer} engine={simulation.engine} precision={simulation.precision}"
         settings += f" batch={batch}"
         if prepare is not None:
@@ -172,7 +172,7 @@ def simulate(
             "images": images.images,
             "data": images.digest,
             "device": _device_text(model),
-            "model": _state_digest(model),
+            "model": state_digest(model),
             "settings": settings,
         }
         rows = storage.resume(save, _read_rows, [])
@@ -224,7 +224,7 @@ def _device_text(model: nn.Module) -> str:
     return f"{name}({', '.join(settings)})"
 
 
-def _state_digest(model: nn.Module) -> str:
+def state_digest(model: nn.Module) -> str:
     """A digest of the network: its modules' types and settings, its parameters and buffers, and which layers vary."""
     digest = hashlib.blake2b(digest_size=8)
     for name, module in model.named_modules():

@@ -10,6 +10,7 @@ import copy
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -19,12 +20,14 @@ from torch import nn
 from correctnet.crossbar.convert import convert, programmed
 from correctnet.crossbar.layers import ANALOG, analog_layers, crossbar_layers, nominal_weight
 from correctnet.crossbar.probe import Reads, address, left_alone, run
-from correctnet.datasets.batches import Batches, first_images
+from correctnet.datasets.batches import Batches, Data, first_batch
 from correctnet.devices.base import Variation
 from correctnet.errors import UserError
 from correctnet.evaluation.montecarlo import clean_accuracy, simulate
 from correctnet.evaluation.results import Result
 from correctnet.evaluation.simulation import Simulation
+from correctnet.methods import work as folder
+from correctnet.noise import streams
 from correctnet.progress import ProgressBar
 
 
@@ -71,7 +74,7 @@ def executed(model: nn.Module, data: Batches) -> list[str]:
     Observed on images of `data`, in evaluation mode. Raises UserError for a layer that is not used: variation in it has
     no effect.
     """
-    images = first_images(data, "sweep")
+    images, _ = first_batch(data, "sweep")
     layers = dict(crossbar_layers(model))
     device = next(model.parameters()).device
     order: dict[str, None] = {}
@@ -110,6 +113,7 @@ def sweep(
     *,
     chips: int = 50,
     simulation: Simulation | None = None,
+    save: Path | None = None,
 ) -> Sweep:
     """Evaluate with variation in layers i..L for i = L, L-1, ..., 1, each on the same chips (Fig. 9).
 
@@ -123,6 +127,7 @@ def sweep(
             accuracy is below threshold * original; 0.95 in the paper.
         chips: chip samples a layer.
         simulation: how chips are simulated.
+        save: a folder for the finished layers, a file each, which are not evaluated again.
 
     Raises:
         UserError: accuracies that are not fractions, a layer that carries no variation, or one that is not used.
@@ -142,42 +147,109 @@ def sweep(
         in_order = names == registered
         varied = model if in_order else _nominal(model, names[: i - 1])
         first_layer = i - 1 if in_order else 0
-        results[i] = simulate(varied, data, chips, simulation, first_layer=first_layer, chunk=chips, title=names[i - 1])
+        options = {"first_layer": first_layer, "chunk": chips, "title": names[i - 1]}
+        options["save"] = None if save is None else save / f"{i}.csv"
+        results[i] = simulate(varied, data, chips, simulation, **options)
     return Sweep(results, names, original, threshold)
 
 
-def sensitivity(
-    model: nn.Module,
-    variation: Variation,
-    seed: int,
+def find_candidates(
+    network: nn.Module,
     data: Batches,
+    variation: Variation,
+    *,
+    original: nn.Module | float | None = None,
+    threshold: float = 0.95,
+    chips: int = 50,
+    seed: int = 0,
+    simulation: Simulation | None = None,
+    work: str | Path | None = None,
+    progress: bool = True,
+) -> Sweep:
+    """Find the layers that need compensation: the first i, for the largest i with too low an accuracy (Fig. 9).
+
+    The network is evaluated with variation from layer i to the last, for i = L, L-1, ..., 1. Layers are counted in the
+    order in which the network runs them.
+
+    Args:
+        network: the network that will be compensated, suppressed or not.
+        data: validation images and labels, as in `correctnet.evaluate`; never the test set.
+        variation: the device model.
+        original: the network before suppression, or its clean accuracy on `data`; None: `network` itself is the
+            original one.
+        threshold: the first i layers are candidates if their mean accuracy is below `threshold` times the original
+            accuracy; 0.95 in the paper.
+        chips: chip samples a layer.
+        seed: of the chips.
+        simulation: how chips are simulated; None: as `correctnet.evaluate` does, on chips that only this choice uses.
+        work: a folder. A call that was stopped continues from its last layer when it is repeated.
+        progress: show progress bars, where `simulation` does not say.
+
+    Returns:
+        A `Sweep`: `candidates`, names of layers; `table()`, accuracies of every layer and chip.
+
+    Raises:
+        UserError: as `correctnet.convert` and `correctnet.evaluate`; a layer that the network does not use; a threshold
+            or an original accuracy that is no fraction; or an original network of accuracy 0.
+    """
+    simulation = simulation or Simulation(streams.chips("sweep", max(0, chips)).start, progress=progress)
+    analog = convert(network, variation, seed)
+    with left_alone():
+        data = Data.of(data, memory=simulation.memory, what="find_candidates")
+    if original is None or isinstance(original, nn.Module):
+        original = clean_accuracy(network if original is None else original, data)
+    save = None
+    if work is not None:
+        parts = {
+            "network": network,
+            "data": data,
+            "variation": variation,
+            "seed": seed,
+            "precision": simulation.precision,
+        }
+        save = folder.file(work, "sweep", "", folder.identity("sweep", **parts, start=simulation.start))
+    return sweep(analog, data, original, threshold, chips=chips, simulation=simulation, save=save)
+
+
+def sensitivity(
+    network: nn.Module,
+    data: Batches,
+    variation: Variation,
     *,
     chips: int = 20,
+    seed: int = 0,
     simulation: Simulation | None = None,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Accuracy with variation in one layer alone and nominal weights in every other layer, for each layer.
 
     Args:
-        model: a digital network, compensated or not.
-        variation: the device model.
-        seed: of the chips. A layer carries the same weights on chip n here as on chip n of the converted network.
+        network: a digital network, compensated or not.
         data: images and labels, as in `correctnet.evaluate`.
+        variation: the device model.
         chips: chip samples a layer.
-        simulation: how chips are simulated.
+        seed: of the chips. A layer carries the same weights on chip n here as on chip n of the converted network.
+        simulation: how chips are simulated; None: as `correctnet.evaluate` does, on chips that nothing else uses.
+        progress: show progress bars, where `simulation` does not say.
 
     Returns:
         One row a layer and chip: layer (1 is the first that the network runs), name, weights (their number), sample,
         accuracy, ..., clean (accuracy of the nominal network on the same images).
+
+    Raises:
+        UserError: as `correctnet.convert` and `correctnet.evaluate`, and for a layer that the network does not use.
     """
-    simulation = simulation or Simulation()
-    layers = dict(crossbar_layers(model))
-    names = executed(model, data)
-    clean = clean_accuracy(model, data)
+    simulation = simulation or Simulation(streams.chips("sensitivity", max(0, chips)).start, progress=progress)
+    layers = dict(crossbar_layers(network))
+    with left_alone():
+        data = Data.of(data, memory=simulation.memory, what="sensitivity")
+    names = executed(network, data)
+    clean = clean_accuracy(network, data)
     parts = []
     for i, name in enumerate(
         ProgressBar(names, desc="sensitivity", unit="layer", disable=not simulation.progress), start=1
     ):
-        alone = convert(model, variation, seed, exclude=[other for other in names if other != name])
+        alone = convert(network, variation, seed, exclude=[other for other in names if other != name])
         result = simulate(alone, data, chips, simulation, chunk=chips, title=name)
         parts.append(result.table.assign(layer=i, name=name, weights=layers[name].weight.numel(), clean=clean))
     return pd.concat(parts, ignore_index=True)

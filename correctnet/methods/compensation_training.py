@@ -6,19 +6,21 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from correctnet.crossbar.convert import convert, program
-from correctnet.crossbar.probe import run
+from correctnet.crossbar.probe import left_alone, run
 from correctnet.datasets.base import Split
-from correctnet.datasets.batches import as_pair, check_batch, check_outputs
+from correctnet.datasets.batches import Batches, Data, as_pair, check_batch, check_loader, check_outputs, first_batch
 from correctnet.devices.base import Variation
 from correctnet.errors import UserError, whole
 from correctnet.evaluation.montecarlo import simulate
 from correctnet.evaluation.simulation import Simulation
+from correctnet.methods import work as folder
 from correctnet.methods.compensation import (
     check_filters,
     compensate,
@@ -28,7 +30,8 @@ from correctnet.methods.compensation import (
 )
 from correctnet.noise import streams
 from correctnet.settings import JUDGED_CHIPS, Compensate, validate
-from correctnet.training.loop import Hooks, fit
+from correctnet.training.checkpoint import Checkpoint
+from correctnet.training.loop import Hooks, Loss, fit
 
 # With at least this many images and none given for validation, `fit_compensators` holds out a tenth of them.
 LEAST_TO_SPLIT = 20
@@ -90,10 +93,11 @@ def keep_better(
     analog: nn.Module,
     model: nn.Module,
     plan: Mapping[str, Any],
-    data: Split,
+    data: Batches,
     seed: int,
     stage: str = "fit_compensators",
     simulation: Simulation | None = None,
+    stacklevel: int = 3,
 ) -> dict[str, Any]:
     """Compare trained compensators with none, and replace them by the identity if they lost accuracy.
 
@@ -106,6 +110,7 @@ def keep_better(
         seed: of the initial weights.
         stage: as for `prepare`.
         simulation: how chips are simulated, apart from `start` and `progress`.
+        stacklevel: of the warning, as for `warnings.warn`.
 
     Returns:
         without, with: mean accuracies; kept: "without" or "with"; chips, images: their numbers.
@@ -117,6 +122,8 @@ def keep_better(
     trained = {name: value.clone() for name, value in analog.state_dict().items()}
     simulation = replace(simulation or Simulation(), start=chips.start, progress=False)
     identity = compensate(model, **{**plan, "init": "identity"}, stage=stage).state_dict()
+    with left_alone(analog):
+        data = Data.of(data, memory=simulation.memory, what=stage)
 
     def mean(state: dict[str, Tensor]) -> float:
         analog.load_state_dict(state)
@@ -131,20 +138,80 @@ def keep_better(
             f"accuracy of {with_them:.2%} with them and of {without:.2%} without; train them for more epochs or with a "
             "lower learning rate",
             CompensationWarning,
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
-    return {"without": without, "with": with_them, "kept": kept, "chips": len(chips), "images": len(data)}
+    return {"without": without, "with": with_them, "kept": kept, "chips": len(chips), "images": data.images}
+
+
+def train_compensators(
+    model: nn.Module,
+    filters: Mapping[str, int],
+    train: Batches,
+    judged: Batches,
+    section: Compensate,
+    variation: Variation,
+    seed: int,
+    stage: str,
+    *,
+    loss: Loss | None = None,
+    checkpoint: Checkpoint | None = None,
+    simulation: Simulation | None = None,
+    quiet: bool = False,
+    stacklevel: int = 2,
+) -> tuple[nn.Module, dict[str, Any] | None]:
+    """Train compensators, and keep them if they are better than none: what `fit_compensators` does after its checks.
+
+    Args:
+        train, judged: training images, and those on which trained compensators are compared with none.
+        section: how the compensators are built and trained.
+        checkpoint: saved after each epoch; the training is resumed from it.
+        simulation: of the comparison, as for `keep_better`.
+        model, filters, variation, seed, stage, loss, quiet: as for `fit_compensators`.
+        stacklevel: of the warning, counted from this function's caller: 2 is that one's caller.
+
+    Returns:
+        The compensated network in evaluation mode, and the comparison as `keep_better` returns it; None where no layer
+        is compensated.
+    """
+    analog, plan, hooks = prepare(model, filters, section, variation, seed, stage)
+    hooks.loss = loss
+    compensated = compensate(model, **plan, stage=stage).eval()
+    with left_alone():
+        images, labels = first_batch(train, stage)
+    pairs = [pair for pair in (as_pair(train), as_pair(judged), (images, labels)) if pair is not None]
+    device = next(model.parameters(), torch.empty(0)).device
+    check_calls(compensated, images[:8].to(device), max(int(y.max()) for _, y in pairs), stage)
+    parameters, better = trained_parameters(analog, section), None
+    if parameters:  # none where no layer is compensated
+        fit(
+            analog,
+            train,
+            section,
+            seed,
+            stage=stage,
+            parameters=parameters,
+            hooks=hooks,
+            checkpoint=checkpoint,
+            title="compensators",
+            quiet=quiet,
+        )
+        better = keep_better(analog, model, plan, judged, seed, stage, simulation, stacklevel + 2)
+    compensated.load_state_dict(analog.state_dict())
+    return compensated, better
 
 
 def fit_compensators(
     model: nn.Module,
     filters: Mapping[str, int],
-    images: Tensor,
-    labels: Tensor,
-    variation: Variation,
+    images: Tensor | Batches,
+    labels: Tensor | None = None,
+    variation: Variation | None = None,
     *,
-    validation: tuple[Tensor, Tensor] | Split | None = None,
+    validation: Batches | None = None,
+    loss: Loss | None = None,
     seed: int = 0,
+    stage: Literal["fit_compensators", "compensate"] = "fit_compensators",
+    work: str | Path | None = None,
     quiet: bool = False,
     **settings: Any,
 ) -> nn.Module:
@@ -156,13 +223,19 @@ def fit_compensators(
 
     Args:
         model: any network that `correctnet.convert` accepts, with outputs (N, classes).
-        filters: generator filters by layer name, e.g. {"conv1": 16}; `filters_of` computes them from ratios.
-        images: (N, ...) training inputs.
+        filters: generator filters by layer name, e.g. {"conv1": 16}, as `correctnet.search` finds them.
+        images: (N, ...) training inputs; or, without `labels`, a loader of batches (images, labels), each a step.
         labels: (N,) their classes, integers.
         variation: the device model to compensate.
-        validation: images and labels for that comparison. None: a tenth of `images`, drawn with `seed` and not used
-            for training; with fewer than 20 images none is held out, and the training images are used.
+        validation: images and labels for that comparison, tensors or a loader. None: a tenth of `images`, drawn with
+            `seed` and not used for training; with fewer than 20 images none is held out, and the training images are
+            used. A loader for training needs it.
+        loss: replaces the cross entropy: a function of outputs (N, classes) and labels (N,) that returns the mean over
+            the images.
         seed: of the batches, the chips, the initial weights and the images that are held out.
+        stage: whose chips, batches and initial weights are drawn: "compensate" are those of the workflow and of
+            `correctnet.correct`.
+        work: a folder. A call that was stopped continues from its last epoch when it is repeated.
         quiet: show no progress bar.
         settings: fields of `correctnet.settings.Compensate`, e.g. epochs=5, learning_rate=1e-3.
 
@@ -170,8 +243,9 @@ def fit_compensators(
         The compensated network, in evaluation mode.
 
     Raises:
-        UserError: inputs or outputs that are not those of a classifier, an unknown layer or setting, a layer whose
-            weight the network uses without calling it, so that it cannot be compensated, or a loss that is not finite.
+        UserError: inputs, outputs or a loss that are not those of a classifier, an unknown layer or setting, a layer
+            whose weight the network uses without calling it, so that it cannot be compensated, or a loss that is not
+            finite.
 
     Warns:
         CompensationWarning: the trained compensators are not kept.
@@ -180,27 +254,57 @@ def fit_compensators(
     section = validate(Compensate, settings, caller)
     check_filters(filters, caller)
     seed = whole(seed, f"{caller}: the seed")
+    if stage not in (caller, "compensate"):
+        raise UserError(f"{caller}: stage must be '{caller}' or 'compensate', not {stage!r}")
+    if variation is None:
+        raise UserError(f"{caller}: variation: a device model such as LogNormalVariation(0.5) is expected")
     device = next(model.parameters(), torch.empty(0)).device
-    train = _labelled((images, labels), f"{caller}: images and labels", device)
-    if validation is not None:
-        judged = _labelled(validation, f"{caller}: validation", device)
-    elif len(train) >= LEAST_TO_SPLIT:
-        generator = streams.torch_generator(seed, "held-out", caller)
-        order = torch.randperm(len(train), generator=generator, device="cpu").to(device)
-        held_out, rest = order[: len(train) // 10], order[len(train) // 10 :]
-        train, judged = (Split(train.images[part], train.labels[part]) for part in (rest, held_out))
+    given: Any = images if labels is None else (images, labels)
+    if as_pair(given) is None and labels is None and not isinstance(images, Tensor):
+        train: Batches = check_loader(given, caller)
+        if validation is None:
+            raise UserError(
+                f"{caller}: validation: a loader's images cannot be held out; give images and labels on which the "
+                "compensators are compared with none"
+            )
+        judged: Batches = validation
     else:
-        judged = train
-    analog, plan, hooks = prepare(model, filters, section, variation, seed, caller)
-    compensated = compensate(model, **plan, stage=caller).eval()
-    largest = max(int(train.labels.max()), int(judged.labels.max()))
-    check_calls(compensated, train.images[:8], largest, caller)
-    parameters = trained_parameters(analog, section)
-    if parameters:  # none where no layer is compensated
-        fit(analog, train, section, seed, stage=caller, parameters=parameters, hooks=hooks, quiet=quiet)
-        keep_better(analog, model, plan, judged, seed, caller, Simulation(engine="torch"))
-    compensated.load_state_dict(analog.state_dict())
+        train = _labelled(given, f"{caller}: images and labels", device)
+        if validation is not None:
+            judged = validation
+        elif len(train) >= LEAST_TO_SPLIT:
+            generator = streams.torch_generator(seed, "held-out", caller)
+            order = torch.randperm(len(train), generator=generator, device="cpu").to(device)
+            held_out, rest = order[: len(train) // 10], order[len(train) // 10 :]
+            train, judged = (Split(train.images[part], train.labels[part]) for part in (rest, held_out))
+        else:
+            judged = train
+    if as_pair(judged) is not None or isinstance(judged, Tensor) or _pair_of_others(judged):
+        judged = _labelled(judged, f"{caller}: validation", device)
+    else:
+        judged = Data.of(judged, what=f"{caller}: validation")
+    parts = {"network": model, "filters": filters, "train": train, "judged": judged, "variation": variation}
+    text = "" if work is None else folder.identity(stage, **parts, seed=seed, loss=loss, settings=section)
+    compensated, _ = train_compensators(
+        model,
+        filters,
+        train,
+        judged,
+        section,
+        variation,
+        seed,
+        stage,
+        loss=loss,
+        checkpoint=folder.checkpoint(work, stage, text),
+        simulation=Simulation(engine="torch"),
+        quiet=quiet,
+    )
     return compensated
+
+
+def _pair_of_others(data: Any) -> bool:
+    """Whether data is meant as a pair, of arrays instead of tensors, and not as two batches."""
+    return isinstance(data, tuple | list) and len(data) == 2 and not all(isinstance(x, tuple | list) for x in data)
 
 
 def _labelled(data: Any, what: str, device: torch.device) -> Split:

@@ -6,6 +6,7 @@ import itertools
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -213,22 +214,29 @@ def figure9(files: Sequence[Path]) -> plt.Figure:
     """Accuracy of the suppressed network with variation from layer i to the last, on validation images."""
     figure, axes = _panels([folder_name(path, 1) for path in files])
     for ax, path in zip(axes, files, strict=True):
-        table = read_table(path, ["layer", "accuracy", "original", "threshold", "images"])
-        by_layer = table.groupby("layer")["accuracy"]
-        mean, std = by_layer.mean(), by_layer.std().fillna(0.0)
-        ax.plot(mean.index, mean, color=BLUE, marker="o", markersize=4, label="without compensation")
-        ax.fill_between(mean.index, mean - std, mean + std, color=BLUE, alpha=0.2, linewidth=0)
-        line = table["original"].iloc[0] * table["threshold"].iloc[0]
-        label = f"{table['threshold'].iloc[0]:.0%} of the original accuracy"
-        ax.axhline(line, color=ORANGE, linestyle="--", label=label)
-        below = mean.index[mean < line]
-        if len(below):
-            ax.axvspan(0.5, below.max() + 0.5, color=ORANGE, alpha=0.1, linewidth=0, label="candidates")
-        text = f"{_chips(by_layer.size().iloc[0])}, {table['images'].iloc[0]} validation images"
-        ax.text(0.98, 0.02, text, transform=ax.transAxes, fontsize=7, color=GREY, ha="right")
-        ax.set(xlabel="first layer with variation", ylabel="accuracy", xticks=mean.index)
-        ax.legend(loc="lower right", bbox_to_anchor=(1, 0.08))
+        draw_sweep(ax, read_table(path, ["layer", "accuracy", "original", "threshold", "images"]))
     return figure
+
+
+def draw_sweep(ax: Axes, table: pd.DataFrame) -> None:
+    """One panel of Figure 9: mean accuracy and standard deviation by first layer with variation, and the candidates.
+
+    `table` has a row a layer and chip, as `correctnet.methods.candidates.Sweep.table`.
+    """
+    by_layer = table.groupby("layer")["accuracy"]
+    mean, std = by_layer.mean(), by_layer.std().fillna(0.0)
+    ax.plot(mean.index, mean, color=BLUE, marker="o", markersize=4, label="without compensation")
+    ax.fill_between(mean.index, mean - std, mean + std, color=BLUE, alpha=0.2, linewidth=0)
+    line = table["original"].iloc[0] * table["threshold"].iloc[0]
+    label = f"{table['threshold'].iloc[0]:.0%} of the original accuracy"
+    ax.axhline(line, color=ORANGE, linestyle="--", label=label)
+    below = mean.index[mean < line]
+    if len(below):
+        ax.axvspan(0.5, below.max() + 0.5, color=ORANGE, alpha=0.1, linewidth=0, label="candidates")
+    text = f"{_chips(by_layer.size().iloc[0])}, {table['images'].iloc[0]} validation images"
+    ax.text(0.98, 0.02, text, transform=ax.transAxes, fontsize=7, color=GREY, ha="right")
+    ax.set(xlabel="first layer with variation", ylabel="accuracy", xticks=mean.index)
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 0.08))
 
 
 def figure10(files: Sequence[Path]) -> plt.Figure:
@@ -238,22 +246,29 @@ def figure10(files: Sequence[Path]) -> plt.Figure:
         by_pair.setdefault(folder_name(path, 2), []).append(path)
     figure, axes = _panels(list(by_pair))
     for ax, logs in zip(axes, by_pair.values(), strict=True):
-        for k, path in enumerate(logs):
-            colour, marker = SEARCH_COLOURS[k % len(SEARCH_COLOURS)], "osD^"[k % 4]
-            table = read_table(path, ["overhead", "mean", "std"]).dropna(subset=["mean"])
-            if table.empty:  # nothing was searched
-                continue
-            x, name = 100 * table["overhead"], path.parent.name.replace("limit-", "limit ")
-            ax.errorbar(x, table["mean"], table["std"], fmt=marker, color=colour, alpha=0.6, markersize=4, label=name)
-            best = table.index[best_state(list(table["mean"]), list(table["overhead"]))]
-            ring = {"s": 110, "facecolor": "none", "edgecolor": colour, "linewidth": 1.5, "zorder": 3}
-            ax.scatter([x[best]], [table["mean"][best]], **ring)
-        ax.set(xlabel="overhead, % of the network's parameters", ylabel="validation accuracy")
-        if ax.containers:
-            ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
-        else:
-            ax.text(0.5, 0.5, "no search", transform=ax.transAxes, color=GREY, ha="center")
+        names = [path.parent.name.replace("limit-", "limit ") for path in logs]
+        read = [read_table(path, ["overhead", "mean", "std"]) for path in logs]
+        draw_search(ax, list(zip(names, read, strict=True)))
     return figure
+
+
+def draw_search(ax: Axes, logs: Sequence[tuple[str, pd.DataFrame]]) -> None:
+    """One panel of Figure 10: the states in the logs of searches, with their names; a ring marks each chosen state."""
+    for k, (name, log) in enumerate(logs):
+        colour, marker = SEARCH_COLOURS[k % len(SEARCH_COLOURS)], "osD^"[k % 4]
+        table = log.dropna(subset=["mean"])
+        if table.empty:  # nothing was searched
+            continue
+        x = 100 * table["overhead"]
+        ax.errorbar(x, table["mean"], table["std"], fmt=marker, color=colour, alpha=0.6, markersize=4, label=name)
+        best = table.index[best_state(list(table["mean"]), list(table["overhead"]))]
+        ring = {"s": 110, "facecolor": "none", "edgecolor": colour, "linewidth": 1.5, "zorder": 3}
+        ax.scatter([x[best]], [table["mean"][best]], **ring)
+    ax.set(xlabel="overhead, % of the network's parameters", ylabel="validation accuracy")
+    if ax.containers:
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
+    else:
+        ax.text(0.5, 0.5, "no search", transform=ax.transAxes, color=GREY, ha="center")
 
 
 def yield_curve(files: Sequence[Path], sigma: float | None = None) -> plt.Figure:
@@ -321,36 +336,58 @@ def rows(
         tables.check_comparable(pair, of_pair, sigmas[pair], "figure")
         varied = of_pair[of_pair["sigma"] == sigmas[pair]]
         names = list(varied["row"].unique())
-        lone = varied.groupby("row").size() == 1
-        texts = []
-        for name in names:
-            text = _wrapped((labels or {}).get(name, name), 48)
-            texts.append(f"{text}\n({tables.NO_INTERVAL})" if lone[name] else text)
-        ax.axvline(varied[varied["row"] == names[0]]["accuracy"].mean(), color=GREY, linewidth=0.8, linestyle=":")
-        for y, row in enumerate(names):
-            result = Result(varied[varied["row"] == row])
-            interval, colour = result.interval(), ROW_STYLE[row][0] if row in ROW_STYLE else GREEN
-            ax.plot(result.accuracies, np.full(result.chips, y), "|", color=colour, alpha=0.15, markersize=9)
-            error = None if lone[row] else [[result.mean - interval.low], [interval.high - result.mean]]
-            ax.errorbar([result.mean], [y], xerr=error, fmt="o", color=colour, markersize=5, capsize=3)
-            clean = of_pair[(of_pair["row"] == row) & (of_pair["sigma"] == 0)]["accuracy"]
-            ax.plot(clean, np.full(len(clean), y), "D", color=colour, markerfacecolor="none", markersize=5)
-            published = tables.paper_mean(varied, row)
-            if published is not None and sigmas[pair] == tables.PAPER_SIGMA:
-                ax.plot([published], [y], "*", color="black", markerfacecolor="none", markersize=9)
-                stars = True
-        ax.set(title=_wrapped(pair, 72), yticks=range(len(names)), yticklabels=texts, ylim=(len(names) - 0.4, -0.6))
-        ax.tick_params(axis="y", labelsize=8)
-        ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        published = [tables.paper_mean(varied, row) if sigmas[pair] == tables.PAPER_SIGMA else None for row in names]
+        clean = [of_pair[(of_pair["row"] == row) & (of_pair["sigma"] == 0)]["accuracy"] for row in names]
+        draw_rows(ax, {row: Result(varied[varied["row"] == row]) for row in names}, clean, labels, published)
+        stars = stars or any(mean is not None for mean in published)
+        ax.set(title=_wrapped(pair, 72))
     axes[-1, 0].set(xlabel="accuracy")
+    key = rows_key(stars)
+    figure.legend(handles=key, fontsize=7, loc="outside lower center", ncols=len(key))
+    return figure
+
+
+def draw_rows(
+    ax: Axes,
+    results: Mapping[str, Result],
+    clean: Sequence[Any],
+    labels: Mapping[str, str] | None = None,
+    published: Sequence[float | None] = (),
+) -> None:
+    """One panel of `rows`: the results by row.
+
+    Args:
+        ax: the axes.
+        results: by row, from top to bottom.
+        clean: accuracies without variation of each row, a sequence each, which may be empty.
+        labels: text for each row, by its name.
+        published: mean in the paper for each row, None where there is none.
+    """
+    texts = []
+    ax.axvline(next(iter(results.values())).mean, color=GREY, linewidth=0.8, linestyle=":")
+    for y, (row, result) in enumerate(results.items()):
+        text, lone = _wrapped((labels or {}).get(row, row), 48), result.chips == 1
+        texts.append(f"{text}\n({tables.NO_INTERVAL})" if lone else text)
+        interval, colour = result.interval(), ROW_STYLE[row][0] if row in ROW_STYLE else GREEN
+        ax.plot(result.accuracies, np.full(result.chips, y), "|", color=colour, alpha=0.15, markersize=9)
+        error = None if lone else [[result.mean - interval.low], [interval.high - result.mean]]
+        ax.errorbar([result.mean], [y], xerr=error, fmt="o", color=colour, markersize=5, capsize=3)
+        ax.plot(clean[y], np.full(len(clean[y]), y), "D", color=colour, markerfacecolor="none", markersize=5)
+        if published and published[y] is not None:
+            ax.plot([published[y]], [y], "*", color="black", markerfacecolor="none", markersize=9)
+    ax.set(yticks=range(len(results)), yticklabels=texts, ylim=(len(results) - 0.4, -0.6))
+    ax.tick_params(axis="y", labelsize=8)
+    ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+
+def rows_key(stars: bool = False) -> list[Line2D]:
+    """Handles of the legend of `rows`; with `stars`, that of the paper's means, too."""
     marks = [("|", GREY, "one chip"), ("o", GREY, "mean, 95 % interval"), ("D", "none", "without variation")]
     marks += [("*", "none", "mean in the paper")] if stars else []
-    key = [
+    return [
         Line2D([], [], color=GREY, marker=marker, linestyle="", markerfacecolor=face, markersize=5, label=text)
         for marker, face, text in marks
     ]
-    figure.legend(handles=key, fontsize=7, loc="outside lower center", ncols=len(key))
-    return figure
 
 
 def sensitivity(files: Sequence[Path]) -> plt.Figure:

@@ -42,7 +42,7 @@ def page(title: str, body: str) -> str:
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><h1>{title}</h1>\n{body}</body></html>\n'
 
 
-def _table(
+def html_table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int], firsts: Sequence[int] = ()
 ) -> str:
     """HTML table of HTML cells; columns in `text` are left-aligned, rows in `firsts` begin a group."""
@@ -95,7 +95,7 @@ def table1(table: pd.DataFrame, sigma: float) -> str:
         "known); the difference to the paper is "
         f"in points. The paper states values for some pairs only ({'; '.join(clean)}).</p>\n"
     )
-    return page("Table I: accuracy under variation", note + _table(columns, rows, (0, 1, 11), firsts))
+    return page("Table I: accuracy under variation", note + html_table(columns, rows, (0, 1, 11), firsts))
 
 
 def search_scatter(logs: Sequence[Path]) -> str:
@@ -185,7 +185,7 @@ def provenance(run: str, here: dict[str, Any], jobs: pd.DataFrame, seeds: Sequen
         "jobs": f"{len(jobs)}, {jobs['seconds'].sum() / 3600:.2f} hours of wall time, "
         f"at most {_number(jobs['memory_mib'].max(), 0)} MiB",
     }
-    body = _table(["", ""], [[f"<b>{key}</b>", value] for key, value in facts.items()], (0, 1))
+    body = html_table(["", ""], [[f"<b>{key}</b>", value] for key, value in facts.items()], (0, 1))
     body += (
         "<h2>Jobs</h2>\n<p>Wall time and peak memory are those of a job's last process: a resumed training has taken "
         "longer in total, see the epochs in its log.csv. Revision and CPU are those of the job.</p>\n"
@@ -201,7 +201,7 @@ def provenance(run: str, here: dict[str, Any], jobs: pd.DataFrame, seeds: Sequen
         for r in jobs.to_dict("records")
     ]
     columns = ["job", "seconds", "MiB", "CPUs busy", "started", "revision", "torch", "CPU"]
-    return page(f"Provenance of {run}", body + _table(columns, rows, (0, 4, 5, 6, 7)))
+    return page(f"Provenance of {run}", body + html_table(columns, rows, (0, 4, 5, 6, 7)))
 
 
 def _number(value: float, digits: int) -> str:

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from correctnet.crossbar.probe import modes_kept, run
-from correctnet.datasets.base import Split
-from correctnet.datasets.batches import check_batch, check_outputs
+from correctnet.datasets.batches import Batches, check_outputs
 from correctnet.datasets.transforms import augment, resize
 from correctnet.errors import UserError
 from correctnet.files import storage
@@ -33,7 +32,10 @@ from correctnet.precision import products
 from correctnet.progress import ProgressBar
 from correctnet.settings import Training
 from correctnet.training.checkpoint import Checkpoint
+from correctnet.training.feeding import LoaderFeed, TensorFeed, feed
 
+# Maps outputs (N, classes), floating point, and labels (N,) to the loss, a tensor without dimensions.
+Loss = Callable[[Tensor, Tensor], Tensor]
 # Batches between two checks that the loss is finite: a check makes a GPU wait.
 CHECK_EVERY = 20
 
@@ -60,6 +62,8 @@ class Hooks:
     """augmentation of the images, as the setting `data.augment`"""
     sizes: Sequence[int] = ()
     """side to which images are resized in the first epochs, one value an epoch"""
+    loss: Loss | None = None
+    """loss of a batch, a mean over its images; None: the cross entropy"""
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -93,7 +97,7 @@ def train_only(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
 
 def fit(
     model: nn.Module,
-    train: Split,
+    train: Batches,
     settings: Training,
     seed: int,
     *,
@@ -106,14 +110,15 @@ def fit(
     title: str = "training",
     quiet: bool = False,
 ) -> list[dict[str, Any]]:
-    """Minimise the cross entropy (+ penalty) over `train`, in place.
+    """Minimise the cross entropy, or another loss, (+ penalty) over `train`, in place.
 
     Weights and BatchNorm's running statistics change. The mode of each module, the parameters' `requires_grad` and
     memory order, and torch's global generators are the same afterwards.
 
     Args:
         model: any module whose output is (N, classes).
-        train: (N, ...) inputs and (N,) labels, on the model's device.
+        train: (N, ...) inputs and (N,) labels, on the model's device; or a loader of such batches, each of which is a
+            step, whatever `settings.batch` says.
         settings: epochs, batch size, optimizer and its schedule.
         seed: of the batches, the augmentation and dropout.
         stage: the purpose of the training; with the same seed, each stage has its own order of batches
@@ -131,20 +136,16 @@ def fit(
         learning_rate, seconds, process (1, and one more after each resumption).
 
     Raises:
-        UserError: labels or outputs that are not those of a classifier, nothing to train, a loss that is not finite,
-            or a file that cannot be written.
+        UserError: labels or outputs that are not those of a classifier, nothing to train, a loss that is no number or
+            not finite, a loader that yields another number of batches in an epoch, or a file that cannot be written.
     """
     hooks = hooks or Hooks()
     if torch.is_inference_mode_enabled():
         raise UserError("training: there are no gradients in torch.inference_mode(); train outside of it")
-    train = Split(*check_batch((train.images, train.labels), "training"))
-    if not len(train):
-        raise UserError("training: there are no images")
-    if hooks.augment != "none" and train.images.dim() != 4:
-        raise UserError(f"training: only images (N, C, H, W) can be augmented, not {tuple(train.images.shape)}")
     chosen = [p for p in model.parameters() if p.requires_grad] if parameters is None else list(parameters)
     if not chosen:
         raise UserError("training: no parameter of the network requires a gradient, so there is nothing to train")
+    source = feed(train, settings.batch, chosen[0].device)
     with _restored(model), torch.enable_grad():
         train_only(model, chosen)
         # Convolutions in this memory order train up to 1.8 times faster on a CPU (VGG16 in bfloat16, batch 128, AMD
@@ -155,7 +156,7 @@ def fit(
         optimizer = make_optimizer(chosen, settings)
         done, rows = checkpoint.load(model, optimizer) if checkpoint else (0, [])
         process = 1 + max((r["process"] for r in rows), default=0)
-        per_epoch = math.ceil(len(train) / settings.batch)
+        per_epoch = source.steps
         steps = settings.epochs * per_epoch
         devices = {p.device for p in model.parameters()}
 
@@ -169,7 +170,7 @@ def fit(
                 # Dropout layers draw from torch's global generators.
                 with streams.global_generators(seed, "dropout", stage, epoch, devices=devices):
                     where = seed, stage, epoch
-                    loss, correct = _epoch(model, train, settings, where, steps, optimizer, hooks, bar)
+                    loss, correct = _epoch(model, source, settings, where, optimizer, hooks, bar)
                 model.eval()
                 row = {
                     "epoch": epoch + 1,
@@ -224,45 +225,56 @@ def _set_mode(model: nn.Module, hooks: Hooks) -> None:
             m.train(hooks.update_batchnorm)
 
 
-def _logits(model: nn.Module, images: Tensor, count: int) -> Any:
-    """The outputs on a batch of a data set of `count` images."""
+def _logits(model: nn.Module, images: Tensor, count: int | None) -> Any:
+    """The outputs on a batch of a data set of `count` images, where their number is known."""
     try:
         return run(model, images, "training")
     except UserError as error:
         if len(images) > 1 or not isinstance(error.__cause__, ValueError):
             raise
         # BatchNorm cannot normalise with a single value.
-        raise UserError(
-            f"{error}; the last of {count} images is alone in its batch; choose another batch size"
-        ) from error
+        alone = "an image" if count is None else f"the last of {count} images"
+        raise UserError(f"{error}; {alone} is alone in its batch; choose another batch size") from error
+
+
+def _loss(hooks: Hooks, scores: Tensor, labels: Tensor) -> Tensor:
+    """The loss of a batch. Raises UserError where the user's own gives no loss, or none of the outputs."""
+    if hooks.loss is None:
+        return F.cross_entropy(scores, labels)
+    loss = hooks.loss(scores, labels)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"type {type(loss).__name__}"
+        raise UserError(f"training: loss must return one number for a batch, a tensor, not one of {found}")
+    if not loss.requires_grad:
+        raise UserError("training: loss has no gradient; compute it from the outputs, without detach() or no_grad()")
+    return loss.reshape(())
 
 
 def _epoch(
     model: nn.Module,
-    train: Split,
+    source: TensorFeed | LoaderFeed,
     settings: Training,
     where: tuple[int, str, int],
-    steps: int,
     optimizer: torch.optim.Optimizer,
     hooks: Hooks,
     bar: tqdm,
 ) -> tuple[float, float]:
     """Mean loss and accuracy of one epoch; `where`: seed, stage and epoch."""
     seed, stage, epoch = where
-    order = torch.randperm(len(train), generator=streams.torch_generator(seed, "batches", stage, epoch), device="cpu")
-    order = order.to(train.images.device)
     crops = streams.torch_generator(seed, "augmentation", stage, epoch)
-    largest = int(train.labels.max())
-    per_epoch = math.ceil(len(train) / settings.batch)
+    steps = settings.epochs * source.steps
     # Kept on the device: reading them after every batch would synchronise a GPU.
-    losses = torch.zeros((), dtype=torch.float64, device=train.images.device)
+    losses = torch.zeros((), dtype=torch.float64, device=optimizer.param_groups[0]["params"][0].device)
     correct = torch.zeros_like(losses)
-    for i, batch in enumerate(order.split(settings.batch)):
-        step = epoch * per_epoch + i
+    count = 0
+    for i, (images, labels, largest) in enumerate(source.epoch(seed, stage, epoch)):
+        step = epoch * source.steps + i
+        count += len(labels)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, settings.learning_rate, settings.warmup)
-        images, labels = train.images[batch], train.labels[batch]
         if hooks.augment != "none":
+            if images.dim() != 4:
+                raise UserError(f"training: only images (N, C, H, W) can be augmented, not {tuple(images.shape)}")
             images = augment(images, crops, flip=hooks.augment == "crop-flip")
         if epoch < len(hooks.sizes):
             images = resize(images, hooks.sizes[epoch])
@@ -271,22 +283,22 @@ def _epoch(
         optimizer.zero_grad(set_to_none=True)
         for draw in range(hooks.draws_per_batch):
             hooks.before_batch(step * hooks.draws_per_batch + draw)
-            with products(settings.precision, train.images.device):
-                logits = _logits(model, images, len(train))
+            with products(settings.precision, images.device):
+                logits = _logits(model, images, source.images)
             check_outputs(logits, images, largest, "training")
             scores = logits if logits.dtype == torch.float64 else logits.float()
-            loss = F.cross_entropy(scores / hooks.temperature, labels)
+            loss = _loss(hooks, scores / hooks.temperature, labels)
             (loss / hooks.draws_per_batch).backward()
-            losses += loss.detach().double() * len(batch) / hooks.draws_per_batch
+            losses += loss.detach().double() * len(labels) / hooks.draws_per_batch
             correct += (logits.argmax(1) == labels).sum() / hooks.draws_per_batch
         if hooks.penalty is not None:
             term = hooks.penalty_weight(step / max(1, steps)) * hooks.penalty()
             term.backward()
-            losses += term.detach().double() * len(batch)
-        if (i % CHECK_EVERY == 0 or i == per_epoch - 1) and not losses.isfinite():
+            losses += term.detach().double() * len(labels)
+        if (i % CHECK_EVERY == 0 or i == source.steps - 1) and not losses.isfinite():
             raise UserError(f"training: the loss is not finite in epoch {epoch + 1}; lower the learning rate or beta")
         if settings.clip:
             nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], settings.clip)
         optimizer.step()
         bar.update()
-    return losses.item() / len(train), correct.item() / len(train)
+    return losses.item() / count, correct.item() / count

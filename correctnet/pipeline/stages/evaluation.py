@@ -38,10 +38,10 @@ def sensitivity(settings: Settings, path: Path, out: Path, runtime: Runtime) -> 
     model, description = read_network(path, runtime.device)
     table = sweeping.sensitivity(
         model,
-        devices.make(s.variation),
-        s.seed,
         runtime.load(s, description, path).validation.take(s.sensitivity.images),
+        devices.make(s.variation),
         chips=s.sensitivity.chips,
+        seed=s.seed,
         simulation=runtime.simulation(s, streams.chips("sensitivity", s.sensitivity.chips).start),
     )
     storage.write_csv(out, table.assign(stage=last_stage(description), sigma=s.variation.sigma))

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import functools
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from torch import nn
 
 from correctnet import devices
-from correctnet.crossbar.convert import convert
 from correctnet.crossbar.layers import crossbar_layers
 from correctnet.datasets.base import Split
 from correctnet.errors import UserError
-from correctnet.evaluation.montecarlo import clean_accuracy, simulate
 from correctnet.files import storage
 from correctnet.methods import candidates as sweeping
-from correctnet.methods import compensation, compensation_training
+from correctnet.methods import placement
 from correctnet.methods import search as searching
 from correctnet.noise import streams
 from correctnet.pipeline.models import check_uncompensated, expect, is_number, is_whole, read_network
 from correctnet.pipeline.runtime import Runtime, discard, resumable, split_seed, stage_identity
 from correctnet.pipeline.specs import STAGES
 from correctnet.settings import SEARCHING, Settings
-from correctnet.training.loop import fit
 
 
 def sweep(settings: Settings, pretrained: Path, base: Path, out: Path, runtime: Runtime) -> None:
@@ -41,12 +35,14 @@ def sweep(settings: Settings, pretrained: Path, base: Path, out: Path, runtime: 
     if split_seed(s, description, base) != split_seed(s, of_original, pretrained):
         raise UserError(f"sweep: {base} and {pretrained} were trained on other splits of the images")
     images = runtime.load(s, description, base).validation.take(s.sweep.images)
-    found = sweeping.sweep(
-        convert(model, devices.make(s.variation), s.seed),
+    found = sweeping.find_candidates(
+        model,
         images,
-        clean_accuracy(original, images),
-        s.sweep.threshold,
+        devices.make(s.variation),
+        original=original,
+        threshold=s.sweep.threshold,
         chips=s.sweep.chips,
+        seed=s.seed,
         simulation=runtime.simulation(s, streams.chips("sweep", s.sweep.chips).start),
     )
     storage.write_csv(out / "accuracy.csv", found.table())
@@ -68,32 +64,19 @@ def search(
     `correctnet.methods.search.greedy`, without a search. `known`: states that `search_state` has scored.
     """
     s = STAGES["search"].read(settings)
-    if s.search.strategy not in SEARCHING:
-        problem, names = _search_problem(settings, base, candidates, limit, runtime)
-        unlimited = s.search.strategy == "all"
-        filters = searching.greedy(replace(problem, limit=math.inf) if unlimited else problem)
-        best = {"strategy": s.search.strategy, "limit": None if unlimited else limit, "filters": _named(names, filters)}
-        best |= {"overhead": problem.overhead(filters), "mean": None, "std": None, "evaluations": 0}
-        storage.write_json(out / "best.json", best)
-        storage.write_csv(out / "log.csv", pd.DataFrame(columns=[*searching.COLUMNS, "candidates"]))
-        return best
-
     problem, names = _search_problem(settings, base, candidates, limit, runtime)
     log_path = None
-    if runtime.work:
+    if runtime.work and s.search.strategy in SEARCHING:
         # A log of other settings or inputs is a file of another name.
         weights, text = storage.model_files(base)
         identity = stage_identity("search", settings, storage.read_json(text), weights, candidates)
         log_path = resumable(runtime.work, "search", f"{identity} {limit}")
-    log = searching.search(problem, s.search, s.seed, log_path, not runtime.quiet, _read_states(known))
-    storage.write_csv(out / "log.csv", log.table().assign(candidates=" ".join(names)))
-    chosen = log.best()
-    best = {"strategy": s.search.strategy, "limit": limit, "filters": _named(names, chosen.filters)}
-    best |= {"overhead": chosen.overhead, "mean": chosen.mean, "std": chosen.std, "evaluations": log.evaluations}
-    storage.write_json(out / "best.json", best)
+    placed = placement.place(problem, names, s.search, s.seed, log_path, not runtime.quiet, _read_states(known))
+    storage.write_csv(out / "log.csv", placed.log.assign(candidates=" ".join(names)))
+    storage.write_json(out / "best.json", placed.summary())
     if log_path:
         discard(log_path)
-    return best
+    return placed.summary()
 
 
 def search_state(
@@ -139,43 +122,25 @@ def _search_problem(
     model, description = read_network(base, runtime.device)
     split_seed(s, description, base)  # mistakes are found before any work
     check_uncompensated("search", base, description)
-    layers = dict(crossbar_layers(model))
-    names = _candidate_names(candidates, layers)
-    section = s.compensate.model_copy(update={"epochs": s.search.train_epochs})
-    device = devices.make(s.variation)
+    names = _candidate_names(candidates, dict(crossbar_layers(model)))
 
-    @functools.cache
-    def splits() -> tuple[Split, Split]:  # read once, and only where states are trained
+    def read() -> tuple[Split, Split]:
         data = runtime.load(s, description, base)
         return data.train.take(s.search.train_images), data.validation.take(s.search.images)
 
-    def score(filters: searching.Filters) -> tuple[float, float]:
-        train, images = splits()
-        analog, _, hooks = compensation_training.prepare(
-            model, _named(names, filters), section, device, s.seed, "search"
-        )
-        parameters = compensation_training.trained_parameters(analog, section)
-        if parameters:
-            hooks.augment = s.data.augment
-            how = {"title": "compensators " + " ".join(map(str, filters)), "quiet": runtime.quiet}
-            fit(analog, train, section, s.seed, stage="search", parameters=parameters, hooks=hooks, **how)
-        first = streams.chips("search", s.search.chips).start
-        result = simulate(analog, images, s.search.chips, runtime.simulation(s, first, progress=False))
-        return result.mean, result.std
-
-    problem = searching.Problem(
-        widths=tuple(layers[name].weight.shape[0] for name in names),
-        ratios=s.search.ratios,
-        limit=limit,
-        overhead=lambda filters: compensation.overhead(model, _named(names, filters)),
-        score=score,
+    problem = placement.make_problem(
+        model,
+        names,
+        limit,
+        s.search,
+        s.compensate,
+        devices.make(s.variation),
+        s.seed,
+        read,
+        runtime.simulation(s, 0),
+        augment=s.data.augment,
     )
     return problem, names
-
-
-def _named(names: Sequence[str], filters: searching.Filters) -> dict[str, int]:
-    """Generator filters of the compensated layers, by name."""
-    return {name: m for name, m in zip(names, filters, strict=True) if m}
 
 
 def _read_states(paths: Sequence[Path]) -> list[searching.Explored]:

@@ -16,8 +16,8 @@ from correctnet.evaluation.montecarlo import clean_accuracy
 from correctnet.evaluation.simulation import Simulation
 from correctnet.files import storage
 from correctnet.methods import compensation, compensation_training
-from correctnet.methods import suppression as lipschitz
 from correctnet.methods.search_log import best_state
+from correctnet.methods.suppression_training import regularised
 from correctnet.networks import NETWORKS
 from correctnet.noise import streams
 from correctnet.pipeline.config import network_mistake, sizes_mistake
@@ -104,15 +104,7 @@ def suppress(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) 
     if s.suppress.start == "scratch":
         model = build_described(base["network"], s.seed, "suppress").to(runtime.device)
         base = {"network": base["network"], "data": storage.training_data(base)}
-    lam = lipschitz.bound(devices.make(s.variation), s.suppress.k)
-    ramp, beta = s.suppress.ramp, s.suppress.beta
-    norms = lipschitz.batchnorms(model) if s.suppress.fold_batchnorm else {}
-    hooks = Hooks(
-        penalty=lambda: lipschitz.penalty(lipschitz.analog_weights(model, norms), lam, s.suppress.form),
-        penalty_weight=lambda done: beta * min(1.0, done / ramp) if ramp else beta,
-        temperature=s.suppress.temperature,
-        sizes=s.suppress.sizes,
-    )
+    hooks = regularised(model, s.suppress, devices.make(s.variation))
     # From scratch, the pre-trained weights are not used.
     inputs = [] if s.suppress.start == "scratch" else [storage.model_files(pretrained)[0]]
     data = runtime.load(s, base, pretrained)

@@ -1,0 +1,1 @@
+"""The whole method in one call, on any network and data."""

@@ -1,0 +1,103 @@
+"""Training under the modified Lipschitz regulariser (11)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from correctnet.crossbar.convert import copy_model
+from correctnet.crossbar.layers import AnalogLayer
+from correctnet.datasets.batches import Batches
+from correctnet.devices.base import Variation
+from correctnet.errors import UserError, whole
+from correctnet.evaluation.montecarlo import clean_accuracy
+from correctnet.methods import work as folder
+from correctnet.methods.compensation import compensation_modules
+from correctnet.methods.suppression import analog_weights, batchnorms, bound, penalty
+from correctnet.settings import Suppress, validate
+from correctnet.training.loop import Hooks, Loss, fit
+
+
+def regularised(model: nn.Module, section: Suppress, variation: Variation) -> Hooks:
+    """The training hooks that add beta times (11), with lambda of (10), to the loss of `model`.
+
+    Raises UserError as `batchnorms`, if BatchNorm is to be folded in, and for a device without moments.
+    """
+    try:
+        lam = bound(variation, section.k)
+    except NotImplementedError as error:
+        raise UserError(f"suppress: {error}, from which the bound (10) is made; go without suppression") from error
+    norms = batchnorms(model) if section.fold_batchnorm else {}
+    return Hooks(
+        penalty=lambda: penalty(analog_weights(model, norms), lam, section.form),
+        penalty_weight=lambda done: section.beta * min(1.0, done / section.ramp) if section.ramp else section.beta,
+        temperature=section.temperature,
+        sizes=section.sizes,
+    )
+
+
+def suppress(
+    network: nn.Module,
+    train: Batches,
+    variation: Variation,
+    *,
+    validation: Batches | None = None,
+    loss: Loss | None = None,
+    seed: int = 0,
+    work: str | Path | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> nn.Module:
+    """Error suppression: train a copy of `network` under the modified Lipschitz regulariser, (10) and (11).
+
+    The loss is cross entropy + beta sum over layers || W^T W - lambda^2 I ||_F^2, with lambda = k / (mean + 3 standard
+    deviations of w / w_nominal). Smaller norms let deviations of the weights grow less from layer to layer.
+
+    Args:
+        network: a trained network that `correctnet.convert` accepts, with outputs (N, classes). It is left unchanged.
+        train: training images (N, ...) and labels (N,), a pair of tensors or a loader of such pairs, each of whose
+            batches is a step.
+        variation: the device model; it has to give the moments of w / w_nominal.
+        validation: images and labels whose accuracy is shown after each epoch; nothing is chosen by it.
+        loss: replaces the cross entropy: a function of outputs (N, classes) and labels (N,) that returns the mean over
+            the images.
+        seed: of the batches and of dropout.
+        work: a folder. A call that was stopped continues from its last epoch when it is repeated.
+        progress: show a progress bar.
+        settings: fields of `correctnet.settings.Suppress` apart from `start`, e.g. epochs=5, beta=1e-3.
+
+    Returns:
+        The trained copy, in evaluation mode.
+
+    Raises:
+        UserError: data, outputs or a loss that are not those of a classifier, an unknown setting, a device model
+            without moments, a network that is converted or compensated already, or a loss that is not finite.
+    """
+    section = validate(Suppress, settings, "suppress")
+    if section.start != "pretrained":
+        raise UserError("suppress: start: the weights of the network are the start; initialise them to begin anew")
+    seed = whole(seed, "suppress: the seed")
+    if any(isinstance(module, AnalogLayer) for module in network.modules()):
+        raise UserError("suppress: the network carries variation; give the one that was converted")
+    if compensation_modules(network):
+        raise UserError("suppress: the network is compensated already; suppress it first, then compensate it")
+    model = copy_model(network, "suppress")
+    hooks = regularised(model, section, variation)
+    hooks.loss = loss
+    parts = {"network": network, "train": train, "variation": variation, "seed": seed, "loss": loss}
+    text = "" if work is None else folder.identity("suppress", **parts, settings=section)
+    fit(
+        model,
+        train,
+        section,
+        seed,
+        stage="suppress",
+        hooks=hooks,
+        validate=None if validation is None else lambda: clean_accuracy(model, validation),
+        checkpoint=folder.checkpoint(work, "suppress", text),
+        title="suppress",
+        quiet=not progress,
+    )
+    return model.eval()
