@@ -22,9 +22,14 @@ NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
 
 
 def check_name(value: str) -> str:
-    """`value`, if it names a function of a module. Raises ValueError otherwise."""
+    """`value`, if it names a function of a module. Raises ValueError otherwise.
+
+    Descriptions of models name functions, too: those of the standard library (`os:system`) are refused.
+    """
     if not NAME.fullmatch(value):
         raise ValueError("package.module:function is expected")
+    if value.partition(":")[0].split(".")[0] in sys.stdlib_module_names:
+        raise ValueError("a module that is not of Python's standard library is expected")
     return value
 
 
