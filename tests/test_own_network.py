@@ -474,3 +474,33 @@ def test_the_workflow_on_pictures_and_a_network_of_ones_own(study):
 
 def test_a_network_that_is_not_ours_is_an_ordinary_module(study):
     assert isinstance(made("small"), nn.Module)
+
+
+def test_a_new_study_is_checked_and_says_what_to_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    output = run("new", "my study")
+    assert output == "my study: a study that runs as it is: cd 'my study' && snakemake --cores 2\n"
+    monkeypatch.chdir("my study")
+    assert run("check").endswith("1 pairs, 3 rows, no mistakes\n")
+    assert {path.name for path in (tmp_path / "my study").iterdir()} == {
+        *("README.md", "config.yaml", "network.py", "data.py", "Snakefile", "workflow", "profiles")
+    }
+    monkeypatch.chdir(tmp_path)
+    assert run("new", "my study", refused=True) == "error: my study: is there and not empty; a new folder is expected"
+    (tmp_path / "file").write_text("x")
+    assert run("new", "file", refused=True) == "error: file: is there and not empty; a new folder is expected"
+    assert run("new", "file/in", refused=True) == "error: file/in: cannot be written: Not a directory"
+
+
+@pytest.mark.e2e
+def test_a_new_study_runs_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("new", "study")
+    output = snakemake(tmp_path / "study")
+    table = pd.read_csv(tmp_path / "study" / "results" / "summary" / "paper" / "table1.csv").set_index("row")
+    assert list(table.index) == ["unprotected", "suppressed", "correctnet"]
+    assert set(table["network"]) == {"small_cnn"}
+    assert set(table["dataset"]) == {"digits"}
+    assert table["clean"].min() > 0.9
+    assert "Table I at sigma = 0.5" in output
+    assert stats(snakemake(tmp_path / "study", "-n", "all")) == {}

@@ -55,7 +55,7 @@ class Description:
     digest: str
     """of the content of the files; for a function, of the source of its module"""
     facts: Facts | None
-    """None for a function, which is not called until its images are needed"""
+    """None for a function whose images this process has not read: it is not called to describe it"""
 
 
 def describe(kind: Kind, place: str) -> Description:
@@ -64,7 +64,9 @@ def describe(kind: Kind, place: str) -> Description:
     Raises UserError where there is no such data, or it is not of one shape.
     """
     if kind == "factory":
-        return Description(source_digest(place, "data.factory"), None)
+        digest = source_digest(place, "data.factory")
+        known = _described.get((kind, place), (None, None))[1]
+        return known if known is not None and known.digest == digest else Description(digest, None)
     path = Path(place).expanduser()
     stamp = _stamp(_listing(path).paths() if kind == "folder" else [path])
     key = (kind, str(path.absolute()))
@@ -94,7 +96,11 @@ def read(kind: Kind, place: str) -> tuple[Records, Records, str, int]:
             digest = source_digest(place, "data.factory")
             parts = _as_parts(call(place, {}, "data.factory"), place)
         described = {part: _Shape.of(place, part, *records) for part, records in parts.items()}
-        classes = _check_parts(place, described)
+        classes, one = _check_parts(place, described), next(iter(described.values()))
+        counts = {part: shape.count for part, shape in described.items()}
+        facts = _facts(place, counts, one.channels, classes, one.height, one.width)
+        if kind == "factory":
+            _described[kind, place] = None, Description(digest, facts)
         parts = {
             part: (described[part].arrange(place, images), described[part].labels)
             for part, (images, _) in parts.items()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from correctnet import devices
 from correctnet.crossbar.convert import convert, program, programmed
 from correctnet.crossbar.layers import crossbar_layers
+from correctnet.datasets import own
 from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.engine.engine import Engine, Unsupported
 from correctnet.errors import UserError
@@ -45,6 +46,8 @@ def _seconds(work: Callable[[], object], at_least: float = 0.2) -> float:
 def costs(settings: Settings) -> Costs:
     """What training and testing cost on this machine, measured."""
     s = settings
+    if s.data.facts() is None:
+        own.read(s.data.kind, s.data.place)  # this process knows numbers and sizes from now on
     facts, network = workload.facts(s), s.network
     shape = facts.channels, facts.height, facts.width
     if network.factory is not None:
