@@ -172,9 +172,7 @@ class Data(Sourced):
     @property
     def name(self) -> str:
         """The data set's name, for tables and results; of your own data the name of the folder, file or function."""
-        if self.kind in ("folder", "npz"):
-            return Path(self.place).stem
-        return self.place.rpartition(":")[2]
+        return self.place if self.kind == "dataset" else own_data.name_of(self.kind, self.place)
 
     def described(self) -> own_data.Description | None:
         """Of your own data; None for a data set. Raises UserError where there is no such data."""
@@ -236,12 +234,6 @@ class Network(Sourced):
     @classmethod
     def _weights(cls, value: str | None) -> str | None:
         return None if value is None else place(value)
-
-    @model_validator(mode="after")
-    def _options_of_a_function(self) -> Network:
-        if self.options and self.factory is None:
-            raise ValueError("options are those of a factory")
-        return self
 
     def found_digest(self) -> str | None:
         """Of the source of the function and of the weights; None for an architecture without weights.

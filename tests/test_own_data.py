@@ -327,3 +327,18 @@ def test_functions_that_cannot_be_used(tmp_path, monkeypatch, factory, message):
     with pytest.raises(UserError, match=message) as caught:
         own.read("factory", factory)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "name"),
+    [
+        ("folder", "pictures/v1.2/", "v1.2"),
+        ("folder", ".", "here"),
+        ("npz", "a/b.c.npz", "b.c"),
+        ("factory", "a.b:f", "f"),
+    ],
+)
+def test_what_own_data_is_called(tmp_path, monkeypatch, kind, place, name):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert own.name_of(kind, place) == name

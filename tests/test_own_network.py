@@ -1,6 +1,7 @@
 """Networks and data of one's own through the stages: settings, weights, models, and what a change reruns."""
 
 import json
+import re
 import shutil
 import warnings
 
@@ -299,6 +300,17 @@ def test_a_data_set_of_ours_with_a_network_of_ones_own_and_the_reverse(study):
     assert line.startswith("error: network.name: vgg16: fails on images of 1 x 40 x 40 (channels x height x width): ")
 
 
+def test_smaller_images_at_first(study):
+    np.savez("square.npz", **images(40, (1, 16, 16)))
+    how = ("pretrain", "--npz", "square.npz", "--epochs", 2, "--sizes", "8", "--threads", 1)
+    run(*how, "--network-factory", "own_network:small", "--out", "a")
+    assert len(pd.read_csv(study / "a" / "log.csv")) == 2
+    line = run(*how, "--network-factory", "own_network:of_shape", "--out", "b", refused=True)
+    assert line.startswith("error: pretrain.sizes: fails on images of 1 x 8 x 8 (channels x height x width): ")
+    line = run(*how, "--sizes", "17", "--network-factory", "own_network:small", "--out", "b", refused=True)
+    assert line == "error: pretrain.sizes: sides between 1 and 16 pixels are expected, not 17"
+
+
 def canonical(study, stage, **changes):
     config_of(study, **changes)
     return STAGES[stage].canonical(Config.load(study / "config.yaml").settings("own", "correctnet"))
@@ -346,6 +358,29 @@ def test_layout_needs_no_download_of_ones_own_data(study):
     assert layout.resources("pretrain")["mem_mb"](Job, 1) > 1000
 
 
+def test_rows_with_another_network_have_folders_of_their_own(study):
+    torch.save({}, study / "w.pt")
+    rows = {
+        "wide": {"options": {"width": 8, "depth": "a/b"}},
+        "deep": {"options": {"depth": "a_b"}},
+        "given": {"weights": "w.pt"},
+        "ours": {"name": "vgg16"},
+    }
+    np.savez(study / "images.npz", **images(60, (3, 32, 32)))
+    values = config_of(study, rows=["unprotected", *rows])
+    values["rows"] |= {row: {"evaluate": "pretrain", "label": row, "set": {"network": n}} for row, n in rows.items()}
+    config = Config.check(values)
+    found = {row: config.variant("own", row, "pretrain") for row in ("unprotected", *rows)}
+    assert found["unprotected"] == ""
+    assert found["wide"].startswith("@network.options.width-8+network.options.depth-a_b+")
+    assert found["deep"] == "@network.options.depth-a_b"
+    assert found["given"] == "@network.weights-w.pt"
+    assert found["ours"].startswith("@network.name-vgg16")
+    assert all(not name or re.fullmatch(r"@[A-Za-z0-9._+-]{1,130}", name) for name in found.values())
+    (study / "own_network.py").write_text(SOURCE + "\n# changed\n")
+    assert {row: Config.check(values).variant("own", row, "pretrain") for row in found} == found
+
+
 @pytest.mark.parametrize(
     ("under", "over", "expected"),
     [
@@ -389,11 +424,15 @@ def test_a_network_of_a_pair_takes_the_place_of_the_defaults():
             "network.factory: a module that is not of Python's standard library is",
         ),
         ({"network": {"factory": "own_network:small", "widths": [3]}}, "widths goes with name and not with factory"),
-        ({"network": {"name": "lenet5", "options": {"a": 1}}}, "pairs.own.network: options are those of a factory"),
+        ({"network": {"name": "lenet5", "options": {"a": 1}}}, "pairs.own: network.options: those of a factory, "),
         ({"network": {"factory": "own_network:small", "weights": "no.pt"}}, "no.pt: no such file"),
         (
             {"network": {"name": "lenet5"}},
             "network.name: lenet5 takes images of 32 x 32 pixels only, and those of imag",
+        ),
+        (
+            {"rows": {"unprotected": None, "suppressed": {"network": {"batchnorm": "none"}}}},
+            "pairs.own: network: batchnorm goes with name and not with factory",
         ),
         ({"network": {"factory": "broken:f"}}, "broken.py: SyntaxError: "),
         ({"pretrain": {"sizes": [10]}}, "pretrain.sizes: square images are expected, and those of images are not"),
@@ -404,6 +443,7 @@ def test_mistakes_in_a_configuration(study, changes, line):
     config_of(study, **changes)
     with pytest.raises(UserError) as caught:
         Config.load(study / "config.yaml")
+    assert str(caught.value).startswith(f"{study / 'config.yaml'}: pairs.own")
     assert line in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
@@ -436,11 +476,11 @@ def test_the_workflow_on_pictures_and_a_network_of_ones_own(study):
     """A run from pictures to Table I; then what a changed picture, network or weights file reruns."""
     from PIL import Image
 
-    folder = prepare(study / "run", config_of(study, data={"folder": "pictures", "validation": 0.25}))
+    folder = prepare(study / "run", config_of(study, data={"folder": "my pictures", "validation": 0.25}))
     (folder / "own_network.py").write_text(SOURCE)
     arrays = images()
     for i, (picture, label) in enumerate(zip(arrays["images"], arrays["labels"], strict=True)):
-        place = folder / "pictures" / "abc"[label]
+        place = folder / "my pictures" / "abc"[label]
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture.transpose(1, 2, 0)).save(place / f"{i}.png")
     snakemake(folder)
@@ -450,7 +490,7 @@ def test_the_workflow_on_pictures_and_a_network_of_ones_own(study):
     plan = "all"
     assert stats(snakemake(folder, "-n", plan)) == {}
     everything = {"pretrain", "suppress", "sweep", "search", "compensate", "evaluate", "sensitivity"}
-    picture = folder / "pictures" / "a" / "0.png"
+    picture = folder / "my pictures" / "a" / "0.png"
     picture.rename(picture.with_name("renamed.png"))
     assert stats(snakemake(folder, "-n", plan)) == {}, "a name is no content"
     shutil.copy(picture.with_name("renamed.png"), picture)

@@ -60,7 +60,7 @@ def load_own(kind: own.Kind, place: str, digest: str | None = None, validation: 
             f"{place}: has changed (digest {found[:12]}, {digest[:12]} is expected); start again what was made with it"
         )
     mean, std = _moments(train[0])
-    name = Path(place).stem if kind != "factory" else place.rpartition(":")[2]
+    name = own.name_of(kind, place)
     return _held_out(name, train, test, classes, mean, std, found, validation, seed, "own")
 
 

@@ -58,6 +58,14 @@ class Description:
     """None for a function whose images this process has not read: it is not called to describe it"""
 
 
+def name_of(kind: Kind, place: str) -> str:
+    """What own data is called in tables: its folder, its file without .npz, or its function."""
+    if kind == "factory":
+        return place.rpartition(":")[2]
+    path = Path(place).expanduser().absolute()
+    return path.name if kind == "folder" else path.stem
+
+
 def describe(kind: Kind, place: str) -> Description:
     """Describe the data at `place`; files that have not changed since are not read again by this process.
 

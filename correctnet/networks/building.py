@@ -91,8 +91,9 @@ def check_fits(network: nn.Module, classes: int, shape: tuple[int, int, int], wh
     """
     modes = {module: module.training for module in network.modules()}
     size = " x ".join(map(str, shape))
+    device = next((p.device for p in network.parameters()), None)
     try:
-        outputs = network.eval()(torch.zeros(2, *shape))
+        outputs = network.eval()(torch.zeros(2, *shape, device=device))
     except Exception as error:  # of code that is not ours
         raise UserError(
             f"{what}: fails on images of {size} (channels x height x width): {type(error).__name__}: "

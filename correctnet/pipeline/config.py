@@ -182,7 +182,11 @@ class Config(Section):
             if self.rows[self.rows_of(pair)[0]].evaluate != "pretrain":
                 yield f"{source}: pairs.{pair}.rows: the first row must evaluate the original network (pretrain)"
             for row in self.rows_of(pair):
-                settings = self.settings(pair, row)
+                try:
+                    settings = self.settings(pair, row)
+                except UserError as error:  # layers that do not go together, or files that cannot be used
+                    yield f"{source}: pairs.{pair}: {str(error).removeprefix(f'pair {pair}: ')}"
+                    break
                 yield from (
                     f"{source}: pairs.{pair}.rows: {text}" for text in self._not_comparable(pair, row, settings)
                 )
@@ -323,15 +327,21 @@ class Config(Section):
             return leaves
 
         before, after = read(own), read(changed)
-        differing = {key: value for key, value in after.items() if value != before[key]}
+        # Digests are of files that the other settings name: a file that changes makes no other folder.
+        differing = {
+            key: value
+            for key, value in after.items()
+            if not key.endswith(".digest") and (key not in before or value != before[key])
+        }
         if lineage(own, stage) != stages:
             differing = {"base": changed.base, **differing}
         if not differing:
             return ""
         name = "+".join(f"{key}-{_plain(value)}" for key, value in differing.items())
-        if len(name) > LONGEST:
-            name = f"{name[:LONGEST]}+{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-        return f"@{name}"
+        plain = re.sub(r"[^A-Za-z0-9._+-]", "_", name)
+        if len(name) > LONGEST or plain != name:
+            plain = f"{plain[:LONGEST]}+{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        return f"@{plain}"
 
 
 def _mapping(values: Any, source: str) -> Mapping[str, Any]:
@@ -376,6 +386,8 @@ def network_mistake(settings: Settings) -> str | None:
         fraction = exact(settings.data.validation)
         return f"data.validation: {fraction} of the {facts.train} training images leaves one part empty"
     if network.name is not None:
+        if network.options:
+            return f"network.options: those of a factory, and {network.name} is none"
         architecture = NETWORKS[network.name]
         if network.widths and len(network.widths) != len(architecture.widths):
             count = len(architecture.widths)
