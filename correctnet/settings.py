@@ -176,7 +176,7 @@ class Data(Sourced):
 
     def described(self) -> own_data.Description | None:
         """Of your own data; None for a data set. Raises UserError where there is no such data."""
-        return None if self.kind == "dataset" else own_data.describe(self.kind, self.place)
+        return None if self.kind == "dataset" else own_data.describe(self.kind, self.place, self.digest)
 
     def facts(self) -> Facts | None:
         """Numbers of images and their sizes; None for a function, which is called when its images are needed."""

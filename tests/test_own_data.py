@@ -96,6 +96,8 @@ def test_files_that_were_not_touched_are_read_once(tmp_path, monkeypatch):
     first = own.describe("folder", str(place))
     monkeypatch.setattr(own, "_bytes", None)
     assert own.describe("folder", str(place)) == first
+    monkeypatch.setattr(own, "_listing", None)
+    assert own.describe("folder", str(place), first.digest) == first, "as often as a workflow asks"
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "bmp"])

@@ -66,21 +66,25 @@ def name_of(kind: Kind, place: str) -> str:
     return path.name if kind == "folder" else path.stem
 
 
-def describe(kind: Kind, place: str) -> Description:
+def describe(kind: Kind, place: str, digest: str | None = None) -> Description:
     """Describe the data at `place`; files that have not changed since are not read again by this process.
 
-    Raises UserError where there is no such data, or it is not of one shape.
+    With the `digest` of a description that this process has made, it is that one, and no file is looked at: a workflow
+    asks for each of its jobs. Raises UserError where there is no such data, or it is not of one shape.
     """
-    if kind == "factory":
-        digest = source_digest(place, "data.factory")
-        known = _described.get((kind, place), (None, None))[1]
-        return known if known is not None and known.digest == digest else Description(digest, None)
     path = Path(place).expanduser()
-    stamp = _stamp(_listing(path).paths() if kind == "folder" else [path])
-    key = (kind, str(path.absolute()))
-    if key not in _described or _described[key][0] != stamp:
-        _described[key] = stamp, _describe_folder(path) if kind == "folder" else _describe_npz(path)
-    return _described[key][1]
+    key = (kind, place if kind == "factory" else str(path.absolute()))
+    stamp, known = _described.get(key, (None, None))
+    if known is not None and known.digest == digest:
+        return known
+    if kind == "factory":
+        found = source_digest(place, "data.factory")
+        return known if known is not None and known.digest == found else Description(found, None)
+    now = _stamp(_listing(path).paths() if kind == "folder" else [path])
+    if known is None or stamp != now:
+        known = _describe_folder(path) if kind == "folder" else _describe_npz(path)
+        _described[key] = now, known
+    return known
 
 
 _described: dict[tuple[str, str], tuple[Any, Description]] = {}
