@@ -242,7 +242,8 @@ def test_all_stages_of_a_network_and_data_of_ones_own(study):
         run("sensitivity", *how, "--model", "c", "--out", "sens.csv")
     described = json.loads((study / "c" / "model.json").read_text())
     network = {"factory": "own_network:small", "options": {"width": 6}, "classes": 3, "channels": 3}
-    assert described["network"] == network | {"height": 20, "width": 24}
+    source = factories.source_digest("own_network:small", "")
+    assert described["network"] == network | {"height": 20, "width": 24, "source": source}
     assert described["data"]["npz"] == "images.npz"
     assert "dataset" not in described["data"]
     table = pd.read_csv(study / "e.csv")
@@ -457,6 +458,13 @@ def test_a_description_that_names_a_function_of_the_standard_library(study):
     with pytest.raises(UserError, match=r"network\.factory: package\.module:function is expected"):
         read_network(study / "a")
     assert not (study / "x").exists()
+
+
+def test_a_model_whose_function_has_changed_says_so(study):
+    run("pretrain", "--npz", "images.npz", "--network-factory", "own_network:small", "--epochs", 0, "--out", "a")
+    assert "warning" not in run("show", "a")
+    (study / "own_network.py").write_text(SOURCE.replace("torch.relu", "torch.tanh"))
+    assert "warning: a: the source of own_network:small has changed since this model was made; " in run("show", "a")
 
 
 def test_modules_in_packages_are_found_without_importing_them(study):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from correctnet.datasets import DATASETS
 from correctnet.datasets.base import DataSet
 from correctnet.errors import UserError, one_line
 from correctnet.files import storage
-from correctnet.files.factories import check_name
+from correctnet.files.factories import check_name, source_digest
 from correctnet.methods import saved
 from correctnet.networks import NETWORKS
 from correctnet.networks.building import build, build_own
@@ -31,6 +32,7 @@ def read_network(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict
     if "network" not in description:
         raise UserError(f"{path}: holds no network of correctnet.networks; load it with correctnet.load")
     _check_description(storage.model_files(path)[1], description)
+    _warn_of_another_source(path, description["network"])
     try:
         # The weights drawn here are replaced.
         model = build_described(description["network"], 0, "restore")
@@ -38,6 +40,16 @@ def read_network(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict
     except (TypeError, ValueError) as error:  # settings that no network and no compensation has
         raise UserError(f"{storage.model_files(path)[1]}: describes no network ({one_line(error)})") from error
     return model.eval().to(device), description
+
+
+def _warn_of_another_source(path: str | Path, network: dict[str, Any]) -> None:
+    """Warn where the function that makes the user's own network is no longer the one that the model was made with."""
+    if "source" in network and network["source"] != source_digest(network["factory"], "network.factory"):
+        warnings.warn(
+            f"{path}: the source of {network['factory']} has changed since this model was made; what is computed now "
+            "may be another network with its weights",
+            stacklevel=3,
+        )
 
 
 def _compensated(description: dict[str, Any]) -> bool:
@@ -114,7 +126,8 @@ def describe_network(network: Network, data: DataSet) -> dict[str, Any]:
     size = {"height": height, "width": width}
     known: dict[str, Any] = {"classes": data.classes, "channels": channels}
     if network.name is None:
-        return {"factory": network.factory, "options": network.options, **known, **size}
+        source = source_digest(network.factory, "network.factory")
+        return {"factory": network.factory, "options": network.options, "source": source, **known, **size}
     known |= {} if (height, width) == (32, 32) else size
     options = NETWORKS[network.name].options(network.widths, network.batchnorm, network.dropout)
     return {"name": network.name, **known, **options}
