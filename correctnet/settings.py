@@ -12,7 +12,7 @@ import math
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -27,12 +27,14 @@ from pydantic import (
 )
 
 from correctnet.datasets import DATASETS, Facts
-from correctnet.datasets import own as own_data
 from correctnet.devices import DEVICES
 from correctnet.errors import UserError
 from correctnet.files.factories import check_name, source_digest
 from correctnet.files.storage import sha256
 from correctnet.networks import NETWORKS
+
+if TYPE_CHECKING:
+    from correctnet.datasets.own import Description
 
 # Names of the registries, so that a mistake in one is found when settings are read.
 DataSetName = Literal[tuple(DATASETS)]
@@ -172,11 +174,19 @@ class Data(Sourced):
     @property
     def name(self) -> str:
         """The data set's name, for tables and results; of your own data the name of the folder, file or function."""
-        return self.place if self.kind == "dataset" else own_data.name_of(self.kind, self.place)
+        if self.kind == "dataset":
+            return self.place
+        from correctnet.datasets import own  # imports numpy, as below
 
-    def described(self) -> own_data.Description | None:
+        return own.name_of(self.kind, self.place)
+
+    def described(self) -> Description | None:
         """Of your own data; None for a data set. Raises UserError where there is no such data."""
-        return None if self.kind == "dataset" else own_data.describe(self.kind, self.place, self.digest)
+        if self.kind == "dataset":
+            return None
+        from correctnet.datasets import own
+
+        return own.describe(self.kind, self.place, self.digest)
 
     def facts(self) -> Facts | None:
         """Numbers of images and their sizes; None for a function, which is called when its images are needed."""
