@@ -162,6 +162,23 @@ def test_a_function_of_a_module_in_this_folder(tmp_path, monkeypatch):
     assert own.describe("factory", "own_data_a:load").digest != described.digest, "what it imports counts"
 
 
+def test_a_function_may_return_data_sets_of_torch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_data_c.py").write_text(
+        "import torch\nfrom torch.utils.data import TensorDataset\n\nX = torch.arange(96.0).view(12, 2, 2, 2)\n"
+        "Y = torch.arange(12) % 2\n\n\ndef two():\n    return TensorDataset(X[:8], Y[:8]), TensorDataset(X[8:], Y[8:])"
+        "\n\n\ndef one():\n    return TensorDataset(X, Y)\n"
+        "\n\ndef arrays():\n    return (X[:8], Y[:8]), (X[8:], Y[8:])\n"
+    )
+    two, arrays = (own.read("factory", f"own_data_c:{name}") for name in ("two", "arrays"))
+    for found, expected in zip(two[:2], arrays[:2], strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    train, test, _, classes = own.read("factory", "own_data_c:one")
+    assert (len(train[1]), len(test[1]), classes) == (10, 2, 2)
+    facts = own.describe("factory", "own_data_c:one").facts
+    assert (facts.train, facts.test, facts.channels, facts.height) == (10, 2, 2, 2), "known once they were read"
+
+
 def test_data_is_described_without_torch(tmp_path):
     folder_of(tmp_path / "a")
     npz_of(tmp_path / "b.npz", images=COLOURED, labels=LABELS)
@@ -315,7 +332,7 @@ def test_files_that_are_no_arrays(tmp_path):
         ("own_data_b:lood", r"data\.factory: own_data_b:lood: own_data_b has no 'lood'"),
         ("own_data_b:NUMBER", r"data\.factory: own_data_b:NUMBER: a function is expected, not int"),
         ("own_data_b:fails", r"data\.factory: own_data_b:fails: ZeroDivisionError: division by zero$"),
-        ("own_data_b:nothing", r"data\.factory: own_data_b:nothing: .* is expected, not NoneType$"),
+        ("own_data_b:nothing", r"data\.factory: own_data_b:nothing: .* are expected, not NoneType$"),
         ("own_data_b:ragged", r"data\.factory: own_data_b:ragged: .*, arrays or tensors \("),
     ],
 )

@@ -463,18 +463,43 @@ def _npz(path: Path) -> Iterator[Any]:
 
 def _as_parts(found: Any, place: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """What a function of data returned, as arrays."""
-    expected = f"data.factory: {place}: ((images, labels), (images, labels)) or (images, labels) is expected"
+    expected = (
+        f"data.factory: {place}: ((images, labels), (images, labels)), (images, labels), or data sets of torch in "
+        "their place are expected"
+    )
 
     def pair(value: Any) -> bool:
         return isinstance(value, tuple | list) and len(value) == 2
 
-    if not pair(found):
+    if _is_dataset(found):
+        parts = {"": found}
+    elif not pair(found):
         raise UserError(f"{expected}, not {type(found).__name__}")
-    parts = dict(zip(PARTS, found, strict=True)) if all(map(pair, found)) else {"": found}
+    else:
+        both = all(pair(value) or _is_dataset(value) for value in found)
+        parts = dict(zip(PARTS, found, strict=True)) if both else {"": found}
     arrays = {}
-    for part, (images, labels) in parts.items():
+    for part, value in parts.items():
         try:
+            images, labels = _items(value) if _is_dataset(value) else value
             arrays[part] = np.asarray(images), np.asarray(labels)  # tensors, too
-        except (TypeError, ValueError, RuntimeError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # a data set is code that is not ours
             raise UserError(f"{expected}, arrays or tensors ({one_line(error, 80)})") from error
     return arrays
+
+
+def _is_dataset(value: Any) -> bool:
+    """Whether a value is like a `torch.utils.data.Dataset` of which each item can be had."""
+    return (
+        not isinstance(value, tuple | list | Mapping | str)
+        and not hasattr(value, "shape")
+        and all(hasattr(value, name) for name in ("__len__", "__getitem__"))
+    )
+
+
+def _items(dataset: Any) -> tuple[np.ndarray, np.ndarray]:
+    """All images and labels of a data set; each item is (image, label)."""
+    items = [dataset[i] for i in range(len(dataset))]
+    return np.stack([np.asarray(image) for image, _ in items]), np.array([int(label) for _, label in items])
