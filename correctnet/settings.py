@@ -34,7 +34,7 @@ from correctnet.files.storage import sha256
 from correctnet.networks import NETWORKS
 
 if TYPE_CHECKING:
-    from correctnet.datasets.own import Description
+    from correctnet.datasets.description import Description
 
 # Names of the registries, so that a mistake in one is found when settings are read.
 DataSetName = Literal[tuple(DATASETS)]

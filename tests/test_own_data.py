@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from correctnet.datasets import loading, own
+from correctnet.datasets import loading, own, pictures
 from correctnet.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -94,9 +94,9 @@ def test_names_and_copies_of_pictures_do_not_matter_and_pixels_do(tmp_path):
 def test_files_that_were_not_touched_are_read_once(tmp_path, monkeypatch):
     place = folder_of(tmp_path / "a")
     first = own.describe("folder", str(place))
-    monkeypatch.setattr(own, "_bytes", None)
+    monkeypatch.setattr(pictures, "_bytes", None)
     assert own.describe("folder", str(place)) == first
-    monkeypatch.setattr(own, "_listing", None)
+    monkeypatch.setattr(pictures, "listing", None)
     assert own.describe("folder", str(place), first.digest) == first, "as often as a workflow asks"
 
 
