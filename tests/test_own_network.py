@@ -484,20 +484,21 @@ def test_the_workflow_on_pictures_and_a_network_of_ones_own(study):
     """A run from pictures to Table I; then what a changed picture, network or weights file reruns."""
     from PIL import Image
 
-    folder = prepare(study / "run", config_of(study, data={"folder": "my pictures", "validation": 0.25}))
+    data = {"folder": "my pictures", "validation": 0.25}
+    folder = prepare(study / "run", config_of(study, rows=["unprotected", "correctnet"], data=data))
     (folder / "own_network.py").write_text(SOURCE)
     arrays = images()
     for i, (picture, label) in enumerate(zip(arrays["images"], arrays["labels"], strict=True)):
         place = folder / "my pictures" / "abc"[label]
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture.transpose(1, 2, 0)).save(place / f"{i}.png")
-    snakemake(folder)
-    table = pd.read_csv(folder / "results" / "summary" / "paper" / "table1.csv").set_index("row")
-    assert list(table.index) == TINY["rows"]
+    plan = "results/summary/paper/table1.csv"
+    snakemake(folder, plan)
+    table = pd.read_csv(folder / plan).set_index("row")
+    assert list(table.index) == ["unprotected", "correctnet"]
     assert set(table["images"]) == {12}
-    plan = "all"
     assert stats(snakemake(folder, "-n", plan)) == {}
-    everything = {"pretrain", "suppress", "sweep", "search", "compensate", "evaluate", "sensitivity"}
+    everything = {"pretrain", "suppress", "sweep", "search", "compensate", "evaluate", "table1"}
     picture = folder / "my pictures" / "a" / "0.png"
     picture.rename(picture.with_name("renamed.png"))
     assert stats(snakemake(folder, "-n", plan)) == {}, "a name is no content"
@@ -545,10 +546,14 @@ def test_a_new_study_runs_at_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run("new", "study")
     output = snakemake(tmp_path / "study")
-    table = pd.read_csv(tmp_path / "study" / "results" / "summary" / "paper" / "table1.csv").set_index("row")
+    results = tmp_path / "study" / "results"
+    table = pd.read_csv(results / "summary" / "paper" / "table1.csv").set_index("row")
     assert list(table.index) == ["unprotected", "suppressed", "correctnet"]
-    assert set(table["network"]) == {"small_cnn"}
-    assert set(table["dataset"]) == {"digits"}
     assert table["clean"].min() > 0.9
+    samples = pd.read_csv(results / "own" / "samples.csv")
+    assert set(samples["network"]) == {"small_cnn"}
+    assert set(samples["dataset"]) == {"digits"}
+    jobs = pd.read_csv(results / "summary" / "paper" / "provenance.csv")["job"]
+    assert {"own/pretrain", "own/compensate", "own/sensitivity/compensate"} <= set(jobs)
     assert "Table I at sigma = 0.5" in output
     assert stats(snakemake(tmp_path / "study", "-n", "all")) == {}
