@@ -18,6 +18,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
@@ -60,6 +61,19 @@ class CMakeBuild(build_ext):
             raise RuntimeError(f"the build ended without {module}")
 
 
+class WithWorkflow(build_py):
+    """Puts the workflow beside the template of `correctnet new` (correctnet/pipeline/study.py)."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        place = Path(self.build_lib) / "correctnet" / "study"
+        self.copy_file(ROOT / "Snakefile", place / "Snakefile")
+        for folder in ("workflow/rules", "workflow/report", "profiles/default"):
+            shutil.copytree(ROOT / folder, place / folder, dirs_exist_ok=True)
+
+
 def why_not() -> str | None:
     """Why the core is not to be built, or None."""
     if os.environ.get("CORRECTNET_PURE_PYTHON") == "1":
@@ -90,5 +104,5 @@ if reason:
     print(f"correctnet: {reason}: installing without the C++ core", file=sys.stderr)
 setup(
     ext_modules=[] if reason else [Extension("correctnet._native", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": WithWorkflow},
 )

@@ -7,18 +7,34 @@ from __future__ import annotations
 
 import difflib
 import functools
+import hashlib
 import math
 import unicodedata
 from collections.abc import Mapping
-from typing import Any, Literal, get_args, get_origin
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
-from correctnet.datasets import DATASETS
+from correctnet.datasets import DATASETS, Facts
 from correctnet.devices import DEVICES
 from correctnet.errors import UserError
+from correctnet.files.factories import check_name, source_digest
+from correctnet.files.storage import sha256
 from correctnet.networks import NETWORKS
+
+if TYPE_CHECKING:
+    from correctnet.datasets.description import Description
 
 # Names of the registries, so that a mistake in one is found when settings are read.
 DataSetName = Literal[tuple(DATASETS)]
@@ -75,21 +91,126 @@ def exact(value: float) -> str:
     return repr(float(value) + 0.0).removesuffix(".0")  # + 0.0: no "-0"
 
 
-class Data(Section):
-    """The data that the network is trained and evaluated on."""
+class Sourced(Section):
+    """A section with several settings of which exactly one says where something comes from.
 
-    dataset: DataSetName = "digits"
+    Settings that are not used are no part of the section's values: those of a data set or a network of this package are
+    the same as without the others.
+    """
+
+    sources: ClassVar[tuple[str, ...]]
+    """those settings; the first has a default"""
+    added: ClassVar[tuple[str, ...]]
+    """settings that are left out of the values where they are empty"""
+    of_first: ClassVar[tuple[str, ...]] = ()
+    """settings that go with the first source only"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_source(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        given = [key for key in cls.sources if values.get(key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"one of {', '.join(cls.sources)} is expected, not both {given[0]} and {given[1]}")
+        if not given and cls.sources[0] in values:
+            raise ValueError(f"one of {', '.join(cls.sources)} is expected")
+        if not given or given[0] == cls.sources[0]:
+            return values
+        if odd := [key for key in cls.of_first if values.get(key) is not None]:
+            raise ValueError(f"{odd[0]} goes with {cls.sources[0]} and not with {given[0]}")
+        return {**values, cls.sources[0]: None}
+
+    @model_serializer(mode="wrap")
+    def _used(self, handler: Any) -> dict[str, Any]:
+        first = getattr(self, self.sources[0]) is not None
+        left = self.added if first else (self.sources[0], *self.added)
+        values = {key: value for key, value in handler(self).items() if key not in left or value not in (None, {})}
+        return values if first else {key: value for key, value in values.items() if key not in self.of_first}
+
+    @property
+    def kind(self) -> str:
+        """Which of the sources is used."""
+        return next(key for key in self.sources if getattr(self, key) is not None)
+
+
+class Data(Sourced):
+    """The data that the network is trained and evaluated on: a data set of `correctnet.datasets`, or your own."""
+
+    sources = ("dataset", "folder", "npz", "factory")
+    added = ("folder", "npz", "factory", "digest")
+
+    dataset: DataSetName | None = "digits"
     """data set"""
     validation: float = Field(0.1, gt=0, lt=1)
     """fraction of the training data held out for every choice (sweep, search)"""
     augment: Literal["none", "crop", "crop-flip"] = "none"
     """while training: random crop after padding by 4 pixels, and horizontal flip"""
+    folder: str | None = None
+    """instead of a data set, a folder of pictures: a sub-folder a class, or train and test with a sub-folder a class"""
+    npz: str | None = None
+    """instead of a data set, an .npz file: train_images, train_labels, test_images and test_labels, or images and
+    labels"""
+    factory: str | None = None
+    """instead of a data set, package.module:function, which returns ((images, labels), (images, labels))"""
+    digest: str | None = None
+    """of the content of your own data, which is refused if it has another; found when it is not given"""
+
+    @field_validator("folder", "npz")
+    @classmethod
+    def _places(cls, value: str | None) -> str | None:
+        return None if value is None else place(value)
+
+    @field_validator("factory")
+    @classmethod
+    def _factory(cls, value: str | None) -> str | None:
+        return None if value is None else check_name(value)
+
+    @property
+    def place(self) -> str:
+        """The data set, folder, file or function."""
+        return getattr(self, self.kind)
+
+    @property
+    def name(self) -> str:
+        """The data set's name, for tables and results; of your own data the name of the folder, file or function."""
+        if self.kind == "dataset":
+            return self.place
+        from correctnet.datasets import own  # imports numpy, as below
+
+        return own.name_of(self.kind, self.place)
+
+    def described(self) -> Description | None:
+        """Of your own data; None for a data set. Raises UserError where there is no such data."""
+        if self.kind == "dataset":
+            return None
+        from correctnet.datasets import own
+
+        return own.describe(self.kind, self.place, self.digest)
+
+    def facts(self) -> Facts | None:
+        """Numbers of images and their sizes; None for a function, which is called when its images are needed."""
+        described = self.described()
+        return DATASETS[self.place] if described is None else described.facts
 
 
-class Network(Section):
-    """The network."""
+def place(value: str) -> str:
+    """A path of the configuration. Raises ValueError for one that no command can be given."""
+    if not value.strip():
+        raise ValueError("a path is expected")
+    if unprintable(value) or "\n" in value or "\t" in value:
+        raise ValueError("a path without control characters is expected")
+    return value
 
-    name: NetworkName = "lenet5"
+
+class Network(Sourced):
+    """The network: one of `correctnet.networks`, or your own."""
+
+    sources = ("name", "factory")
+    added = ("factory", "options", "weights", "digest")
+    of_first = ("widths", "batchnorm", "dropout")
+
+    name: NetworkName | None = "lenet5"
     """architecture"""
     widths: tuple[int, ...] = ()
     """outputs of each layer but the last: LeNet-5's two convolutions and two linear layers (empty: 6, 16, 120, 84), or
@@ -98,6 +219,14 @@ class Network(Section):
     """VGG16's BatchNorm: before ReLU, after it (the Keras network), or none"""
     dropout: float = Field(0.0, ge=0, lt=1)
     """fraction of each hidden layer's outputs that is dropped in training"""
+    factory: str | None = None
+    """instead of an architecture, package.module:function, which returns an nn.Module with outputs (N, classes)"""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """arguments of that function"""
+    weights: str | None = None
+    """a file of weights to start from (safetensors, or a state dict that torch saved); nothing is pre-trained then"""
+    digest: str | None = None
+    """of the function's source and the weights, which are refused if they have another; found when it is not given"""
 
     @field_validator("widths")
     @classmethod
@@ -105,6 +234,25 @@ class Network(Section):
         if value and min(value) < 1:
             raise ValueError("positive widths are expected")
         return value
+
+    @field_validator("factory")
+    @classmethod
+    def _factory(cls, value: str | None) -> str | None:
+        return None if value is None else check_name(value)
+
+    @field_validator("weights")
+    @classmethod
+    def _weights(cls, value: str | None) -> str | None:
+        return None if value is None else place(value)
+
+    def found_digest(self) -> str | None:
+        """Of the source of the function and of the weights; None for an architecture without weights.
+
+        Raises UserError where one of them is not there.
+        """
+        parts = [] if self.factory is None else [source_digest(self.factory, "network.factory")]
+        parts += [] if self.weights is None else [sha256(Path(self.weights).expanduser())]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest() if parts else None
 
 
 class VariationSettings(Section):
@@ -153,8 +301,8 @@ class Resized(Training):
     @field_validator("sizes")
     @classmethod
     def _sizes(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if any(not 1 <= n <= 32 for n in value):
-            raise ValueError("sides between 1 and 32 pixels are expected")
+        if any(n < 1 for n in value):
+            raise ValueError("sides of 1 pixel or more are expected")
         return value
 
 
@@ -371,10 +519,41 @@ class Settings(Section):
     evaluate: Evaluate = Evaluate()
     sensitivity: Sensitivity = Sensitivity()
 
+    def identified(self) -> Settings:
+        """The settings with the digests of the user's own data and network, where they are not given.
+
+        Raises UserError where these are not there.
+        """
+        changed: dict[str, Section] = {}
+        if self.data.digest is None and (described := self.data.described()) is not None:
+            changed["data"] = self.data.model_copy(update={"digest": described.digest})
+        if self.network.digest is None and (digest := self.network.found_digest()) is not None:
+            changed["network"] = self.network.model_copy(update={"digest": digest})
+        return self.model_copy(update=changed) if changed else self
+
 
 def unprintable(text: str) -> bool:
     """Whether a text has control characters (other than line breaks and tabs) or lone surrogates."""
     return any(unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\n\t" for letter in text)
+
+
+def layered(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings merged as by `merge`; data or a network that `over` names take the place of those of `under`.
+
+    A digest, weights or options of the former are not those of the latter.
+    """
+    under = dict(under)
+    for key, section in (("data", Data), ("network", Network)):
+        inner, outer = under.get(key), over.get(key)
+        if not (isinstance(inner, Mapping) and isinstance(outer, Mapping)):
+            continue
+        named = [source for source in section.sources if outer.get(source) is not None]
+        if named and any(inner.get(source) != outer.get(source) for source in section.sources):
+            left = {*section.sources, *section.added}
+            if outer.get(section.sources[0]) is None:
+                left |= set(section.of_first)
+            under[key] = {k: v for k, v in inner.items() if k not in left}
+    return merge(under, over)
 
 
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

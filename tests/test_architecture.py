@@ -10,7 +10,7 @@ ROOT = Path(correctnet.__file__).parent
 
 # Lowest first: a module imports modules of its own package and of those before it, at run time, too.
 FLOORS = (
-    {"machine", "precision", "progress", "reloading"},
+    {"machine", "precision", "progress", "reloading", "study"},
     {"errors"},
     {"files", "noise"},
     {"datasets", "devices", "networks"},

@@ -192,7 +192,8 @@ def test_a_row_that_the_search_would_judge_otherwise_than_its_evaluation():
         ("pairs/lenet5-mnist/rows", ["unprotected", "recalibrated"], "'recalibrated' recalibrates BatchNorm"),
         ("pairs/lenet5-digits/pretrain", {"sizes": [16]}, "pretrain.sizes: lenet5 takes images of 32"),
         ("pairs/lenet5-digits/suppress/sizes", [16], "suppress.sizes: lenet5 takes images of 32"),
-        ("pairs/vgg16-cifar10/pretrain/sizes", [0], "sides between 1 and 32 pixels"),
+        ("pairs/vgg16-cifar10/pretrain/sizes", [0], "sides of 1 pixel or more are expected"),
+        ("pairs/vgg16-cifar100/pretrain/sizes", [33], "pretrain.sizes: sides between 1 and 32 pixels are expected"),
         ("pairs/lenet5-mnist/rows", 3, "pairs.lenet5-mnist.rows: a list of rows, or a mapping"),
         (
             "pairs/lenet5-mnist/rows",
@@ -585,7 +586,7 @@ def test_a_name_that_stands_twice_is_a_mistake():
 # Which stages read what, by hand: a setting in a stage's own section is its own; these are shared.
 SHARED = {
     "seed": set(STAGES),
-    "data.dataset": set(STAGES),
+    **{f"data.{key}": set(STAGES) for key in ("dataset", "folder", "npz", "factory", "digest")},
     "data.validation": set(STAGES),
     "data.augment": {"pretrain", "suppress", "inject", "search", "compensate", "finetune"},
     "network": {"pretrain"},
@@ -605,6 +606,10 @@ SHARED = {
 OTHER = {"seed": 7, "base": "inject", "data.dataset": "mnist", "network.name": "vgg16", "network.widths": [8, 8, 8, 8]}
 OTHER |= {"pretrain.sizes": [16], "suppress.sizes": [16]}
 OTHER |= {"search.limits": [0.5], "search.ratios": [0.0, 0.3], "evaluate.sigmas": [0.7]}
+OTHER |= {"data.folder": "x", "data.npz": "x", "data.factory": "a:b", "data.digest": "0", "network.factory": "a:b"}
+OTHER |= {"network.options": {"a": 1}, "network.weights": "x", "network.digest": "0"}
+# What a setting needs beside it.
+BESIDE = {"network.options": {"network": {"factory": "a:b"}}}
 OTHER |= {"data.augment": "crop", "variation.centre": "mean", "network.batchnorm": "none"}
 
 
@@ -638,7 +643,8 @@ def test_every_setting_is_read_by_exactly_the_stages_that_depend_on_it(key, fiel
     nested = value
     for part in reversed(key.split(".")):
         nested = {part: nested}
-    before, after = Settings(), Settings.model_validate(nested)
+    beside = BESIDE.get(key, {})
+    before, after = Settings.model_validate(beside), Settings.model_validate(merge(beside, nested))
     found = {stage for stage in STAGES if STAGES[stage].canonical(before) != STAGES[stage].canonical(after)}
     section = key.split(".")[0]
     assert found == SHARED.get(key, SHARED.get(section, {section}))

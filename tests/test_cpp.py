@@ -105,9 +105,9 @@ def test_flags_from_outside_that_are_refused(flags: str, tmp_path: Path) -> None
 def wheel(tmp_path: Path, undo: bool = True, **environment: str) -> tuple[Path, str]:
     """Build a wheel from a copy of the sources; its path and output. `undo=False` lets flags change arithmetic."""
     source = tmp_path / "source"
-    for name in ("correctnet", "csrc"):
+    for name in ("correctnet", "csrc", "workflow", "profiles"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "Snakefile"):
         shutil.copy(ROOT / name, source)
     if not undo:
         (source / "csrc" / "arithmetic.cmake").write_text("")

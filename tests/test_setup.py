@@ -74,6 +74,27 @@ def output(*command: str | Path, **environment: str) -> str:
 
 
 @pytest.mark.build
+def test_an_installation_brings_the_workflow_of_a_new_study(tmp_path: Path) -> None:
+    source, built = tmp_path / "source", tmp_path / "built"
+    shutil.copytree(ROOT / "correctnet", source / "correctnet", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("workflow", "profiles"):
+        shutil.copytree(ROOT / name, source / name)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "Snakefile"):
+        shutil.copy(ROOT / name, source)
+    build = [sys.executable, "setup.py", "build_py", "--build-lib", built]
+    subprocess.run(build, cwd=source, env=os.environ | {"CORRECTNET_PURE_PYTHON": "1"}, check=True, capture_output=True)
+    code = (
+        "from pathlib import Path; from correctnet.pipeline import study; study.new(Path('s')); print(study.__file__)"
+    )
+    found = output(sys.executable, "-c", f"import os; os.chdir({str(tmp_path)!r}); {code}", PYTHONPATH=str(built))
+    assert found.strip().startswith(str(built))
+    for name in ("Snakefile", "workflow", "profiles/default", "config.yaml", "network.py"):
+        assert (tmp_path / "s" / name).exists(), name
+    rules = {path.name for path in (ROOT / "workflow" / "rules").iterdir()}
+    assert {path.name for path in (tmp_path / "s" / "workflow" / "rules").iterdir()} == rules
+
+
+@pytest.mark.build
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a manylinux wheel is for Linux")
 @pytest.mark.skipif(not (COMPILER and find_spec("auditwheel")), reason="no C++ compiler or auditwheel")

@@ -29,7 +29,8 @@ PATH=$(path_of "$python" scripts):$PATH
 echo "== build"
 # From a copy: build/ of a checkout can hold modules that no longer exist.
 mkdir "$work/source"
-tar -c --exclude='*.so' --exclude=__pycache__ correctnet csrc LICENSE MANIFEST.in README.md pyproject.toml setup.py |
+tar -c --exclude='*.so' --exclude=__pycache__ correctnet csrc workflow profiles Snakefile \
+    LICENSE MANIFEST.in README.md pyproject.toml setup.py |
     tar -x -C "$work/source"
 CORRECTNET_CUDA=0 "$python" -m pip wheel "${offline[@]}" --no-deps --quiet --wheel-dir "$work/built" "$work/source"
 "$python" -m auditwheel repair --wheel-dir "$work/repaired" "$work"/built/*.whl

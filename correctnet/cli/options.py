@@ -19,7 +19,7 @@ from correctnet.files import storage
 from correctnet.pipeline.config import Config
 from correctnet.pipeline.specs import STAGES, Stage
 from correctnet.progress import progress_lines
-from correctnet.settings import Section, Settings, exact, merge, unprintable, validate
+from correctnet.settings import Section, Settings, exact, layered, unprintable, validate
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -80,9 +80,12 @@ def leaves(stage: Stage) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
 def option_name(path: tuple[str, ...], taken: dict[str, tuple[str, ...]]) -> str:
     """Name of a setting's option: --beta for suppress.beta, --network for network.name, --variation for its model.
 
-    Where two settings of a stage have the same name, the section comes first.
+    Where two settings of a stage have the same name, the section comes first; --data-factory and --network-factory
+    have it in every stage.
     """
     name = path[0] if path[-1] in ("name", "model") else path[-1]
+    if name == "factory":
+        name = f"{path[0]}_factory"
     if taken.get(name, path) != path:
         name = f"{path[0]}_{name}"
     taken[name] = path
@@ -136,10 +139,13 @@ def _option(name: str, path: tuple[str, ...], field: FieldInfo) -> Callable[...,
     kinds = [k for k in get_args(field.annotation) if k is not NoneType] or [field.annotation]
     flag = f"--{name.replace('_', '-')}"
     help_text = f"{field.description}  [{'.'.join(path)}; default: {_shown(field.default)}]"
-    if get_origin(field.annotation) is Literal:
-        if len(get_args(field.annotation)) == 1:
+    if path[-1] == "digest" or get_origin(field.annotation) is dict:
+        return None  # found, not chosen; and values of a configuration
+    choices = next((get_args(k) for k in (field.annotation, *kinds) if get_origin(k) is Literal), None)
+    if choices is not None:
+        if len(choices) == 1:
             return None  # a single value: nothing to choose
-        return click.option(flag, f"set_{name}", type=click.Choice(get_args(field.annotation)), help=help_text)
+        return click.option(flag, f"set_{name}", type=click.Choice(choices), help=help_text)
     if get_origin(field.annotation) is tuple:
         return click.option(flag, f"set_{name}", type=OrNone(str), metavar="A,B,...|none", help=help_text)
     if field.annotation is bool:
@@ -194,7 +200,7 @@ def _settings(
         for part in path[:-1]:
             target = target.setdefault(part, {})
         target[path[-1]] = value
-    return validate(Settings, merge(base.model_dump(), changes), "command line")
+    return validate(Settings, layered(base.model_dump(), changes), "command line").identified()
 
 
 def _as_made(model: Path) -> Settings:
@@ -205,7 +211,7 @@ def _as_made(model: Path) -> Settings:
     made = storage.training_data(storage.read_json(described))
     changes = {"data": {key: value for key, value in made.items() if key != "seed"}}
     changes |= {"seed": made["seed"]} if "seed" in made else {}
-    return validate(Settings, merge(Settings().model_dump(), changes), str(described))
+    return validate(Settings, layered(Settings().model_dump(), changes), str(described))
 
 
 def _annotation(path: tuple[str, ...]) -> Any:

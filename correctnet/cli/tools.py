@@ -24,6 +24,18 @@ def fetch(name: str, data_dir: Path | None) -> None:
     loading.fetch(name, data_dir)
 
 
+@click.command("new")
+@click.argument("folder", type=PATH)
+def new_study(folder: Path) -> None:
+    """Write a small study into the new FOLDER: config.yaml, a network, data, and the workflow that runs them."""
+    import shlex
+
+    from correctnet.pipeline import study
+
+    study.new(folder)
+    click.echo(f"{folder}: a study that runs as it is: cd {shlex.quote(str(folder))} && snakemake --cores 2")
+
+
 @click.command()
 @click.argument("configs", type=PATH, nargs=-1)
 @click.option("--run", help="Also print an estimate of the time that this run takes.")

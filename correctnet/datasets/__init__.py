@@ -1,4 +1,4 @@
-"""Data sets as tensors of 32 x 32 images, and the contract for data of any kind.
+"""Data sets as tensors of 32 x 32 images, data of one's own (`own`), and the contract for data of any kind.
 
 To add a data set, write a module that defines a `correctnet.datasets.base.Source`, and add a line to `DATASETS`.
 """
@@ -21,13 +21,16 @@ class Facts:
     """Facts about a data set that settings are checked against, known without torch and without the files."""
 
     where: str
-    """module and name of its `Source`"""
+    """module and name of its `Source`; '' for data of one's own (`correctnet.datasets.own`)"""
     train: int
     """training images"""
     test: int
     """test images"""
     channels: int
     classes: int
+    height: int = 32
+    """of the images, in pixels"""
+    width: int = 32
 
     def source(self) -> Source:
         """The source of the records; imports its module."""

@@ -52,7 +52,7 @@ class Split:
     """Images and their labels.
 
     Attributes:
-        images: (N, C, 32, 32) float32, normalised per channel.
+        images: (N, C, H, W) float32, normalised per channel; 32 x 32 in the data sets of `correctnet.datasets`.
         labels: (N,) int64.
     """
 

@@ -26,9 +26,9 @@ class Work(NamedTuple):
     """convolutions and linear layers"""
 
 
-def _some_work(widths: tuple[int, ...], channels: int) -> Work:
+def some_work(widths: tuple[int, ...], channels: int) -> Work:
     """A network about which nothing is known: a sixth of the usual VGG16."""
-    return Work(50e6, 2.5e6, len(widths) + 1)
+    return Work(50e6, 2.5e6, len(widths) + 1 if widths else 15)
 
 
 def _lenet5_work(widths: tuple[int, ...], channels: int) -> Work:
@@ -56,7 +56,7 @@ class Architecture:
     """whether it can have BatchNorm, and takes `batchnorm`"""
     any_size: bool = False
     """whether it takes images of other sizes than 32 x 32"""
-    work: Callable[[tuple[int, ...], int], Work] = _some_work
+    work: Callable[[tuple[int, ...], int], Work] = some_work
     """its size, of widths and channels of the images"""
     memory: int = 900
     """MiB that training or simulating it adds to a process; resources.csv in results/reference has those measured"""

@@ -24,7 +24,6 @@ from pydantic import (
     model_validator,
 )
 
-from correctnet.datasets import DATASETS
 from correctnet.errors import UserError
 from correctnet.files.yamlfile import read_values
 from correctnet.networks import NETWORKS
@@ -37,6 +36,7 @@ from correctnet.settings import (
     Settings,
     Training,
     exact,
+    layered,
     merge,
     suggest,
     unprintable,
@@ -182,7 +182,11 @@ class Config(Section):
             if self.rows[self.rows_of(pair)[0]].evaluate != "pretrain":
                 yield f"{source}: pairs.{pair}.rows: the first row must evaluate the original network (pretrain)"
             for row in self.rows_of(pair):
-                settings = self.settings(pair, row)
+                try:
+                    settings = self.settings(pair, row)
+                except UserError as error:  # layers that do not go together, or files that cannot be used
+                    yield f"{source}: pairs.{pair}: {str(error).removeprefix(f'pair {pair}: ')}"
+                    break
                 yield from (
                     f"{source}: pairs.{pair}.rows: {text}" for text in self._not_comparable(pair, row, settings)
                 )
@@ -260,7 +264,7 @@ class Config(Section):
         own = self.settings(pair, first)
         for key, mine, other in (
             ("seed", settings.seed, own.seed),
-            ("data.dataset", settings.data.dataset, own.data.dataset),
+            (f"data.{settings.data.kind}", settings.data.place, own.data.place),
             ("evaluate.split", settings.evaluate.split, own.evaluate.split),
         ):
             if mine != other:
@@ -276,7 +280,7 @@ class Config(Section):
         if own.get("like") is None:
             return own
         parent = self.pairs[own["like"]]
-        return {**merge(parent, own), "rows": own.get("rows") or parent.get("rows")}
+        return {**layered(parent, own), "rows": own.get("rows") or parent.get("rows")}
 
     def sigma_of(self, run: str) -> float:
         """The sigma of a run's table.
@@ -304,8 +308,8 @@ class Config(Section):
             layers += [self.rows[row].set, (rows.get(row) or {}) if isinstance(rows, Mapping) else {}]
         merged: dict[str, Any] = {}
         for layer in layers:
-            merged = merge(merged, layer)
-        return validate(Settings, merged, f"pair {pair}")
+            merged = layered(merged, layer)
+        return validate(Settings, merged, f"pair {pair}").identified()
 
     def variant(self, pair: str, row: str, stage: Stage) -> str:
         """Suffix of the folder of a row's stage: '' for the pair's own, else '@' and the settings that differ.
@@ -323,15 +327,21 @@ class Config(Section):
             return leaves
 
         before, after = read(own), read(changed)
-        differing = {key: value for key, value in after.items() if value != before[key]}
+        # Digests are of files that the other settings name: a file that changes makes no other folder.
+        differing = {
+            key: value
+            for key, value in after.items()
+            if not key.endswith(".digest") and (key not in before or value != before[key])
+        }
         if lineage(own, stage) != stages:
             differing = {"base": changed.base, **differing}
         if not differing:
             return ""
         name = "+".join(f"{key}-{_plain(value)}" for key, value in differing.items())
-        if len(name) > LONGEST:
-            name = f"{name[:LONGEST]}+{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-        return f"@{name}"
+        plain = re.sub(r"[^A-Za-z0-9._+-]", "_", name)
+        if len(name) > LONGEST or plain != name:
+            plain = f"{plain[:LONGEST]}+{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        return f"@{plain}"
 
 
 def _mapping(values: Any, source: str) -> Mapping[str, Any]:
@@ -371,20 +381,39 @@ def _plain(value: Any) -> str:
 
 def network_mistake(settings: Settings) -> str | None:
     """The setting that does not fit the network or the data set, once all settings are merged; None if all do."""
-    network, data = settings.network, settings.data
-    images, architecture = DATASETS[data.dataset].train, NETWORKS[network.name]
-    if not 0 < round(data.validation * images) < images:
-        return f"data.validation: {exact(data.validation)} of the {images} training images leaves one part empty"
-    if network.widths and len(network.widths) != len(architecture.widths):
-        count = len(architecture.widths)
-        return f"network.widths: {count} are expected for {network.name}: {architecture.layers}"
+    network, facts = settings.network, settings.data.facts()
+    if facts is not None and not 0 < round(settings.data.validation * facts.train) < facts.train:
+        fraction = exact(settings.data.validation)
+        return f"data.validation: {fraction} of the {facts.train} training images leaves one part empty"
+    if network.name is not None:
+        if network.options:
+            return f"network.options: those of a factory, and {network.name} is none"
+        architecture = NETWORKS[network.name]
+        if network.widths and len(network.widths) != len(architecture.widths):
+            count = len(architecture.widths)
+            return f"network.widths: {count} are expected for {network.name}: {architecture.layers}"
+        if facts is not None and (facts.height, facts.width) != (32, 32) and not architecture.any_size:
+            return (
+                f"network.name: {network.name} takes images of 32 x 32 pixels only, and those of {settings.data.name} "
+                f"are {facts.height} x {facts.width}"
+            )
     return sizes_mistake(settings, "pretrain", network.name) or sizes_mistake(settings, "suppress", network.name)
 
 
-def sizes_mistake(settings: Settings, stage: Literal["pretrain", "suppress"], network: str) -> str | None:
-    """A message where a network that takes whole images only is to be trained on smaller ones, else None."""
-    if getattr(settings, stage).sizes and not NETWORKS[network].any_size:
+def sizes_mistake(settings: Settings, stage: Literal["pretrain", "suppress"], network: str | None) -> str | None:
+    """A message where the smaller images of a training do not fit the network or the images, else None.
+
+    `network` is a key of `correctnet.networks.NETWORKS`; None: the user's own, which is tried where it is made.
+    """
+    sizes, facts = getattr(settings, stage).sizes, settings.data.facts()
+    if not sizes:
+        return None
+    if network is not None and not NETWORKS[network].any_size:
         return f"{stage}.sizes: {network} takes images of 32 x 32 pixels only"
+    if facts is not None and facts.height != facts.width:
+        return f"{stage}.sizes: square images are expected, and those of {settings.data.name} are not"
+    if facts is not None and max(sizes) > facts.height:
+        return f"{stage}.sizes: sides between 1 and {facts.height} pixels are expected, not {max(sizes)}"
     return None
 
 
@@ -392,6 +421,10 @@ def lone_image(settings: Settings, stage: Stage) -> str | None:
     """A message where a stage normalises with each batch and the last batch of an epoch is one image, else None."""
     training = getattr(settings, stage, None)
     if not isinstance(training, Training) or not training.epochs or not _has_batchnorm(settings.network):
+        return None
+    if settings.network.name is None or settings.data.facts() is None:
+        return None  # not known before the network is made, or the images are read
+    if stage == "pretrain" and settings.network.weights is not None:
         return None
     if getattr(training, "batchnorm", "updated") != "updated":
         return None
@@ -404,7 +437,8 @@ def lone_image(settings: Settings, stage: Stage) -> str | None:
 
 
 def _has_batchnorm(network: Network) -> bool:
-    return NETWORKS[network.name].batchnorm and network.batchnorm != "none"
+    """Whether the network has, or, if it is the user's own, may have BatchNorm."""
+    return network.name is None or (NETWORKS[network.name].batchnorm and network.batchnorm != "none")
 
 
 def one_word(name: str) -> str:

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from correctnet import devices
 from correctnet.crossbar.convert import convert, program, programmed
 from correctnet.crossbar.layers import crossbar_layers
-from correctnet.datasets import DATASETS
+from correctnet.datasets import own
 from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.engine.engine import Engine, Unsupported
 from correctnet.errors import UserError
 from correctnet.machine import available_cpus
 from correctnet.networks import NETWORKS
-from correctnet.networks.building import build
+from correctnet.networks.building import build, build_own
 from correctnet.noise import streams
-from correctnet.pipeline import resources
+from correctnet.pipeline import resources, workload
 from correctnet.pipeline.config import Config
 from correctnet.pipeline.specs import STAGES, Stage, lineage
 from correctnet.pipeline.workload import Costs
@@ -46,12 +46,18 @@ def _seconds(work: Callable[[], object], at_least: float = 0.2) -> float:
 def costs(settings: Settings) -> Costs:
     """What training and testing cost on this machine, measured."""
     s = settings
-    facts, network = DATASETS[s.data.dataset], s.network
-    options = NETWORKS[network.name].options(network.widths, network.batchnorm, network.dropout)
-    model = build(network.name, facts.classes, facts.channels, **options)
+    if s.data.facts() is None:
+        own.read(s.data.kind, s.data.place)  # this process knows numbers and sizes from now on
+    facts, network = workload.facts(s), s.network
+    shape = facts.channels, facts.height, facts.width
+    if network.factory is not None:
+        model = build_own(network.factory, network.options, facts.classes, shape)
+    else:
+        options = NETWORKS[network.name].options(network.widths, network.batchnorm, network.dropout)
+        model = build(network.name, facts.classes, facts.channels, **options)
     size = 64 if resources.work_of(s).multiply_adds > 1e8 else 128
     generator = streams.torch_generator(0, "benchmark", "estimate")
-    images = torch.randn(size, facts.channels, 32, 32, generator=generator)
+    images = torch.randn(size, *shape, generator=generator)
     labels = torch.zeros(len(images), dtype=torch.int64)
 
     def step() -> None:

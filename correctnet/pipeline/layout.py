@@ -167,9 +167,13 @@ class Layout:
         """The model whose layers `sensitivity` varies one by one."""
         return self.result(wildcards.model)(wildcards)
 
-    def dataset_ready(self, wildcards: Any) -> str:
-        """The file that says that a job's data set is there."""
-        return f"{self.results}/.data/{self.settings_of(wildcards).data.dataset}.ready"
+    def dataset_ready(self, wildcards: Any) -> list[str]:
+        """The file that says that a job's data set is there; none for data of one's own.
+
+        The digest of that is one of the settings, so that a changed picture reruns what has seen it.
+        """
+        data = self.settings_of(wildcards).data
+        return [f"{self.results}/.data/{data.place}.ready"] if data.kind == "dataset" else []
 
     # --- resources
 

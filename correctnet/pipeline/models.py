@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ from typing import Any
 from torch import nn
 
 from correctnet.datasets import DATASETS
+from correctnet.datasets.base import DataSet
 from correctnet.errors import UserError, one_line
 from correctnet.files import storage
+from correctnet.files.factories import check_name, source_digest
 from correctnet.methods import saved
-from correctnet.networks.building import build
+from correctnet.networks import NETWORKS
+from correctnet.networks.building import build, build_own
 from correctnet.pipeline.specs import STAGES, Stage
-from correctnet.settings import Settings, exact
+from correctnet.settings import Data, Network, Settings, exact
 
 
 def read_network(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
@@ -28,6 +32,7 @@ def read_network(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict
     if "network" not in description:
         raise UserError(f"{path}: holds no network of correctnet.networks; load it with correctnet.load")
     _check_description(storage.model_files(path)[1], description)
+    _warn_of_another_source(path, description["network"])
     try:
         # The weights drawn here are replaced.
         model = build_described(description["network"], 0, "restore")
@@ -35,6 +40,16 @@ def read_network(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict
     except (TypeError, ValueError) as error:  # settings that no network and no compensation has
         raise UserError(f"{storage.model_files(path)[1]}: describes no network ({one_line(error)})") from error
     return model.eval().to(device), description
+
+
+def _warn_of_another_source(path: str | Path, network: dict[str, Any]) -> None:
+    """Warn where the function that makes the user's own network is no longer the one that the model was made with."""
+    if "source" in network and network["source"] != source_digest(network["factory"], "network.factory"):
+        warnings.warn(
+            f"{path}: the source of {network['factory']} has changed since this model was made; what is computed now "
+            "may be another network with its weights",
+            stacklevel=3,
+        )
 
 
 def _compensated(description: dict[str, Any]) -> bool:
@@ -73,8 +88,14 @@ def expect(path: Path, key: str, holds: bool, expected: str, value: Any) -> None
 def _check_description(path: Path, description: dict[str, Any]) -> None:
     """Raise a UserError where a model's description has a value that no stage writes."""
     network, history = description["network"], description.get("history", [])
-    expect(path, "network", isinstance(network, dict) and isinstance(network.get("name"), str), "a network", network)
-    for key in ("classes", "channels"):
+    kind = "factory" if isinstance(network, dict) and "factory" in network else "name"
+    expect(path, "network", isinstance(network, dict) and isinstance(network.get(kind), str), "a network", network)
+    if kind == "factory":
+        expect(path, "network.factory", _is_factory(network["factory"]), "package.module:function", network["factory"])
+        options = network.get("options", {})
+        expect(path, "network.options", isinstance(options, dict), "arguments by their names", options)
+    sizes = ("height", "width") if kind == "factory" else tuple({"height", "width"} & set(network))
+    for key in ("classes", "channels", *sizes):
         expect(path, f"network.{key}", is_whole(network.get(key), 1), "a number of them", network.get(key))
     holds = isinstance(history, list) and all(
         isinstance(h, dict) and isinstance(h.get("stage"), str) and is_whole(h.get("epochs"), 0) for h in history
@@ -86,14 +107,51 @@ def _check_description(path: Path, description: dict[str, Any]) -> None:
     expect(path, "compensation", isinstance(plan, dict) and are_filters(plan.get("filters")), "filters by layer", plan)
     made = description.get("data")
     if made is not None:
-        holds = isinstance(made, dict) and made.get("dataset") in DATASETS and is_whole(made.get("seed"), 0)
-        holds = holds and is_number(made.get("validation"), 0, 1)
+        holds = isinstance(made, dict) and is_whole(made.get("seed"), 0) and is_number(made.get("validation"), 0, 1)
+        own = holds and any(isinstance(made.get(key), str) for key in Data.sources[1:])
+        holds = holds and (own or made.get("dataset") in DATASETS)
         expect(path, "data", holds, "a data set, the fraction held out and a seed", made)
 
 
+def _is_factory(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and check_name(value) == value
+    except ValueError:
+        return False
+
+
+def describe_network(network: Network, data: DataSet) -> dict[str, Any]:
+    """A network's settings as part of a model's description: enough to make it again, without its weights."""
+    channels, height, width = data.train.images.shape[1:]
+    size = {"height": height, "width": width}
+    known: dict[str, Any] = {"classes": data.classes, "channels": channels}
+    if network.name is None:
+        source = source_digest(network.factory, "network.factory")
+        return {"factory": network.factory, "options": network.options, "source": source, **known, **size}
+    known |= {} if (height, width) == (32, 32) else size
+    options = NETWORKS[network.name].options(network.widths, network.batchnorm, network.dropout)
+    return {"name": network.name, **known, **options}
+
+
+def network_name(network: dict[str, Any]) -> str:
+    """The name of a described network, for tables: of the user's own that of the function."""
+    return network["name"] if "name" in network else network["factory"].rpartition(":")[2]
+
+
+def image_shape(network: dict[str, Any]) -> tuple[int, int, int]:
+    """Channels, height and width of the images of a described network."""
+    return network["channels"], network.get("height", 32), network.get("width", 32)
+
+
 def build_described(network: dict[str, Any], seed: int, stage: str) -> nn.Module:
-    """Make the network that a model's description names, with weights drawn from `seed` for `stage`."""
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in network.items()}
+    """Make the network that a model's description names, with weights drawn from `seed` for `stage`.
+
+    A network of the user's own is made by the function that the description names.
+    """
+    if "factory" in network:
+        options = network.get("options", {})
+        return build_own(network["factory"], options, network["classes"], image_shape(network), seed, stage)
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in network.items() if k not in ("height", "width")}
     return build(**options, seed=seed, stage=stage)
 
 

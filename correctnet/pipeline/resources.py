@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 
-from correctnet.datasets import DATASETS
-from correctnet.networks import NETWORKS, Work
+from correctnet.networks import NETWORKS, Architecture, Work, some_work
 from correctnet.pipeline.specs import STAGES, Stage
-from correctnet.pipeline.workload import Costs, search_state
+from correctnet.pipeline.workload import Costs, facts, search_state
 from correctnet.settings import Settings
 
 # Peak memory in MiB of a process with a small network and small data.
@@ -23,8 +22,13 @@ CUDA = 4000
 
 def work_of(settings: Settings) -> Work:
     """The size of a row's network on its images."""
-    network, facts = NETWORKS[settings.network.name], DATASETS[settings.data.dataset]
-    return network.work(settings.network.widths or network.widths, facts.channels)
+    images = facts(settings)
+    if settings.network.name is None:
+        work = some_work((), images.channels)
+    else:
+        network = NETWORKS[settings.network.name]
+        work = network.work(settings.network.widths or network.widths, images.channels)
+    return work._replace(multiply_adds=work.multiply_adds * images.height * images.width / (32 * 32))
 
 
 def training_threads(settings: Settings) -> int:
@@ -41,9 +45,11 @@ def costs(settings: Settings) -> Costs:
 
 def memory_mib(settings: Settings, attempt: int = 1, *, cuda: bool = False) -> int:
     """Memory in MiB, 50 % more with every retry."""
-    facts = DATASETS[settings.data.dataset]
-    data = 1.3 * 4 * facts.channels * 32 * 32 * (facts.train + facts.test) / 2**20  # float32, and reading it
-    need = PROCESS + data + NETWORKS[settings.network.name].memory
+    images = facts(settings)
+    pixels = images.channels * images.height * images.width
+    data = 1.3 * 4 * pixels * (images.train + images.test) / 2**20  # float32, and reading it
+    name = settings.network.name
+    need = PROCESS + data + (Architecture.memory if name is None else NETWORKS[name].memory)
     return math.ceil((need + cuda * CUDA) * (1 + 0.5 * (attempt - 1)))
 
 

@@ -17,7 +17,7 @@ from correctnet.errors import UserError
 from correctnet.evaluation.simulation import Simulation
 from correctnet.files import storage
 from correctnet.pipeline.specs import STAGES, Stage
-from correctnet.settings import Settings
+from correctnet.settings import Data, Settings
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,10 @@ class Runtime:
                 f"were for {source}",
                 stacklevel=2,
             )
-        return loading.load(settings.data.dataset, self.data_dir, settings.data.validation, seed).to(self.device)
+        data = settings.data
+        if data.kind == "dataset":
+            return loading.load(data.place, self.data_dir, data.validation, seed).to(self.device)
+        return loading.load_own(data.kind, data.place, data.digest, data.validation, seed).to(self.device)
 
     def simulation(self, settings: Settings, start: int, progress: bool = True) -> Simulation:
         """The simulation of a stage's chips, the first of which is number `start`."""
@@ -61,8 +64,14 @@ def split_seed(settings: Settings, description: dict[str, Any] | None, source: P
     Raises UserError where the settings name other images than those that the model was trained on.
     """
     made = storage.training_data(description or {})
-    if made.get("dataset", settings.data.dataset) != settings.data.dataset:
-        raise UserError(f"--dataset {settings.data.dataset}: {source} was trained on {made['dataset']}")
+    data = settings.data
+    trained_on = next((made[key] for key in Data.sources if made.get(key) is not None), data.place)
+    # Own data is known by its digest, wherever it lies now.
+    same = made["digest"] == data.digest if made.get("digest") and data.digest else trained_on == data.place
+    if not same:
+        option = "--data-factory" if data.kind == "factory" else f"--{data.kind}"
+        changed = ", which has changed since" if trained_on == data.place else ""
+        raise UserError(f"{option} {data.place}: {source} was trained on {trained_on}{changed}")
     if made.get("validation", settings.data.validation) != settings.data.validation:
         raise UserError(
             f"--validation {settings.data.validation}: {source} was trained with {made['validation']} of the training "
@@ -74,7 +83,7 @@ def split_seed(settings: Settings, description: dict[str, Any] | None, source: P
 def stage_identity(stage: Stage, settings: Settings, description: dict[str, Any], *inputs: Path | str) -> str:
     """Everything that a stage's result depends on, as text: settings, network, images, their split, input files."""
     base = json.dumps([description.get("network"), storage.training_data(description)], sort_keys=True)
-    known = loading.digest(settings.data.dataset)
+    known = loading.digest(settings.data.place) if settings.data.kind == "dataset" else str(settings.data.digest)
     return "\n".join(
         [stage, STAGES[stage].canonical(settings), base, known, *(storage.sha256(path) for path in inputs)]
     )

@@ -14,7 +14,7 @@ from correctnet.errors import UserError, one_line
 from correctnet.files.yamlfile import json_values
 from correctnet.pipeline import workload
 from correctnet.pipeline.workload import Costs
-from correctnet.settings import Compensate, Search, Section, Settings, validate
+from correctnet.settings import Compensate, Data, Search, Section, Settings, validate
 
 Stage = Literal[
     "pretrain", "suppress", "inject", "sweep", "search", "compensate", "finetune", "evaluate", "sensitivity"
@@ -65,7 +65,8 @@ class StageSpec:
             source, target = everything, cut
             for group in groups:
                 source, target = source[group], target.setdefault(group, {})
-            target[leaf] = source[leaf]
+            if leaf in source:  # a source of data or networks that is not used has no value
+                target[leaf] = source[leaf]
         return cut
 
     def canonical(self, settings: Settings) -> str:
@@ -93,7 +94,7 @@ def _empty(section: Section) -> Any:
     return empty
 
 
-IMAGES = ("data.dataset", "data.validation")
+IMAGES = (*(f"data.{key}" for key in (*Data.sources, "digest")), "data.validation")
 STAGES: dict[Stage, StageSpec] = {
     "pretrain": StageSpec(
         reads=("seed", "data", "network", "pretrain"),

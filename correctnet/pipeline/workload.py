@@ -5,12 +5,14 @@ Imports no torch, so that a workflow that only plans stays quick.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from correctnet.datasets import DATASETS
+from correctnet.datasets import Facts
 from correctnet.settings import JUDGED_CHIPS, SEARCHING, Inject, Resized, Settings
 
-SIDE = 32  # pixels; all data sets are brought to it
+# Of data that a function returns, which is not called before its images are needed. For estimates alone.
+ASSUMED = Facts("", train=50000, test=10000, channels=3, classes=10)
 
 
 @dataclass(frozen=True)
@@ -27,17 +29,25 @@ class Costs:
     """analog layers"""
 
 
+def facts(s: Settings) -> Facts:
+    """Numbers and sizes of the images."""
+    return s.data.facts() or ASSUMED
+
+
 def training_images(s: Settings) -> tuple[int, int]:
     """Numbers of images that are trained on and held out for validation."""
-    images = DATASETS[s.data.dataset].train
+    images = facts(s).train
     validation = round(s.data.validation * images)
     return images - validation, validation
 
 
 def training(s: Settings, section: Resized, cost: Costs) -> float:
-    """A training without variation, some of its epochs on smaller images."""
-    sides = [*section.sizes, *[SIDE] * section.epochs][: section.epochs]
-    return sum((side / SIDE) ** 2 for side in sides) * training_images(s)[0] * cost.train
+    """A training without variation, some of its epochs on smaller images; none where weights are given."""
+    if section is s.pretrain and s.network.weights is not None:
+        return 0.0
+    whole = math.sqrt(facts(s).height * facts(s).width)
+    sides = [*section.sizes, *[whole] * section.epochs][: section.epochs]
+    return sum((side / whole) ** 2 for side in sides) * training_images(s)[0] * cost.train
 
 
 def training_with_variation(s: Settings, section: Inject, cost: Costs) -> float:
@@ -72,7 +82,7 @@ def compensate(s: Settings, cost: Costs) -> float:
 
 def evaluate(s: Settings, chips: int, cost: Costs) -> float:
     """`chips` on the images of an evaluation."""
-    all_images = DATASETS[s.data.dataset].test if s.evaluate.split == "test" else training_images(s)[1]
+    all_images = facts(s).test if s.evaluate.split == "test" else training_images(s)[1]
     return chips * (s.evaluate.images or all_images) * cost.test
 
 

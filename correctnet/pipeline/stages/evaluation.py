@@ -22,7 +22,7 @@ from correctnet.files import storage
 from correctnet.methods import candidates as sweeping
 from correctnet.methods import recalibration
 from correctnet.noise import streams
-from correctnet.pipeline.models import last_stage, read_network, trained_sigma
+from correctnet.pipeline.models import image_shape, last_stage, network_name, read_network, trained_sigma
 from correctnet.pipeline.runtime import Runtime, discard, resumable, stage_identity
 from correctnet.pipeline.specs import STAGES
 from correctnet.settings import Settings
@@ -82,8 +82,8 @@ def evaluate_chips(
     history = description.get("history", [])
     plan = description.get("compensation") or {"filters": {}}
     columns = {
-        "network": description["network"]["name"],
-        "dataset": s.data.dataset,
+        "network": network_name(description["network"]),
+        "dataset": s.data.name,
         "split": s.evaluate.split,
         **_variation_columns(analog),
         "overhead": description.get("overhead", 0.0),
@@ -134,10 +134,10 @@ def describe_engine(path: Path) -> str:
     """List layer by layer, as text, what of the model at `path` the C++ core runs."""
     model, description = read_network(path)
     analog = convert(model, LogNormalVariation(0.5))
-    example = torch.zeros(2, description["network"]["channels"], 32, 32)
+    example = torch.zeros(2, *image_shape(description["network"]))
     report = describe(analog, example)
     names = {id(m): n for n, m in analog.named_modules()}
-    lines = [f"{path}: {description['network']['name']}, {report}"]
+    lines = [f"{path}: {network_name(description['network'])}, {report}"]
     for layer in analog_layers(analog):
         name = names[id(layer)]
         state = "fused" if name in report.fused else "unfused"

@@ -18,14 +18,16 @@ from correctnet.files import storage
 from correctnet.methods import compensation, compensation_training
 from correctnet.methods.search_log import best_state
 from correctnet.methods.suppression_training import regularised
-from correctnet.networks import NETWORKS
+from correctnet.networks.building import check_fits, load_weights
 from correctnet.noise import streams
 from correctnet.pipeline.config import network_mistake, sizes_mistake
 from correctnet.pipeline.models import (
     are_filters,
     build_described,
     check_uncompensated,
+    describe_network,
     expect,
+    image_shape,
     is_number,
     read_network,
     write_network,
@@ -80,14 +82,29 @@ def _train(
 
 
 def pretrain(settings: Settings, out: Path, runtime: Runtime) -> None:
-    """Train the original network, without any method. Writes out/model.{safetensors,json} and out/log.csv."""
+    """Train the original network, without any method. Writes out/model.{safetensors,json} and out/log.csv.
+
+    With `network.weights` it is taken as it is, and not trained.
+    """
     s = STAGES["pretrain"].read(settings)
     if mistake := network_mistake(settings):
         raise UserError(mistake)
+    if s.network.digest not in (None, s.network.found_digest()):
+        raise UserError("network: the source of its factory, or its weights, have changed since the settings were made")
     data = runtime.load(s)
-    network: dict[str, Any] = {"name": s.network.name, "classes": data.classes, "channels": data.channels}
-    network |= NETWORKS[s.network.name].options(s.network.widths, s.network.batchnorm, s.network.dropout)
+    network = describe_network(s.network, data)
     model = build_described(network, s.seed, "pretrain").to(runtime.device)
+    channels, height, width = image_shape(network)
+    if "height" in network and "name" in network:
+        check_fits(model, data.classes, image_shape(network), f"network.name: {network['name']}")
+    for side in sorted({*s.pretrain.sizes} - {height, width}) if "factory" in network else ():
+        check_fits(model, data.classes, (channels, side, side), "pretrain.sizes")
+    if s.network.weights is not None:
+        load_weights(model, s.network.weights)
+        metrics = {"epochs": 0, "validation": clean_accuracy(model, data.validation)}
+        write_network(out, model, {"network": network}, "pretrain", settings, metrics)
+        storage.write_text(out / "log.csv", "epoch\n")
+        return
     _train("pretrain", model, {"network": network}, data, settings, Hooks(sizes=s.pretrain.sizes), out, runtime)
 
 
@@ -99,7 +116,7 @@ def suppress(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) 
     s = STAGES["suppress"].read(settings)
     model, base = read_network(pretrained, runtime.device)
     check_uncompensated("suppress", pretrained, base)
-    if mistake := sizes_mistake(s, "suppress", base["network"]["name"]):
+    if mistake := sizes_mistake(s, "suppress", base["network"].get("name")):
         raise UserError(mistake)
     if s.suppress.start == "scratch":
         model = build_described(base["network"], s.seed, "suppress").to(runtime.device)
