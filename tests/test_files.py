@@ -284,7 +284,8 @@ def test_text_files_name_their_encoding(module):
         if name == "open" and (isinstance(call.func, ast.Name) or not call.args or len(call.args) == 1):
             mode = [a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
             binary = any("b" in m for m in mode)
-            of_other = isinstance(call.func, ast.Attribute) and getattr(call.func.value, "id", "") in ("tarfile", "os")
+            owner = getattr(call.func, "value", None)
+            of_other = getattr(owner, "id", getattr(owner, "attr", "")) in ("tarfile", "os", "Image", "zip")
             assert binary or of_other or "encoding" in given, f"{module.name}:{call.lineno}"
 
 
