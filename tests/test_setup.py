@@ -118,4 +118,5 @@ def test_cpp_on_aarch64() -> None:
     build = ROOT / "build" / "aarch64"
     output("cmake", "--preset", "aarch64")
     output("cmake", "--build", build)
-    print(output("ctest", "--test-dir", build, "--output-on-failure", "--no-tests=error"))
+    # The engine's take ten minutes in emulation; docs/install.md has the command for all.
+    print(output("ctest", "--test-dir", build, "--output-on-failure", "--no-tests=error", "--exclude-regex", "engine"))
