@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from stopping import Stopped, stopping_loss
 from torch import nn
 
 from correctnet.crossbar.convert import convert
@@ -720,16 +721,7 @@ def test_the_stage_decides_which_chips_and_weights_are_drawn(tiny, blobs):
 
 @pytest.mark.filterwarnings("ignore::correctnet.methods.compensation_training.CompensationWarning")
 def test_a_stopped_call_with_a_folder_is_continued(tiny, blobs, tmp_path):
-    class Stopped(Exception):
-        pass
-
-    calls = []
-
-    def stopping(outputs, labels):
-        calls.append(1)
-        if len(calls) == 8:  # five batches an epoch
-            raise Stopped
-        return F.cross_entropy(outputs, labels)
+    stopping, calls = stopping_loss(at=8)  # five batches an epoch
 
     def call(work, loss):
         options = {"validation": (blobs.images, blobs.labels), "loss": loss, "work": work, **FEW}

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import torch.nn.functional as F
+from stopping import Stopped, stopping_loss
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -168,21 +168,10 @@ def test_it_gives_the_numbers_of_the_workflow(tmp_path):
     assert same(found.network.state_dict(), read_network(out["compensate"])[0].state_dict())
 
 
-class Stopped(Exception):
-    pass
-
-
 @pytest.mark.parametrize("when", [2, 5, 8])  # in suppression, in the search, in the training of the compensators
 def test_a_call_that_was_stopped_is_continued(trained, parts, tmp_path, when):
     whole = called(trained, parts, **TRIED)
-    calls = []
-
-    def stopping(outputs, labels):
-        calls.append(1)
-        if len(calls) == when:
-            raise Stopped
-        return F.cross_entropy(outputs, labels)
-
+    stopping, calls = stopping_loss(at=when)
     with pytest.raises(Stopped):
         called(trained, parts, loss=stopping, work=tmp_path, **TRIED)
     resumed = called(trained, parts, loss=stopping, work=tmp_path, **TRIED)

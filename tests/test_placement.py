@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
+from stopping import Stopped, stopping_loss
 
 from correctnet import LogNormalVariation, UserError, compensate, convert, search
 from correctnet.evaluation.montecarlo import evaluate
@@ -55,19 +55,10 @@ def test_without_a_search(tiny, blobs, strategy):
 
 
 def test_a_search_on_loaders_that_was_stopped_is_continued(tiny, blobs, tmp_path):
-    class Stopped(Exception):
-        pass
-
     def loader():
         return list(zip(blobs.images.split(30), blobs.labels.split(30), strict=True))
 
-    calls = []
-
-    def stopping(outputs, labels):
-        calls.append(1)
-        if len(calls) == 5:  # three batches a state
-            raise Stopped
-        return F.cross_entropy(outputs, labels)
+    stopping, calls = stopping_loss(at=5)  # three batches a state
 
     def call(work, loss):
         return search(tiny, NAMES, loader(), loader(), HALF, limit=1.0, loss=loss, work=work, progress=False, **FEW)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from stopping import Stopped, stopping_loss
 from torch import nn
 
 from correctnet import LogNormalVariation, UserError, Variation, compensate, convert, suppress
@@ -70,16 +71,7 @@ def test_a_call_that_was_stopped_is_continued(blobs, tmp_path):
     data = blobs.images, blobs.labels
     whole = suppress(network(), data, HALF, progress=False, **FEW)
 
-    class Stopped(Exception):
-        pass
-
-    calls = []
-
-    def stopping(outputs, labels):
-        calls.append(1)
-        if len(calls) == 8:  # five batches an epoch
-            raise Stopped
-        return F.cross_entropy(outputs, labels)
+    stopping, calls = stopping_loss(at=8)  # five batches an epoch
 
     with pytest.raises(Stopped):
         suppress(network(), data, HALF, loss=stopping, work=tmp_path, progress=False, **FEW)
@@ -133,7 +125,7 @@ class Plain(Variation):
         (
             network,
             {"start": "scratch"},
-            "suppress: start: the weights of the network are the start; initialise them to begin anew",
+            "suppress: start: the weights of the network are the start; initialise them to start from scratch",
         ),
         (network, {"epoch": 3}, "suppress: epoch: unknown key (did you mean 'epochs'?)"),
         (network, {"seed": 0.5}, "suppress: the seed must be a whole number, not 0.5"),

@@ -77,7 +77,9 @@ def suppress(
     """
     section = validate(Suppress, settings, "suppress")
     if section.start != "pretrained":
-        raise UserError("suppress: start: the weights of the network are the start; initialise them to begin anew")
+        raise UserError(
+            "suppress: start: the weights of the network are the start; initialise them to start from scratch"
+        )
     seed = whole(seed, "suppress: the seed")
     if any(isinstance(module, AnalogLayer) for module in network.modules()):
         raise UserError("suppress: the network carries variation; give the one that was converted")

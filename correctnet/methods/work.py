@@ -1,7 +1,7 @@
 """Folders of resumable work: each file's name holds a digest of all that its content depends on.
 
 A call that is repeated with the same arguments and folder continues where it was stopped; with other arguments it finds
-no file of its own and begins anew, and leaves the other files alone.
+no file of its own, starts from the beginning, and leaves the other files alone.
 """
 
 from __future__ import annotations
