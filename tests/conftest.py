@@ -57,7 +57,12 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(len(os.sched_getaffinity(0)), 8)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # pytest-xdist names groups in the identifiers. Where it cannot, two processes would start one Slurm.
+    if hasattr(config, "workerinput"):
+        lost = [i.nodeid for i in items if i.get_closest_marker("xdist_group") and "@" not in i.nodeid]
+        assert not lost, f"this pytest-xdist loses the groups of this pytest: {lost[0]}"
     # Long tests first, so that no worker is left with one at the end.
     items.sort(key=lambda item: not any(item.get_closest_marker(mark) for mark in ("build", "e2e", "slow")))
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import tempfile
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
+from filelock import FileLock
 from test_accidents import documented, rows, wait_for
 from workflows import ROOT, configuration, environment, prepare, results, short, snakemake, start, stats
 
@@ -30,8 +33,16 @@ LOCAL = {"fetch", "gather", "collect", "figure", "explore", "table1", "provenanc
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """A running Slurm; gives a function that lists the jobs of a folder that have ended."""
+    """A running Slurm; gives a function that lists the jobs of a folder that have ended.
+
+    A machine has one: who starts it last stops the others' (tests/slurm.sh), so each waits for those before it.
+    """
     home = tmp_path_factory.mktemp("slurm")
+    with FileLock(Path(tempfile.gettempdir()) / "correctnet-test-slurm.lock"):
+        yield from _running(home)
+
+
+def _running(home):
     script = [ROOT / "tests" / "slurm.sh"]
     variables = {**os.environ, "SLURM_HOME": str(home)}
     up = subprocess.run([*script, "up"], env=variables, capture_output=True, text=True, timeout=300)
@@ -124,7 +135,9 @@ def test_the_head_process_is_killed_while_jobs_run(cluster, slow_pretraining, tm
     time.sleep(2)
     assert rows(log) > before, "a job on a cluster goes on without the process that submitted it"
     for command in documented("cluster-recovery"):
-        done = subprocess.run(command, shell=True, cwd=run, env=environment(), capture_output=True, text=True)
+        done = subprocess.run(
+            command, shell=True, cwd=run, env=environment(), capture_output=True, text=True, timeout=900
+        )
         assert done.returncode == 0, done.stdout + done.stderr
     assert (run / "results" / "summary" / "paper" / "table1.csv").exists()
     epochs = pd.read_csv(log)

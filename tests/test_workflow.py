@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from workflows import EXPERIMENTS, PAIR, ROOT, configuration, configure, prepare, short, snakemake, start, stats
+from workflows import EXPERIMENTS, PAIR, ROOT, configuration, configure, ended, prepare, short, snakemake, start, stats
 
 from correctnet.pipeline import provenance
 
@@ -239,7 +239,7 @@ def test_check_accepts_what_runs_and_nothing_else(tmp_path, mistake):
         check=False,
     )
     dry = start(folder, "-n", "-p", "--cores", 1)
-    said, _ = dry.communicate()
+    said = ended(dry)
     assert (check.returncode == 0) == (dry.returncode == 0) == (mistake is None), said[-3000:]
     assert line in check.stdout + check.stderr
     assert "Traceback" not in said

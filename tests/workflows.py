@@ -6,6 +6,7 @@ import copy
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -76,9 +77,9 @@ def configure(folder: Path, config: dict) -> None:
 
 
 def environment() -> dict[str, str]:
-    """One thread, and the commands of this Python's installation."""
+    """One thread, the commands of this Python's installation, and tracebacks of what is aborted."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, "PYTHONFAULTHANDLER": "1"}
 
 
 def start(folder: Path, *arguments: object, **options: object) -> subprocess.Popen:
@@ -91,9 +92,18 @@ def start(folder: Path, *arguments: object, **options: object) -> subprocess.Pop
 def snakemake(folder: Path, *arguments: object, check: bool = True, cores: bool = True) -> str:
     """Run snakemake to its end and give what it printed."""
     process = start(folder, *(["--cores", 2] if cores else []), *arguments)
-    output, _ = process.communicate()
+    output = ended(process)
     assert not check or process.returncode == 0, output[-5000:]
     return output
+
+
+def ended(process: subprocess.Popen, seconds: float = 1200) -> str:
+    """Wait until what `start` started has ended, and give what it printed. Fails with its stacks if it does not end."""
+    try:
+        return process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGABRT)
+        raise AssertionError(f"not ended after {seconds} s:\n{process.communicate()[0][-10000:]}") from None
 
 
 def stats(dry_run: str) -> dict[str, int]:
