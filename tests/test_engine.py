@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -162,21 +163,249 @@ def test_a_network_of_functions_and_shortcuts_is_fused_whole() -> None:
     assert str(engine.report) == "4 of 4 analog layers fused, in 1 piece"
 
 
-@pytest.mark.parametrize(("side", "pool", "in_core"), [(10, (2,), True), (11, (2,), False), (11, (3, 2, 0), True)])
-def test_pools_that_round_up_are_fused_where_the_windows_end_with_the_map(side, pool, in_core) -> None:
-    network = nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(*pool, ceil_mode=True), nn.Conv2d(4, 4, 3), nn.Flatten()
-    )
+@pytest.mark.parametrize(
+    ("side", "pool", "in_core"),
+    [
+        (10, nn.MaxPool2d(2, ceil_mode=True), True),
+        (11, nn.MaxPool2d(2, ceil_mode=True), True),
+        (11, nn.MaxPool2d(3, 2, ceil_mode=True), True),
+        (12, nn.MaxPool2d(2, 3, 1, ceil_mode=True), True),  # a fifth window would begin in the padding
+        (11, nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False), True),
+        (11, nn.AvgPool2d(3, 1, 1, count_include_pad=False), True),
+        (11, nn.AvgPool2d(2, ceil_mode=True), False),  # torch divides by what is left of the window
+        (10, nn.AvgPool2d(2, ceil_mode=True), True),
+    ],
+)
+def test_pools_whose_last_windows_are_cut(side: int, pool: nn.Module, in_core: bool) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), pool, nn.Conv2d(4, 4, 3), nn.Flatten())
     engine = check(network, inputs(9, 3, side, side))
-    assert engine.report.torch == (() if in_core else ("_1 (MaxPool2d)",))
+    assert engine.report.torch == (() if in_core else ("_1 (AvgPool2d)",))
 
 
-class Mixed(nn.Module):
-    """What no plan can express (GELU, circular padding, softmax) between what it can."""
+# As modules, functions and methods, in place and with arguments.
+ACTIVATIONS = {
+    "ReLU6": nn.ReLU6(inplace=True),
+    "Hardtanh": nn.Hardtanh(-0.5, 2.0),
+    "LeakyReLU": nn.LeakyReLU(0.2),
+    "LeakyReLU that falls": nn.LeakyReLU(-0.5),
+    "Sigmoid": nn.Sigmoid(),
+    "Tanh": nn.Tanh(),
+    "SiLU": nn.SiLU(inplace=True),
+    "GELU": nn.GELU(),
+    "GELU by tanh": nn.GELU(approximate="tanh"),
+    "Hardsigmoid": nn.Hardsigmoid(),
+    "Hardswish": nn.Hardswish(),
+    "relu6": F.relu6,
+    "hardtanh": lambda x: F.hardtanh(x, max_val=0.75),
+    "clamp": lambda x: torch.clamp(x, -0.25, max=1.5),
+    "clamp from below": lambda x: x.clamp(min=0.1),
+    "clip in place": lambda x: x.clip_(max=0.3),
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.3, inplace=True),
+    "sigmoid": lambda x: x.sigmoid(),
+    "tanh": torch.tanh,
+    "silu": F.silu,
+    "x sigmoid(x)": lambda x: x * torch.sigmoid(1.5 * x),
+    "gelu": lambda x: F.gelu(x, approximate="tanh"),
+    "hardswish by hand": lambda x: x * F.relu6(x + 3) / 6,
+    "numbers": lambda x: 1 - F.relu(2 * x - 0.5) / 3,
+}
+
+
+class Activated(nn.Module):
+    """An activation behind a convolution, between BatchNorms, in front of a pool, behind a sum and a linear layer."""
+
+    def __init__(self, function: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        self.one, self.norm, self.two = nn.Conv2d(3, 9, 3), nn.BatchNorm2d(9), nn.Conv2d(9, 9, 3, padding=1)
+        self.three, self.four = nn.Linear(81, 7), nn.Linear(7, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.function(self.norm(self.one(x)))
+        x = F.max_pool2d(self.function(x + self.two(self.norm(x))), 2)
+        return self.four(self.function(self.three(x.flatten(1))))
+
+
+@pytest.mark.parametrize("isa", core.status().available)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_fused(name: str, isa: str, on_isa) -> None:
+    on_isa(isa)
+    torch.manual_seed(0)
+    engine = check(Activated(ACTIVATIONS[name]), inputs(18, 3, 8, 8))
+    assert str(engine.report) == "4 of 4 analog layers fused, in 1 piece"
+
+
+@pytest.mark.parametrize("isa", core.status().available)
+@pytest.mark.parametrize("name", ["ReLU6", "LeakyReLU", "SiLU", "GELU by tanh", "Sigmoid", "Hardswish"])
+def test_activations_pass_nan_and_infinity_on_as_torch_does(name: str, isa: str, on_isa) -> None:
+    on_isa(isa)
+    analog = convert(nn.Sequential(nn.Linear(1, 3, bias=False), ACTIVATIONS[name]), LogNormalVariation(0.0))
+    nn.init.ones_(next(analog.parameters()))
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 200.0, -200.0, 0.0, 1e-30, -1e30])[:, None]
+    engine = Engine(analog, torch.ones(2, 1))
+    with torch.no_grad():
+        torch.testing.assert_close(engine.outputs(x, [0])[0], analog(x), equal_nan=True, atol=1e-37, rtol=1e-6)
+
+
+class Excited(nn.Module):
+    """Squeeze-and-excitation with convolutions and with linear layers, as torchvision and as timm write it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.one = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.GELU(), nn.MaxPool2d(2))
+        self.stem = nn.Conv2d(3, 5, 3)
+        self.squeeze, self.excite = nn.Conv2d(5, 3, 1), nn.Conv2d(3, 5, 1)
+        self.down, self.up = nn.Linear(5, 2), nn.Linear(2, 5)
+        self.pool, self.head = nn.AdaptiveAvgPool2d(1), nn.Linear(5, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.silu(self.stem(x))
+        scale = torch.sigmoid(self.excite(F.relu(self.squeeze(self.pool(x)))))
+        x = scale * x
+        n, c, _, _ = x.shape
+        x = x * F.hardsigmoid(self.up(F.relu(self.down(self.pool(x).view(n, c))))).view(n, c, 1, 1)
+        x = x * F.hardsigmoid(self.up(self.down(x.mean((2, 3)))))[:, :, None, None]
+        return self.head(self.pool(x).flatten(1))
+
+
+class Shuffled(nn.Module):
+    """Parts of the channels, and channel shuffles by hand and as a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.two = nn.Conv2d(3, 18, 3), nn.Conv2d(9, 9, 3, padding=1, groups=9), nn.Conv2d(5, 9, 1)
+        self.shuffle, self.head = nn.ChannelShuffle(3), nn.Linear(18, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.stem(x).chunk(2, dim=1)
+        x = torch.cat([a, F.relu(self.one(b))], dim=1)
+        n, c, h, w = x.size()
+        x = x.view(n, 2, c // 2, h, w)
+        x = torch.transpose(x, 1, 2).contiguous()
+        x = x.view(n, c, h, w)
+        left, _, right = torch.split(x, [5, 4, 9], dim=1)
+        x = self.shuffle(torch.cat((self.two(left), right), 1))
+        x = torch.cat([x[:, 9:], x[:, :9]], 1)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("isa", core.status().available)
+@pytest.mark.parametrize(("kind", "layers"), [(Excited, 8), (Shuffled, 4)])
+def test_products_and_channels_are_fused(kind: type[nn.Module], layers: int, isa: str, on_isa) -> None:
+    on_isa(isa)
+    torch.manual_seed(0)
+    engine = check(kind(), inputs(21, 3, 9, 7))
+    assert len(engine.report.fused) == len(analog_layers(engine._model))
+    assert (engine.report.plans, engine.report.torch) == (1, ())
+
+
+class Tokens(nn.Module):
+    """A block of ConvNeXt, then a transformer's layer without attention, and a mean over the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.depthwise = nn.Conv2d(3, 10, 2, stride=2), nn.Conv2d(10, 10, 7, padding=3, groups=10)
+        self.norm, self.one, self.two = nn.LayerNorm(10, eps=1e-6), nn.Linear(10, 13), nn.Linear(13, 10)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 10)[:, None, None])
+        self.last_scale = nn.Parameter(torch.linspace(-1, 1, 10))
+        self.plain, self.three, self.four = (
+            nn.LayerNorm(10, elementwise_affine=False),
+            nn.Linear(10, 7),
+            nn.Linear(7, 10),
+        )
+        self.head = nn.Linear(10, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        y = self.two(F.gelu(self.one(y))).permute([0, 3, 1, 2])
+        x = x + self.scale * y
+        x = F.layer_norm(x.permute(0, 2, 3, 1), (10,), self.norm.weight, self.norm.bias) * self.last_scale
+        x = x + self.four(F.gelu(self.three(self.plain(x)), approximate="tanh"))
+        return self.head(x.mean((1, 2)))
+
+
+class OfTokens(nn.Module):
+    """The same layers on (N, T, C), from which attention that torch computes returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.one, self.two = nn.LayerNorm(6), nn.Linear(6, 9), nn.Linear(9, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + torch.softmax(x @ x.transpose(1, 2), -1) @ x
+        return x + self.two(F.gelu(self.one(self.norm(x))))
+
+
+@pytest.mark.parametrize("isa", core.status().available)
+def test_norms_of_groups_are_fused(isa: str, on_isa) -> None:
+    on_isa(isa)
+    torch.manual_seed(0)
+    norms = nn.GroupNorm(3, 9), nn.GroupNorm(1, 9, affine=False), nn.InstanceNorm2d(9, affine=True)
+    parts = [part for norm in norms for part in (nn.Conv2d(9, 9, 3, padding=1), norm, nn.ReLU())]
+    for norm in norms[::2]:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    engine = check(nn.Sequential(nn.Conv2d(3, 9, 3), *parts, nn.Flatten(), nn.Linear(9 * 48, 4)), inputs(19, 3, 10, 8))
+    assert str(engine.report) == "5 of 5 analog layers fused, in 1 piece"
+
+
+@pytest.mark.filterwarnings("ignore::correctnet.crossbar.layers.CoverageWarning")
+@pytest.mark.parametrize("isa", core.status().available)
+def test_layers_on_tokens_are_fused(isa: str, on_isa) -> None:
+    on_isa(isa)
+    torch.manual_seed(0)
+    engine = check(Tokens(), inputs(19, 3, 18, 14))
+    assert str(engine.report) == "7 of 7 analog layers fused, in 1 piece"
+    engine = check(OfTokens(), inputs(19, 5, 6))
+    assert (len(engine.report.fused), engine.report.plans) == (2, 1)
+    assert engine.outputs(inputs(3, 5, 6), [1]).is_contiguous()
+
+
+class Asking(nn.Module):
+    """Optional arguments, and decisions on shapes and types."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, *more, scale: float = 2.0, **named):
+        assert x.shape[1] == 3, "RGB"
+        assert x.dtype != torch.int64
+        if x.dim() == 3 or len(x.shape) != 4 or x.size(2) % 2:
+            x = x[None]
+        x = self.one(x)
+        if mask is not None:
+            x = x * mask
+        for _ in range(int(x.shape[2] / 2)):
+            x = F.relu(x)
+        return self.two(x.mean((2, 3))) * scale
+
+
+def test_decisions_on_shapes_and_optional_arguments() -> None:
+    assert str(check(Asking(), inputs(7, 3, 8, 8)).report) == "2 of 2 analog layers fused, in 1 piece"
+
+
+class OfTheBatch(nn.Module):
+    def __init__(self, ask) -> None:
+        super().__init__()
+        self.ask, self.layer = ask, nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x if self.ask(x) else -x)
+
+
+@pytest.mark.parametrize("ask", [lambda x: len(x) == 2, lambda x: x.shape[0] > 2, lambda x: x.max() > 0])
+def test_decisions_on_the_number_of_images_or_on_data_are_left_to_torch(ask) -> None:
+    with pytest.raises(Unsupported, match=r"torch\.fx cannot trace it"):
+        Engine(convert(OfTheBatch(ask), VARIATION), inputs(6, 4))
+
+
+class Mixed(nn.Module):
+    """What no plan can express (Softplus, circular padding, softmax) between what it can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Softplus(), nn.MaxPool2d(2))
         self.two = nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular")
         self.three = nn.Sequential(nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
         self.head = nn.Linear(4, 6)
@@ -195,8 +424,10 @@ def test_what_no_plan_can_express_runs_through_torch(first_layer: int) -> None:
     assert report.fused == ("one.0", "three.0", "three.2", "head")
     assert report.unfused == ("two",)
     assert report.plans == 3
-    assert {"one_2 (GELU)", "two (AnalogConv2d)", "softmax (softmax)", "mul (mul)"} <= set(report.torch)
+    assert {"one_2 (Softplus)", "two (AnalogConv2d)", "softmax (softmax)", "mul (mul)"} <= set(report.torch)
     assert "unfused: two" in str(report)
+    assert str(replace(report, torch=("a (GELU)", "b (mul)", "c (GELU)", "d (GELU)"))).endswith("torch: GELU (3), mul")
+    assert str(replace(report, torch=("a (GELU)", "b (mul)"))).endswith("torch: a (GELU), b (mul)")
 
 
 def test_in_place_functions_do_not_leak_into_the_next_chip() -> None:
@@ -250,23 +481,27 @@ def test_a_network_that_is_one_layer() -> None:
             torch.testing.assert_close(out, analog(x))
 
 
-@pytest.mark.parametrize("isa", core.status().available)
-def test_every_instruction_set(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def on_isa():
+    """Function that selects an instruction set until the end of the test."""
     from correctnet import _native
 
     before = _native.isa()
-    _native.select_isa(isa)
-    try:
-        check(lenet5(), inputs(35, 1, 32, 32))
-        check(Residual(), inputs(18, 3, 9, 9))
-        x = inputs(20, 1, 32, 32)
-        analog = convert(lenet5().eval(), VARIATION, SEED)
+    yield _native.select_isa
+    _native.select_isa(before)
+
+
+@pytest.mark.parametrize("isa", core.status().available)
+def test_every_instruction_set(isa: str, on_isa) -> None:
+    on_isa(isa)
+    check(lenet5(), inputs(35, 1, 32, 32))
+    check(Residual(), inputs(18, 3, 9, 9))
+    for network, x in ((lenet5(), inputs(20, 1, 32, 32)), (Activated(nn.SiLU()), inputs(20, 3, 8, 8))):
+        analog = convert(network.eval(), VARIATION, SEED)
         low = Engine(analog, x, precision="bfloat16").outputs(x, [5])[0]
         full = Engine(analog, x).outputs(x, [5])[0]
         assert (low - full).abs().max() <= 0.02 * full.abs().max()
         assert not torch.equal(low, full)
-    finally:
-        _native.select_isa(before)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from torch import nn
 
 from correctnet import LogNormalVariation, check_coverage, convert, evaluate
 from correctnet.crossbar.layers import CoverageWarning, analog_layers, crossbar_layers
+from correctnet.engine.engine import Engine
 from correctnet.evaluation.montecarlo import EngineWarning
 from correctnet.noise import specification as reference
 
@@ -86,3 +87,51 @@ def test_every_chip_is_the_oracles(name):
         for engine in ("auto", "torch"):
             found = evaluate(analog, (images, labels), CHIPS, engine=engine, progress=False).table["correct"].tolist()
             assert all(abs(f - w) <= c for f, w, c in zip(found, wanted, close, strict=True)), (engine, found, wanted)
+
+
+# By name: side of the images, the plans that compute all analog layers, and whether torch computes anything.
+PLANS = {
+    "resnet18": (32, 1, False),
+    "resnet50": (32, 1, False),
+    "mobilenet_v2": (32, 1, False),
+    "mobilenet_v3_small": (32, 1, False),
+    "efficientnet_b0": (32, 1, False),
+    "densenet121": (32, 1, False),
+    "shufflenet_v2_x1_0": (32, 1, False),
+    "squeezenet1_1": (35, 1, False),
+    "regnet_y_400mf": (32, 1, False),
+    "inception_v3": (96, 1, False),
+    "googlenet": (35, 1, False),
+    "convnext_tiny": (32, 1, False),
+    "VisionTransformer": (32, 7, True),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "mobilenet_v2")) for name in PLANS]
+)
+@torch.no_grad()
+def test_plans_compute_the_network(name):
+    side, plans, rest = PLANS[name]
+    torch.manual_seed(0)
+    options = OPTIONS | {"googlenet": {"init_weights": False, "aux_logits": False}}
+    network = getattr(torchvisions.models(), name)(num_classes=10, **options.get(name, {}))
+    if name == "VisionTransformer":  # its head is made of zeros
+        nn.init.normal_(network.heads.head.weight, std=0.05)
+    images = torch.randn(12, 3, side, side)
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = None
+    network.train()(images)  # statistics with which the network does not amplify rounding
+    network.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CoverageWarning)
+        analog = convert(network, HALF)
+    engine = Engine(analog, images)
+    report = engine.report
+    assert (report.plans, report.unfused, report.torch != ()) == (plans, (), rest)
+    found, plain = engine.outputs(images, range(CHIPS)), chips_by_hand(network, images)
+    exact = chips_by_hand(network.double(), images.double())
+    scale = exact.abs().max()
+    torch_error, error = ((outputs.double() - exact).abs().max() / scale for outputs in (plain, found))
+    assert error <= 4 * torch_error + 1e-5, (error, torch_error)

@@ -5,7 +5,7 @@ engine.count_correct(images, labels, samples=range(250))
 print(engine.report)                # which layers were fused, and what runs through torch
 
 The network is traced with torch.fx and divided into *plans*: sequences of operations that the core runs without Python
-in between. Each convolution or linear layer is fused with its bias, BatchNorm, ReLU (either order) and 2 x 2 max-pool,
+in between. Each convolution or linear layer is fused with its bias, BatchNorm, activation (either order) and max-pool,
 and its weights become noisy while they are packed. Torch computes what a plan cannot express, chip by chip; `Report`
 lists it. An engine snapshots the weights; create a new one after changing the model.
 

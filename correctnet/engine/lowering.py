@@ -1,7 +1,7 @@
 """Lowering of a traced network to plans, the pieces that the C++ core runs.
 
 A plan computes one value from one other. Each convolution or linear layer is fused with what follows it: bias,
-BatchNorm and ReLU in either order, a 2 x 2 max-pool. Torch computes the values that no plan can.
+BatchNorm and an activation in either order, a 2 x 2 max-pool. Torch computes the values that no plan can.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from correctnet.crossbar.layers import AnalogLayer, nominal_weight
 from correctnet.devices.base import kernel_noise
 from correctnet.engine import cuda
-from correctnet.engine.trace import Op, Traced, changed_by, op_of, shape_of
+from correctnet.engine.trace import RELU, Activation, Op, Traced, changed_by, op_of, shape_of
 from correctnet.noise import core
 from correctnet.noise import device as gpu
 from correctnet.precision import Precision
@@ -47,6 +47,7 @@ class PlanStep(TorchStep):
         plan: the plan, a `correctnet._native.Plan`.
         shape: of the value, without the batch.
         layers: names of the layers in the plan.
+        lasts: whether that other value and this one have their channels last.
         gpu: the plan on the device, where the network is on one.
     """
 
@@ -55,18 +56,22 @@ class PlanStep(TorchStep):
     shape: tuple[int, ...]
     layers: tuple[str, ...] = ()
     gpu: cuda.Plan | None = None
+    lasts: tuple[bool, bool] = (False, False)
 
     def run(self, x: Tensor, seed: int, samples: Sequence[int], memory: int) -> Tensor:
         """Compute the value for inputs x (N, ...) on each chip, (samples, N, *shape), float32, on the device of x.
 
         `memory` limits the bytes of workspace on a GPU; on the CPU see `bytes`.
         """
+        images = _images(x, self.lasts[0])
         if self.gpu:
-            out = self.gpu.outputs(_images(x), seed, samples, memory)
+            out = self.gpu.outputs(images, seed, samples, memory)
         else:
             threads = torch.get_num_threads()
-            found, _ = self.plan.outputs(_images(x).numpy(), seed=seed, samples=list(samples), threads=threads)
+            found, _ = self.plan.outputs(images.numpy(), seed=seed, samples=list(samples), threads=threads)
             out = torch.from_numpy(found)
+        if self.lasts[1]:
+            out = out.movedim(2, -1).contiguous()
         return out.view(len(samples), len(x), *self.shape)
 
     def count_correct(self, x: Tensor, labels: Tensor, seed: int, samples: Sequence[int], memory: int) -> list[int]:
@@ -82,12 +87,12 @@ class PlanStep(TorchStep):
         not finite if an element is NaN or infinite.
         """
         if self.gpu:
-            correct, nonfinite = self.gpu.count(_images(x), labels, seed, samples, memory).tolist()
+            correct, nonfinite = self.gpu.count(_images(x, self.lasts[0]), labels, seed, samples, memory).tolist()
             return correct, nonfinite
         labels = labels.to(torch.int64).contiguous().numpy()
         threads = torch.get_num_threads()
         correct, _, nonfinite = self.plan.count_correct(
-            _images(x).numpy(), labels, seed=seed, samples=list(samples), threads=threads
+            _images(x, self.lasts[0]).numpy(), labels, seed=seed, samples=list(samples), threads=threads
         )
         return correct.tolist(), nonfinite.tolist()
 
@@ -98,19 +103,24 @@ class PlanStep(TorchStep):
         return self.plan.bytes(images, samples, threads=torch.get_num_threads())
 
 
-def _images(x: Tensor) -> Tensor:
+def _images(x: Tensor, last: bool = False) -> Tensor:
+    """Return a value as (N, C, H, W): vectors as one pixel, tokens as one row."""
     x = x.detach()
-    return (x if x.dim() == 4 else x[:, :, None, None]).contiguous()
+    if last:
+        x = x.movedim(-1, 1)
+    while x.dim() < 4:
+        x = x.unsqueeze(2)
+    return x.contiguous()
 
 
 @dataclass
 class _Function:
-    """ReLU and affine maps after an operation that a plan fuses with it (`_native.Pointwise`)."""
+    """An activation and affine maps after an operation that a plan fuses with it (`_native.Pointwise`)."""
 
     channels: int
     scale: np.ndarray | float = 1.0
     shift: np.ndarray | float = 0.0
-    relu: bool = False
+    activation: Activation | None = None
     after_scale: np.ndarray | None = None
     after_shift: np.ndarray | None = None
 
@@ -119,15 +129,16 @@ class _Function:
         """Append `op` if it can be fused; return whether it was."""
         if op.kind == "same":
             return True
-        if op.kind == "relu":
-            if self.after_scale is not None:
+        if op.kind == "activation":
+            again = self.activation == op.detail == RELU
+            if self.after_scale is not None or not (self.activation is None or again):
                 return False
-            self.relu = True
+            self.activation = op.detail
             return True
         if op.kind != "affine":
             return False
         scale, shift = op.detail
-        if not self.relu:
+        if self.activation is None:
             self.scale, self.shift = self.scale * scale, self.shift * scale + shift
         elif self.after_scale is None:
             self.after_scale, self.after_shift = scale, shift
@@ -137,7 +148,7 @@ class _Function:
 
     def identity(self, op: Op) -> bool:
         """Return whether `op` with what was appended to it is the identity."""
-        return op.kind == "same" and not self.relu and isinstance(self.scale, float)
+        return op.kind == "same" and self.activation is None and isinstance(self.scale, float)
 
     @np.errstate(invalid="ignore", over="ignore")
     def pointwise(self) -> Any:
@@ -146,10 +157,21 @@ class _Function:
         def array(values: np.ndarray | float | None) -> np.ndarray | None:
             return None if values is None else np.broadcast_to(values, self.channels).astype(np.float32)
 
-        after = array(self.after_scale), array(self.after_shift)
+        name, low, high = self.activation or ("none", 0.0, 0.0)
         return core.extension.Pointwise(
-            scale=array(self.scale), shift=array(self.shift), relu=self.relu, after_scale=after[0], after_shift=after[1]
+            scale=array(self.scale),
+            shift=array(self.shift),
+            activation=name,
+            low=low,
+            high=high,
+            after_scale=array(self.after_scale),
+            after_shift=array(self.after_shift),
         )
+
+    @property
+    def pools(self) -> bool:
+        """Whether a pool can be fused behind the maps."""
+        return self.activation is None or self.activation[0] in ("relu", "clamp", "leaky")
 
 
 class Lowering:
@@ -161,14 +183,42 @@ class Lowering:
         self.device = next(self.root.parameters()).device
         self.ops: dict[fx.Node, Op] = {}
         self.sources: dict[fx.Node, fx.Node] = {}  # by a plan's value, the one value that the plan reads
+        self.last: dict[fx.Node, bool] = {}  # by a plan's value, whether its channels are last
+        self.source_last: dict[fx.Node, bool] = {}  # and whether those of the value that the plan reads are
+        on_device = gpu.reaches(self.device)
         # By step, the value that it changes in place.
         self.changed = {n: value for n in self.root.graph.nodes if (value := changed_by(self.root, n))}
         for node in self.root.graph.nodes:
             op = op_of(self.root, node)
-            # A plan has one input: an operation on two values that torch computes, or changes in place, is torch's.
-            sources = {n if n in self.changed.values() else self.sources.get(n, n) for n in op.inputs} if op else set()
-            if len(sources) == 1 and _rank_fits(source := sources.pop()):
-                self.ops[node], self.sources[node] = op, source
+            if op and on_device and not _has_kernel(op):
+                op = None
+            if op:
+                self._place(node, op)
+
+    def _place(self, node: fx.Node, op: Op) -> None:
+        """Let plans compute a node if they can.
+
+        A plan has one input: an operation on two values that torch computes, or changes in place, is torch's.
+        """
+        planned = [n for n in op.inputs if n in self.ops and n not in self.changed.values()]
+        last = op.last
+        if last is None:
+            found = {self.last[n] for n in planned if len(shape_of(n)) > 1}
+            if len(found) > 1:
+                return
+            last = found.pop() if found else len(shape_of(op.inputs[0])) == 2
+        sources = set()
+        for n in op.inputs:
+            vector = len(shape_of(n)) == 1
+            if n in planned and (vector or self.last[n] == last):
+                sources.add((self.sources[n], self.source_last[n]))
+            else:
+                sources.add((n, last and not vector))
+        if len(sources) > 1 or not _rank_fits(*(source := sources.pop())):
+            return
+        self.ops[node] = op
+        self.sources[node], self.source_last[node] = source
+        self.last[node] = len(shape_of(node)) > 1 and last != op.turns
 
     def steps(
         self, first_layer: int, precision: Precision, method: cuda.Method | Literal["library"] = "fused"
@@ -232,24 +282,24 @@ class Lowering:
         source = self.sources[target]
         region = self._region(target)
         readers = {n: [r for r in region if n in self.ops[r].inputs] for n in (source, *region)}
-        channels, height, width = (*shape_of(source), 1, 1)[:3]
-        plan = core.extension.Plan(precision, channels, height, width)
+        lasts = self.source_last[target], self.last[target]
+        plan = core.extension.Plan(precision, *_as_image(shape_of(source), lasts[0]))
         values, done, layers = {source: 0}, set(), []
         for node in region:
             if node in done:
                 continue
             op = self.ops[node]
-            chain = _Function(shape_of(node)[0])
+            chain = _Function(_as_image(shape_of(node), self.last[node])[0])
             pool, last = False, node
-            if op.kind in ("affine", "relu", "same"):
+            if op.kind in _ABSORBED:
                 chain.absorb(op)
             # Fuse what follows, up to a value that has other readers.
-            while op.kind in ("conv", "linear", "affine", "relu", "same", "add"):
+            while op.kind in ("conv", "linear", "add", "multiply", *_ABSORBED):
                 after = readers[last]
                 if last is target or len(after) != 1:
                     break
                 following = self.ops[after[0]]
-                if op.kind == "conv" and not pool and _halves(following, shape_of(last)):
+                if op.kind == "conv" and not pool and chain.pools and _halves(following, shape_of(last)):
                     pool = True
                 elif (pool and following.kind != "same") or not chain.absorb(following):
                     break
@@ -261,7 +311,7 @@ class Lowering:
                 layers.append(node.target)
         plan.finish(values[target])
         on_device = cuda.Plan(plan, self.device, method) if gpu.reaches(self.device) else None
-        return PlanStep(target, sampled, source, plan, shape_of(target), tuple(layers), on_device)
+        return PlanStep(target, sampled, source, plan, shape_of(target), tuple(layers), on_device, lasts)
 
     def _region(self, target: fx.Node) -> list[fx.Node]:
         """Return the nodes between a plan's source and its target, in order."""
@@ -294,7 +344,13 @@ class Lowering:
             layer = op.detail
             chain.shift = chain.shift + chain.scale * _bias(layer)
             weight = nominal_weight(layer).detach().contiguous().cpu().numpy()
-            return plan.linear(x[0], weight, noise=_noise(layer, first_layer), pointwise=chain.pointwise())
+            maps = {"noise": _noise(layer, first_layer), "pointwise": chain.pointwise()}
+            if op.last:  # on each token
+                return plan.conv(x[0], weight[:, None, None], **maps)
+            return plan.linear(x[0], weight, **maps)
+        if op.kind in ("layer_norm", "group_norm"):
+            *how, chain.scale, chain.shift = op.detail
+            return getattr(plan, op.kind)(x[0], *how, chain.pointwise())
         if op.kind in ("max_pool", "average_pool"):
             return getattr(plan, op.kind)(x[0], *op.detail)
         if op.kind == "adaptive":
@@ -303,19 +359,39 @@ class Lowering:
             return plan.flatten(x[0])
         if op.kind == "concat":
             return plan.concat(x)
-        if op.kind == "add":
-            return plan.add(x[0], x[1], chain.pointwise())
+        if op.kind == "channels":
+            return plan.channels(x[0], op.detail)
+        if op.kind in ("add", "multiply"):
+            return getattr(plan, op.kind)(x[0], x[1], chain.pointwise())
         return plan.pointwise(x[0], chain.pointwise())
 
 
-def _rank_fits(source: fx.Node) -> bool:
+# Operations on single numbers, which are fused with each other and with what is before them.
+_ABSORBED = ("affine", "activation", "same")
+
+
+def _has_kernel(op: Op) -> bool:
+    """Return whether the CUDA kernels have the operation."""
+    if op.last or op.turns or op.kind in ("multiply", "channels", "group_norm"):
+        return False
+    return op.kind != "activation" or op.detail == RELU
+
+
+def _rank_fits(source: fx.Node, last: bool) -> bool:
     shape = shape_of(source)
-    return shape is not None and len(shape) in (1, 3)
+    return shape is not None and len(shape) in ((2, 3) if last else (1, 3))
+
+
+def _as_image(shape: tuple[int, ...], last: bool) -> tuple[int, int, int]:
+    """Return the shape that a value has in a plan, (C, H, W)."""
+    if last:
+        shape = (shape[-1], *shape[:-1])
+    return shape[0], *(1,) * (3 - len(shape)), *shape[1:]
 
 
 def _halves(op: Op, shape: tuple[int, ...]) -> bool:
     """Return whether `op` is the 2 x 2 max-pool that a convolution can be fused with."""
-    return op.kind == "max_pool" and op.detail == ((2, 2), (2, 2), (0, 0)) and min(shape[1:]) >= 2
+    return op.kind == "max_pool" and op.detail[:4] == ((2, 2), (2, 2), (0, 0), False) and min(shape[1:]) >= 2
 
 
 def _bias(layer: nn.Module) -> np.ndarray | float:

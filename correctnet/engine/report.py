@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -42,10 +43,18 @@ class Report:
         if self.unfused:
             parts.append(f"unfused: {', '.join(self.unfused)}")
         if self.torch:
-            parts.append(f"through torch: {', '.join(self.torch)}")
+            parts.append(f"through torch: {', '.join(_grouped(self.torch))}")
         if self.unused:
             parts.append(f"not used: {', '.join(self.unused)}")
         return "; ".join(parts)
+
+
+def _grouped(operations: tuple[str, ...]) -> list[str]:
+    """Return up to three operations by name, more by type."""
+    if len(operations) <= 3:
+        return list(operations)
+    kinds = Counter(operation[operation.rindex("(") + 1 : -1] for operation in operations)
+    return [f"{kind} ({count})" if count > 1 else kind for kind, count in kinds.most_common()]
 
 
 def report_of(graph: Lowering, steps: list[TorchStep], library: bool) -> Report:

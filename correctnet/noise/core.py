@@ -164,7 +164,7 @@ def _wrong_answer(core: ModuleType, isa: str) -> str | None:
     if rounded[:-1].tolist() != list(_ROUNDED.values()) or rounded[-1] & 0x7FFF <= 0x7F80:
         return f"rounding to bfloat16, {isa}"
     plan = core.Plan("float32", 1, 2, 2)
-    value = plan.conv(0, np.ones((1, 1, 1, 1), np.float32), pointwise=core.Pointwise(relu=True), pool=True)
+    value = plan.conv(0, np.ones((1, 1, 1, 1), np.float32), pointwise=core.Pointwise(activation="relu"), pool=True)
     plan.finish(value)
     images = np.array([[1, np.nan, 2, 3], [-1, -np.inf, -2, -3], [1, 2, 3, 4]], np.float32).reshape(3, 1, 2, 2)
     outputs = plan.outputs(images, seed=0, samples=[0])[0].ravel()

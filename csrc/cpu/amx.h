@@ -151,6 +151,7 @@ void amx_band_sums(const ConvJob& job, const Panel& panel, int first, int last) 
 inline void amx_band_outputs(const ConvJob& job, const Panel& panel, int first, int last) {
   const ConvShape& shape = *job.shape;
   const int size = shape.pool ? 2 : 1, width = shape.out_w / size;
+  const bool curves = job.epilogue.activation >= kFirstCurve;
   const ptrdiff_t pixel = ptrdiff_t(job.image_blocks) * kBlockBytes;
   const ptrdiff_t out_pixel = ptrdiff_t(job.out_slots) * job.image_blocks * kVectorBytes;
   for (int row = first / size; row < last / size; ++row)
@@ -161,8 +162,17 @@ inline void amx_band_outputs(const ConvJob& job, const Panel& panel, int first, 
           for (int i = 0; i < size * size; ++i) {
             const int y = row * size + i / size - first, x = col * size + i % size;
             const char* sums = job.scratch + (y * shape.out_w + x) * pixel + block * kBlockBytes + c * kVectorBytes;
-            for (int j = 0; j < 2; ++j)
-              best[j] = max(best[j], apply(job.epilogue, panel.first + c + j, load(sums + j * kVectorBytes)));
+            for (int j = 0; j < 2; ++j) {
+              const Lanes sum = load(sums + j * kVectorBytes);
+              const int channel = panel.first + c + j;
+              best[j] = max(best[j], curves ? before(job.epilogue, channel, sum) : apply(job.epilogue, channel, sum));
+            }
+          }
+          if (curves) {  // without a pool
+            alignas(kVectorBytes) float kept[2][kLanes];
+            for (int j = 0; j < 2; ++j) store(kept[j], best[j]);
+            curve_all(job.epilogue.activation, kept[0], 2);
+            for (int j = 0; j < 2; ++j) best[j] = after(job.epilogue, panel.first + c + j, load(kept[j]));
           }
           char* y = job.y + (ptrdiff_t(row) * width + col) * out_pixel + ptrdiff_t(block) * kVectorBytes;
           store_channels<Bfloat16, 2>(job, y, panel.first + c, panel.outputs - c, best);

@@ -1,16 +1,32 @@
 // Convolution, pooling and the memory-bound operations, based on the register tile of lanes.h. Internal linkage.
 #pragma once
 
+#include "cpu/activations.h"
 #include "cpu/lanes.h"
 
 namespace correctnet {
 namespace {
 
-CN_INLINE Lanes apply(const Epilogue& e, int channel, Lanes a) {
-  a = fma(a, splat(e.scale[channel]), splat(e.shift[channel]));
-  if (e.relu) a = relu(a);
+// The three parts of an epilogue; in `apply` there is no curve between the first and the last.
+CN_INLINE Lanes before(const Epilogue& e, int channel, Lanes a) {
+  return fma(a, splat(e.scale[channel]), splat(e.shift[channel]));
+}
+
+CN_INLINE Lanes piecewise(const Epilogue& e, Lanes a) {
+  if (e.activation == Activation::relu) a = relu(a);
+  if (e.activation == Activation::clamp) a = clamp(a, splat(e.low), splat(e.high));
+  if (e.activation == Activation::leaky)  // exact: one of the two is zero
+    a = fma(clamp(a, splat(-__builtin_inff()), zero()), splat(e.low), relu(a));
+  return a;
+}
+
+CN_INLINE Lanes after(const Epilogue& e, int channel, Lanes a) {
   if (e.after_scale) a = fma(a, splat(e.after_scale[channel]), splat(e.after_shift[channel]));
   return a;
+}
+
+CN_INLINE Lanes apply(const Epilogue& e, int channel, Lanes a) {
+  return after(e, channel, piecewise(e, before(e, channel, a)));
 }
 
 // Writes channels first .. first + count - 1 (at most NC, `first` even) of one image vector. y: its vector in slot 0.
@@ -74,11 +90,29 @@ struct PanelConv {
     for (int v = 0; v < NV; ++v) at[v] = block * kVectorBytes + v * in;
     accumulate<NV>(sum, shape.rows[row], shape.cols[col], at);
     char* y = out(row, col, shape.out_w) + block * kVectorBytes;
+    if (job.epilogue.activation >= kFirstCurve) return curved<NV>(sum, y, out_step);
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
 #pragma GCC unroll 6
       for (int c = 0; c < NC; ++c) sum[v][c] = apply(job.epilogue, panel.first + c, sum[v][c]);
       store_channels<Math, NC>(job, y + v * out_step, panel.first, panel.outputs, sum[v]);
+    }
+  }
+
+  // The epilogue with a curve, and the stores of `plain`.
+  template <int NV>
+  CN_INLINE void curved(const Lanes (&sum)[NV][NC], char* y, ptrdiff_t out_step) const {
+    alignas(kVectorBytes) float kept[NV][NC][kLanes];  // not `sum`, which has to stay in registers
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v)
+#pragma GCC unroll 6
+      for (int c = 0; c < NC; ++c) store(kept[v][c], before(job.epilogue, panel.first + c, sum[v][c]));
+    curve_all(job.epilogue.activation, kept[0][0], NV * NC);
+    for (int v = 0; v < NV; ++v) {
+      Lanes a[NC];
+#pragma GCC unroll 6
+      for (int c = 0; c < NC; ++c) a[c] = after(job.epilogue, panel.first + c, load(kept[v][c]));
+      store_channels<Math, NC>(job, y + v * out_step, panel.first, panel.outputs, a);
     }
   }
 
@@ -222,6 +256,8 @@ void conv(const ConvJob& job) {
 
 // ---- memory-bound operations ----------------------------------------------------------------------------------------
 
+alignas(kVectorBytes) const char kZeros[kVectorBytes] = {};
+
 // A slot as one vector (float32) or two (bfloat16: the even and the odd channels).
 template <class Math>
 struct Slot {
@@ -270,20 +306,110 @@ void pool(const PoolJob& job) {
     }
 }
 
-template <class Math>
-void pointwise(const PointwiseJob& job) {
-  ptrdiff_t offset = 0;
-  for (int p = 0; p < job.pixels; ++p)
+// The zero partner of an odd last channel is zero whatever the activation makes of it.
+template <class Math, Activation A>
+void pointwise_with(const PointwiseJob& job) {
+  const ptrdiff_t pixel = ptrdiff_t(job.slots) * job.image_blocks * kVectorBytes;
+  for (int p = 0; p < job.pixels; ++p) {
+    const char* a = job.a + p * pixel;
+    const char* b = job.b ? job.b + (job.one_pixel ? 0 : p * pixel) : nullptr;
+    char* y = job.y + p * pixel;
+    ptrdiff_t offset = 0;
     for (int slot = 0; slot < job.slots; ++slot)
       for (int block = 0; block < job.image_blocks; ++block, offset += kVectorBytes) {
-        Slot<Math> s = load_slot<Math>(job.a + offset);
-        if (job.b) {
-          const Slot<Math> b = load_slot<Math>(job.b + offset);
-          for (int c = 0; c < Math::kChannels; ++c) s.a[c] = add(s.a[c], b.a[c]);
+        Slot<Math> s = load_slot<Math>(a + offset);
+        if (b) {
+          const Slot<Math> t = load_slot<Math>(b + offset);
+          for (int c = 0; c < Math::kChannels; ++c) s.a[c] = job.multiply ? mul(s.a[c], t.a[c]) : add(s.a[c], t.a[c]);
         }
-        for (int c = 0; c < Math::kChannels; ++c) s.a[c] = apply(job.epilogue, slot * Math::kChannels + c, s.a[c]);
-        store_slot<Math>(job.y + offset, s);
+        for (int c = 0; c < Math::kChannels; ++c) {
+          const int channel = slot * Math::kChannels + c;
+          s.a[c] = before(job.epilogue, channel, s.a[c]);
+          s.a[c] = A == Activation::none ? piecewise(job.epilogue, s.a[c]) : curve<A>(s.a[c]);
+          s.a[c] = after(job.epilogue, channel, s.a[c]);
+          if (c > 0 && channel >= job.channels) s.a[c] = zero();
+        }
+        store_slot<Math>(y + offset, s);
       }
+  }
+}
+
+template <class Math>
+void pointwise(const PointwiseJob& job) {
+  with_curve(job.epilogue.activation,
+             [&](auto which) { pointwise_with<Math, decltype(which)::value>(job); });
+}
+
+// One image block and group. A slot whose channels are in two groups is written by each.
+template <class Math>
+void normalize_group(const NormalizeJob& job, int block, int group) {
+  const ptrdiff_t slot = ptrdiff_t(job.image_blocks) * kVectorBytes, pixel = job.slots * slot;
+  const int count = job.channels / job.groups, first = group * count;
+  const auto channel = [&](int p, int c) {
+    const Slot<Math> s = load_slot<Math>(job.x + p * pixel + c / Math::kChannels * slot + block * kVectorBytes);
+    return Math::kChannels == 2 && c % 2 ? s.a[Math::kChannels - 1] : s.a[0];
+  };
+  const Lanes each = splat(1.0f / (float(count) * float(job.pixels)));
+  Lanes mean = zero(), variance = zero();
+  for (int p = 0; p < job.pixels; ++p) {
+    Lanes sum = zero();
+    for (int c = first; c < first + count; ++c) sum = add(sum, channel(p, c));
+    mean = fma(sum, each, mean);
+  }
+  for (int p = 0; p < job.pixels; ++p) {
+    Lanes sum = zero();
+    for (int c = first; c < first + count; ++c) {
+      const Lanes deviation = sub(channel(p, c), mean);
+      sum = fma(deviation, deviation, sum);
+    }
+    variance = fma(sum, each, variance);
+  }
+  const Lanes scale = div(splat(1), sqrt(add(variance, splat(job.eps))));
+  for (int p = 0; p < job.pixels; ++p)
+    for (int c = first; c < first + count; ++c) {
+      char* y = job.y + p * pixel + c / Math::kChannels * slot + block * kVectorBytes;
+      Slot<Math> s;
+      if (Math::kChannels == 2) s = load_slot<Math>(c % 2 ? y : kZeros);
+      s.a[Math::kChannels == 2 && c % 2 ? Math::kChannels - 1 : 0] =
+          apply(job.epilogue, c, mul(sub(channel(p, c), mean), scale));
+      store_slot<Math>(y, s);
+    }
+}
+
+template <class Math>
+void normalize(const NormalizeJob& job) {
+  for (int block = 0; job.groups && block < job.image_blocks; ++block)
+    for (int group = 0; group < job.groups; ++group) normalize_group<Math>(job, block, group);
+  if (job.groups) return;
+  const ptrdiff_t slot = ptrdiff_t(job.image_blocks) * kVectorBytes, pixel = job.slots * slot;
+  const Lanes each = splat(1.0f / float(job.channels));
+  for (int p = 0; p < job.pixels; ++p)
+    for (int block = 0; block < job.image_blocks; ++block) {
+      const ptrdiff_t first = p * pixel + block * kVectorBytes;
+      Lanes mean = zero(), variance = zero();
+      for (int s = 0; s < job.slots; ++s) {  // an odd last channel has a zero partner
+        const Slot<Math> a = load_slot<Math>(job.x + first + s * slot);
+        for (int c = 0; c < Math::kChannels; ++c) mean = add(mean, a.a[c]);
+      }
+      mean = mul(mean, each);
+      for (int s = 0; s < job.slots; ++s) {
+        const Slot<Math> a = load_slot<Math>(job.x + first + s * slot);
+        for (int c = 0; c < Math::kChannels; ++c) {
+          const Lanes deviation = sub(a.a[c], mean);
+          if (s * Math::kChannels + c < job.channels) variance = fma(deviation, deviation, variance);
+        }
+      }
+      const Lanes scale = div(splat(1), sqrt(fma(variance, each, splat(job.eps))));
+      for (int s = 0; s < job.slots; ++s) {
+        Slot<Math> a = load_slot<Math>(job.x + first + s * slot);
+        for (int c = 0; c < Math::kChannels; ++c) {
+          const int channel = s * Math::kChannels + c;
+          a.a[c] = apply(job.epilogue, channel, mul(sub(a.a[c], mean), scale));
+          if (c > 0 && channel >= job.channels) a.a[c] = zero();
+        }
+        store_slot<Math>(job.y + first + s * slot, a);
+      }
+    }
 }
 
 // Where a channel of a bfloat16 pixel is: a slot, and half of its 4-byte lanes.
@@ -292,8 +418,6 @@ struct Half {
   int shift;
   ptrdiff_t step;  // to the next block
 };
-
-alignas(kVectorBytes) const char kZeros[kVectorBytes] = {};
 
 CN_INLINE Half half_of(const char* pixel, int channel, ptrdiff_t slot_bytes) {
   if (!pixel) return {kZeros, 0, 0};

@@ -41,6 +41,7 @@ struct ConvShape {
   const Taps *rows, *cols;  // out_h and out_w of them
   bool unpadded;            // every column of the output sees every tap of a kernel row
   bool pool;                // a 2 x 2 max-pool with stride 2 follows; an odd last row or column is dropped
+  bool depthwise;           // every group has one channel and one output; there is one panel, and no pool
 };
 
 // The outputs computed by one register tile, and the input slots that they need (all of them unless conv_groups > 1).
@@ -51,12 +52,19 @@ struct Panel {
   size_t offset;  // of its packed weights, in bytes
 };
 
-// y = after_scale * relu(scale * x + shift) + after_shift for every channel; relu and `after` are optional. Where the
-// number of channels is odd, arrays end with an additional zero, so that the partner of the last channel becomes zero.
+// As in torch. clamp: min(max(x, low), high); leaky: x, or low * x where x is negative; gelu_tanh: the approximation of
+// GELU by tanh. The functions from `kFirstCurve` on are in activations.h.
+enum class Activation { none, relu, clamp, leaky, sigmoid, tanh, silu, gelu, gelu_tanh, hardsigmoid, hardswish };
+
+constexpr Activation kFirstCurve = Activation::sigmoid;
+
+// y = after_scale * activation(scale * x + shift) + after_shift for every channel; `after` is optional. Where the
+// number of channels is odd, arrays end with an additional zero.
 struct Epilogue {
   const float *scale, *shift;
   const float *after_scale, *after_shift;  // null: none
-  bool relu;
+  Activation activation;
+  float low, high;
   bool monotone;  // everything is finite and every scale positive: a max-pool before it gives the same as after it
 };
 
@@ -93,11 +101,23 @@ struct PoolJob {
   int divisor;  // of an average; 0: the size of the window
 };
 
-// y = epilogue(a + b), or epilogue(a) where b is null.
+// y = epilogue(a + b) or epilogue(a * b), or epilogue(a) where b is null.
 struct PointwiseJob {
   const char *a, *b;
   char* y;
-  int image_blocks, slots, pixels;
+  int image_blocks, channels, slots, pixels;
+  bool multiply;
+  bool one_pixel;  // b has one pixel, which meets all of a
+  Epilogue epilogue;
+};
+
+// y = epilogue((x - mean) / sqrt(variance + eps)), mean and variance over the channels of each pixel, or, with groups,
+// over all pixels and the channels of each group; without a curve.
+struct NormalizeJob {
+  const char* x;
+  char* y;
+  int image_blocks, channels, slots, pixels, groups;
+  float eps;
   Epilogue epilogue;
 };
 
@@ -128,6 +148,7 @@ struct TypeKernels {
   void (*conv)(const ConvJob&);
   void (*pool)(const PoolJob&);
   void (*pointwise)(const PointwiseJob&);
+  void (*normalize)(const NormalizeJob&);
   void (*flatten)(const FlattenJob&);
   void (*assemble)(const AssembleJob&);
   int panel_width;  // the widest panel: kPanelOutputs, or 32 for AMX

@@ -2,7 +2,9 @@
 // compiled for: AVX-512 with or without BF16, AVX2 with FMA, or portable C++.
 //
 //   Lanes                16 floats, one image a lane, and the operations on them that the kernels need. All of them
-//                        propagate NaN, including `max` and `relu`, as in torch
+//                        propagate NaN, including `max`, `relu` and `clamp` (of their first operand), as in torch.
+//                        if_negative(s, a, b): a where the sign of s is set, else b. power_of_two(a): 2^n for a =
+//                        n + 1.5 * 2^23, -126 <= n <= 127
 //   Float, Bfloat16      sum += x * w for NV vectors of images and NC outputs, NV * NC sums in registers: the step
 //                        through one slot, and how the weights of a panel are packed for it
 //
@@ -48,8 +50,18 @@ CN_INLINE Lanes load(const void* p) { return {_mm512_load_ps(p)}; }
 CN_INLINE void store(void* p, Lanes a) { _mm512_store_ps(p, a.v); }
 CN_INLINE Lanes fma(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 CN_INLINE Lanes add(Lanes a, Lanes b) { return {_mm512_add_ps(a.v, b.v)}; }
+CN_INLINE Lanes mul(Lanes a, Lanes b) { return {_mm512_mul_ps(a.v, b.v)}; }
 CN_INLINE Lanes div(Lanes a, Lanes b) { return {_mm512_div_ps(a.v, b.v)}; }
+CN_INLINE Lanes sqrt(Lanes a) { return {_mm512_sqrt_ps(a.v)}; }
 CN_INLINE Lanes relu(Lanes a) { return {_mm512_max_ps(_mm512_setzero_ps(), a.v)}; }  // propagates NaN: the second operand
+CN_INLINE Lanes clamp(Lanes a, Lanes low, Lanes high) { return {_mm512_min_ps(high.v, _mm512_max_ps(low.v, a.v))}; }
+CN_INLINE Lanes if_negative(Lanes sign, Lanes a, Lanes b) {
+  return {_mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(sign.v)), b.v, a.v)};
+}
+CN_INLINE Lanes power_of_two(Lanes a) {
+  return {_mm512_castsi512_ps(
+      _mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23), _mm512_set1_epi32(0x3f800000)))};
+}
 CN_INLINE Lanes max(Lanes a, Lanes b) {
   return {_mm512_mask_max_ps(a.v, _mm512_cmp_ps_mask(a.v, a.v, _CMP_ORD_Q), a.v, b.v)};
 }
@@ -102,10 +114,23 @@ CN_INLINE Lanes fma(Lanes x, Lanes y, Lanes z) {
   return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
 }
 CN_INLINE Lanes add(Lanes x, Lanes y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+CN_INLINE Lanes mul(Lanes x, Lanes y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
 CN_INLINE Lanes div(Lanes x, Lanes y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+CN_INLINE Lanes sqrt(Lanes x) { return {_mm256_sqrt_ps(x.a), _mm256_sqrt_ps(x.b)}; }
 CN_INLINE Lanes relu(Lanes x) {  // propagates NaN: the second operand
   return {_mm256_max_ps(_mm256_setzero_ps(), x.a), _mm256_max_ps(_mm256_setzero_ps(), x.b)};
 }
+CN_INLINE Lanes clamp(Lanes x, Lanes low, Lanes high) {
+  return {_mm256_min_ps(high.a, _mm256_max_ps(low.a, x.a)), _mm256_min_ps(high.b, _mm256_max_ps(low.b, x.b))};
+}
+CN_INLINE Lanes if_negative(Lanes sign, Lanes x, Lanes y) {
+  return {_mm256_blendv_ps(y.a, x.a, sign.a), _mm256_blendv_ps(y.b, x.b, sign.b)};
+}
+CN_INLINE __m256 power_of_two(__m256 x) {
+  return _mm256_castsi256_ps(
+      _mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(x), 23), _mm256_set1_epi32(0x3f800000)));
+}
+CN_INLINE Lanes power_of_two(Lanes x) { return {power_of_two(x.a), power_of_two(x.b)}; }
 CN_INLINE __m256 max(__m256 x, __m256 y) {
   return _mm256_blendv_ps(_mm256_max_ps(x, y), x, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
 }
@@ -162,8 +187,16 @@ CN_INLINE Lanes add(Lanes a, Lanes b) {
   for (int i = 0; i < kLanes; ++i) a.v[i] += b.v[i];
   return a;
 }
+CN_INLINE Lanes mul(Lanes a, Lanes b) {
+  for (int i = 0; i < kLanes; ++i) a.v[i] *= b.v[i];
+  return a;
+}
 CN_INLINE Lanes div(Lanes a, Lanes b) {
   for (int i = 0; i < kLanes; ++i) a.v[i] /= b.v[i];
+  return a;
+}
+CN_INLINE Lanes sqrt(Lanes a) {
+  for (int i = 0; i < kLanes; ++i) a.v[i] = __builtin_sqrtf(a.v[i]);
   return a;
 }
 CN_INLINE Lanes max(Lanes a, Lanes b) {
@@ -174,10 +207,27 @@ CN_INLINE Lanes relu(Lanes a) {
   for (int i = 0; i < kLanes; ++i) a.v[i] = 0 > a.v[i] ? 0 : a.v[i];
   return a;
 }
+CN_INLINE Lanes clamp(Lanes a, Lanes low, Lanes high) {
+  for (int i = 0; i < kLanes; ++i) a.v[i] = low.v[i] > a.v[i] ? low.v[i] : a.v[i];
+  for (int i = 0; i < kLanes; ++i) a.v[i] = high.v[i] < a.v[i] ? high.v[i] : a.v[i];
+  return a;
+}
 CN_INLINE Lanes from_bits(const uint32_t (&u)[kLanes]) {
   Lanes r;
   memcpy(r.v, u, sizeof u);
   return r;
+}
+CN_INLINE Lanes if_negative(Lanes sign, Lanes a, Lanes b) {
+  uint32_t u[kLanes];
+  memcpy(u, sign.v, sizeof u);
+  for (int i = 0; i < kLanes; ++i) b.v[i] = u[i] >> 31 ? a.v[i] : b.v[i];
+  return b;
+}
+CN_INLINE Lanes power_of_two(Lanes a) {
+  uint32_t u[kLanes];
+  memcpy(u, a.v, sizeof u);
+  for (int i = 0; i < kLanes; ++i) u[i] = (u[i] << 23) + 0x3f800000u;
+  return from_bits(u);
 }
 CN_INLINE Lanes load_even(const void* p) {
   uint32_t u[kLanes];

@@ -355,6 +355,8 @@ Engine::Impl::Impl(const Plan::Impl& plan, int number)
     op.divisor = source->divisor;
     op.kernel_w = source->kernel_w;
     op.dilation_w = source->dilation_w;
+    if (!source->whole) throw std::invalid_argument("cuda: there is no kernel for a selection of channels");
+    if (source->kind == Kind::normalize) throw std::invalid_argument("cuda: there is no kernel for LayerNorm and GroupNorm");
     Geometry g = {};
     Arrays a;
     if (op.kind == Kind::conv) {
@@ -379,7 +381,11 @@ Engine::Impl::Impl(const Plan::Impl& plan, int number)
       a.after_scale = upload(f.after_scale);
       a.after_shift = upload(f.after_shift);
       const auto floats = [](const Memory& m) { return static_cast<const float*>(m.get()); };
-      a.epilogue = {floats(a.scale), floats(a.shift), floats(a.after_scale), floats(a.after_shift), f.relu};
+      if (f.activation > Activation::relu)
+        throw std::invalid_argument(std::string("cuda: there is no kernel for the activation ") + name(f.activation));
+      if (source->multiply) throw std::invalid_argument("cuda: there is no kernel for products of two values");
+      a.epilogue = {floats(a.scale), floats(a.shift), floats(a.after_scale), floats(a.after_shift),
+                    f.activation == Activation::relu};
     }
     if (op.kind == Kind::pool) a.rows = upload(source->rows);
     if (op.kind == Kind::pool || op.kind == Kind::unfold) a.cols = upload(source->cols);
@@ -566,6 +572,7 @@ void Engine::Impl::run_operation(const Step& step, int index) const {
       launch_elementwise(kernel, work(p.channels), samples, step.stream, p, "pointwise");
       break;
     }
+    case Kind::normalize: break;  // refused above
     case Kind::concat: {
       int first = 0;
       for (int part : op.inputs) {

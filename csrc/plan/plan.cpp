@@ -72,7 +72,26 @@ Buffer::Buffer(size_t bytes) {
 
 void Buffer::Free::operator()(char* p) const { std::free(p); }
 
-PaddedPointwise::PaddedPointwise(const Pointwise& p, int channels) : relu(p.relu) {
+const char* name(Activation activation) {
+  switch (activation) {
+    case Activation::none: return "none";
+    case Activation::relu: return "relu";
+    case Activation::clamp: return "clamp";
+    case Activation::leaky: return "leaky";
+    case Activation::sigmoid: return "sigmoid";
+    case Activation::tanh: return "tanh";
+    case Activation::silu: return "silu";
+    case Activation::gelu: return "gelu";
+    case Activation::gelu_tanh: return "gelu_tanh";
+    case Activation::hardsigmoid: return "hardsigmoid";
+    case Activation::hardswish: return "hardswish";
+  }
+  return "";
+}
+
+PaddedPointwise::PaddedPointwise(const Pointwise& p, int channels) : activation(p.activation), low(p.low), high(p.high) {
+  if (std::isnan(low) || std::isnan(high)) fail("pointwise: a bound or slope that is NaN");
+  if (activation == Activation::leaky && std::isinf(low)) fail("pointwise: an infinite slope");
   const auto padded = [channels](const std::vector<float>& v, float missing) {
     if (!v.empty() && int(v.size()) != channels)
       fail("pointwise: " + std::to_string(v.size()) + " numbers for " + std::to_string(channels) + " channels");
@@ -93,11 +112,11 @@ PaddedPointwise::PaddedPointwise(const Pointwise& p, int channels) : relu(p.relu
   const auto positive = [](float f) { return f > 0 && std::isfinite(f); };
   const auto finite = [](float f) { return std::isfinite(f); };
   monotone = all_of(scale, positive) && all_of(after_scale, positive) && all_of(shift, finite) &&
-             all_of(after_shift, finite);
+             all_of(after_shift, finite) && (activation != Activation::leaky || low >= 0);
 }
 
 Epilogue PaddedPointwise::view() const {
-  Epilogue e = {scale.data(), shift.data(), nullptr, nullptr, relu, monotone};
+  Epilogue e = {scale.data(), shift.data(), nullptr, nullptr, activation, low, high, monotone};
   if (!after_scale.empty()) {
     e.after_scale = after_scale.data();
     e.after_shift = after_shift.data();
@@ -152,6 +171,8 @@ int Plan::conv(int x, const Conv& conv) {
   if (conv.weight.size() != weights)
     fail("conv: " + std::to_string(conv.weight.size()) + " weights instead of " + std::to_string(weights));
   if (conv.pool && (out_h < 2 || out_w < 2)) fail("conv: its output is smaller than the pool");
+  if (conv.pool && conv.pointwise.activation >= kFirstCurve)
+    fail(std::string("conv: a pool cannot be fused with the activation ") + name(conv.pointwise.activation));
 
   // An odd number of channels wastes half a slot at every tap. If the input is the same on all chips, the columns under
   // a kernel row are turned into channels once for all of them; the order of the weights, and so their noise, is the
@@ -192,11 +213,14 @@ int Plan::conv(int x, const Conv& conv) {
   shape.unpadded =
       std::all_of(op->cols.begin(), op->cols.end(), [&](const Taps& t) { return t.last - t.first == conv.kernel_w; });
   shape.pool = conv.pool;
+  shape.depthwise = conv.groups > 1 && group_channels == 1 && group_outputs == 1 && !conv.pool;
 
   // A panel reads the channels of all conv groups that its outputs belong to.
   const int slot_channels = type == Type::float32 ? 1 : 2;
   int first = 0;
-  for (int width : panel_widths(conv.outputs, impl_->kernels.panel_width)) {
+  const std::vector<int> widths = shape.depthwise ? std::vector<int>{conv.outputs}
+                                                  : panel_widths(conv.outputs, impl_->kernels.panel_width);
+  for (int width : widths) {
     const int outputs = std::min(width, conv.outputs - first);
     const int slot = first / group_outputs * group_channels / slot_channels;
     const int channels_end = ((first + outputs - 1) / group_outputs + 1) * group_channels;
@@ -244,8 +268,17 @@ int Plan::Impl::unfold(int x, const Conv& conv, int out_w) {
 
 int Plan::Impl::pool(const char* name, int x, const Window& w, bool average) {
   const Shape in = value(x).shape;
-  const int out_h = output_size(name, in.height, w.kernel_h, w.stride_h, w.padding_h, 1);
-  const int out_w = output_size(name, in.width, w.kernel_w, w.stride_w, w.padding_w, 1);
+  int out_h = output_size(name, in.height, w.kernel_h, w.stride_h, w.padding_h, 1);
+  int out_w = output_size(name, in.width, w.kernel_w, w.stride_w, w.padding_w, 1);
+  if (w.ceil) {
+    if (average && w.include_padding) fail(std::string(name) + ": ceil goes with averages of the input alone");
+    const auto one_more = [](int input, int kernel, int stride, int padding, int output) {
+      return int64_t(output - 1) * stride + kernel < input + 2 * int64_t(padding) &&
+             int64_t(output) * stride < int64_t(input) + padding;
+    };
+    out_h += one_more(in.height, w.kernel_h, w.stride_h, w.padding_h, out_h);
+    out_w += one_more(in.width, w.kernel_w, w.stride_w, w.padding_w, out_w);
+  }
   if (2 * w.padding_h > w.kernel_h || 2 * w.padding_w > w.kernel_w)
     fail(std::string(name) + ": padding is at most half the kernel");
   auto op = std::make_unique<Operation>();
@@ -254,7 +287,7 @@ int Plan::Impl::pool(const char* name, int x, const Window& w, bool average) {
   op->rows = taps(in.height, out_h, w.kernel_h, w.stride_h, w.padding_h, 1);
   op->cols = taps(in.width, out_w, w.kernel_w, w.stride_w, w.padding_w, 1);
   op->average = average;
-  op->divisor = w.kernel_h * w.kernel_w;
+  op->divisor = w.include_padding ? w.kernel_h * w.kernel_w : 0;
   return append(std::move(op), {in.channels, out_h, out_w});
 }
 
@@ -274,36 +307,83 @@ int Plan::adaptive_average_pool(int x, int height, int width) {
   return impl_->append(std::move(op), {in.channels, height, width});
 }
 
-int Plan::Impl::pointwise(std::vector<int> inputs, const Pointwise& pointwise) {
+int Plan::Impl::pointwise(std::vector<int> inputs, const Pointwise& pointwise, bool multiply) {
   const Shape in = value(inputs[0]).shape;
   for (int input : inputs) {
     const Shape other = value(input).shape;
-    if (other.channels != in.channels || other.height != in.height || other.width != in.width)
-      fail("add: two shapes that differ");
+    const bool one_pixel = multiply && other.height == 1 && other.width == 1;
+    if (other.channels != in.channels || ((other.height != in.height || other.width != in.width) && !one_pixel))
+      fail(std::string(multiply ? "multiply" : "add") + ": two shapes that differ");
   }
   auto op = std::make_unique<Operation>();
   op->kind = Kind::pointwise;
   op->inputs = std::move(inputs);
   op->pointwise = PaddedPointwise(pointwise, in.channels);
+  op->multiply = multiply;
   return append(std::move(op), in);
 }
 
 int Plan::pointwise(int a, const Pointwise& pointwise) { return impl_->pointwise({a}, pointwise); }
 int Plan::add(int a, int b, const Pointwise& pointwise) { return impl_->pointwise({a, b}, pointwise); }
+int Plan::multiply(int a, int b, const Pointwise& pointwise) { return impl_->pointwise({a, b}, pointwise, true); }
+
+int Plan::Impl::normalize(const char* kind, int x, int groups, float eps, const Pointwise& pointwise) {
+  const Shape in = value(x).shape;
+  if (!(eps >= 0)) fail(std::string(kind) + ": eps is at least 0");
+  if (pointwise.activation >= kFirstCurve)
+    fail(std::string(kind) + ": it cannot be fused with the activation " + name(pointwise.activation));
+  auto op = std::make_unique<Operation>();
+  op->kind = Kind::normalize;
+  op->inputs = {x};
+  op->pointwise = PaddedPointwise(pointwise, in.channels);
+  op->eps = eps;
+  op->norm_groups = groups;
+  return append(std::move(op), in);
+}
+
+int Plan::layer_norm(int x, float eps, const Pointwise& pointwise) {
+  return impl_->normalize("layer_norm", x, 0, eps, pointwise);
+}
+
+int Plan::group_norm(int x, int groups, float eps, const Pointwise& pointwise) {
+  const int channels = impl_->value(x).shape.channels;
+  if (groups < 1 || channels % groups)
+    fail("group_norm: " + std::to_string(groups) + " groups do not divide " + std::to_string(channels) + " channels");
+  return impl_->normalize("group_norm", x, groups, eps, pointwise);
+}
 
 int Plan::concat(const std::vector<int>& parts) {
   if (parts.empty()) fail("concat: nothing");
+  auto op = std::make_unique<Operation>();
+  op->kind = Kind::concat;
+  op->inputs = parts;
   Shape result = impl_->value(parts[0]).shape;
   result.channels = 0;
   for (int part : parts) {
     const Shape in = impl_->value(part).shape;
     if (in.height != result.height || in.width != result.width) fail("concat: images that differ in size");
+    op->pieces.push_back({int(op->pieces.size()), 0, in.channels});
     result.channels += in.channels;
   }
+  return impl_->append(std::move(op), result);
+}
+
+int Plan::channels(int x, const std::vector<int>& order) {
+  Shape shape = impl_->value(x).shape;
   auto op = std::make_unique<Operation>();
   op->kind = Kind::concat;
-  op->inputs = parts;
-  return impl_->append(std::move(op), result);
+  op->inputs = {x};
+  op->whole = false;
+  for (int channel : order) {
+    if (channel < 0 || channel >= shape.channels)
+      fail("channels: there is no channel " + std::to_string(channel) + " of " + std::to_string(shape.channels));
+    if (!op->pieces.empty() && op->pieces.back().first + op->pieces.back().count == channel)
+      ++op->pieces.back().count;
+    else
+      op->pieces.push_back({0, channel, 1});
+  }
+  shape.channels = int(order.size());
+  return impl_->append(std::move(op), shape);
 }
 
 // ---- memory ---------------------------------------------------------------------------------------------------------

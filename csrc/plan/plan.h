@@ -36,13 +36,17 @@ struct Shape {
   int channels, height, width;
 };
 
-// y = after_scale * relu(scale * x + shift) + after_shift for every channel, relu only if set. An empty vector means
-// all ones (scales) or zeros (shifts). Covers a bias, and BatchNorm before or after ReLU.
+// y = after_scale * activation(scale * x + shift) + after_shift for every channel. An empty vector means all ones
+// (scales) or zeros (shifts). Covers a bias, and BatchNorm before or after the activation. `low` and `high` are the bounds
+// of a clamp, `low` is the slope of a leaky ReLU.
 struct Pointwise {
   std::vector<float> scale, shift;
-  bool relu = false;
+  Activation activation = Activation::none;
   std::vector<float> after_scale, after_shift;
+  float low = 0, high = 0;
 };
+
+const char* name(Activation activation);
 
 struct Conv {
   int outputs = 0;
@@ -51,7 +55,7 @@ struct Conv {
   std::vector<float> weight;  // (outputs, kernel_h, kernel_w, channels / groups)
   std::optional<Noise> noise;  // of the layer; `Run` says which seed and samples
   Pointwise pointwise;
-  bool pool = false;  // a 2 x 2 max-pool with stride 2 follows
+  bool pool = false;  // a 2 x 2 max-pool with stride 2 follows; not with an activation of activations.h
 };
 
 struct Linear {
@@ -61,9 +65,11 @@ struct Linear {
   Pointwise pointwise;
 };
 
-// The moving window of a pool.
+// The moving window of a pool. With `ceil` a last window may reach beyond the padding, though it begins before it.
+// Averages count padding as zeros, or, without `include_padding`, the input alone.
 struct Window {
   int kernel_h, kernel_w, stride_h, stride_w, padding_h = 0, padding_w = 0;
+  bool ceil = false, include_padding = true;
 };
 
 // An image is classified correctly if none of its outputs is NaN and the first of the largest ones is the label's.
@@ -103,11 +109,17 @@ class Plan {
   int linear(int x, const Linear& linear);  // x is flattened
   int flatten(int x);                       // to channels, in the order (c, h, w)
   int max_pool(int x, const Window& window);
-  int average_pool(int x, const Window& window);  // padding counts as zeros
+  int average_pool(int x, const Window& window);
   int adaptive_average_pool(int x, int height, int width);
   int concat(const std::vector<int>& values);  // of channels
+  int channels(int x, const std::vector<int>& order);  // the channels with these numbers
   int pointwise(int a, const Pointwise& pointwise);
   int add(int a, int b, const Pointwise& pointwise);  // pointwise(a + b)
+  int multiply(int a, int b, const Pointwise& pointwise);  // pointwise(a * b); b may be 1 x 1 for each channel
+
+  // pointwise((x - mean) / sqrt(variance + eps)), over the channels of each pixel; no activation of activations.h
+  int layer_norm(int x, float eps, const Pointwise& pointwise);
+  int group_norm(int x, int groups, float eps, const Pointwise& pointwise);  // over all pixels of a group of channels
 
   // Declares the output of the network; called once, after the last operation.
   void finish(int output);

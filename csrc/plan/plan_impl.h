@@ -42,21 +42,26 @@ struct Value {
 // `Pointwise` with all its arrays, padded for the kernels.
 struct PaddedPointwise {
   std::vector<float> scale, shift, after_scale, after_shift;
-  bool relu = false, monotone = true;
+  Activation activation = Activation::none;
+  float low = 0, high = 0;
+  bool monotone = true;
 
   PaddedPointwise() = default;
   PaddedPointwise(const Pointwise& p, int channels);
   Epilogue view() const;
 };
 
-enum class Kind { input, conv, pool, pointwise, concat, flatten, unfold };
+enum class Kind { input, conv, pool, pointwise, normalize, concat, flatten, unfold };
 
 struct Operation {
   Kind kind;
   std::vector<int> inputs;  // values
 
   std::vector<Taps> rows, cols;  // conv, pool; unfold has cols
-  PaddedPointwise pointwise;     // conv, pointwise
+  PaddedPointwise pointwise;     // conv, pointwise, normalize
+  float eps = 0;                 // normalize, with the number of groups of channels, or 0 for each pixel alone
+  int norm_groups = 0;
+  bool multiply = false;         // pointwise of two values: their product, not their sum
 
   // conv
   ConvShape shape{};
@@ -69,6 +74,13 @@ struct Operation {
   // pool
   bool average = false;
   int divisor = 0;
+
+  // concat
+  struct Piece {
+    int input, first, count;  // channels first .. first + count - 1 of inputs[input]
+  };
+  std::vector<Piece> pieces;
+  bool whole = true;  // the pieces are the inputs
 
   // unfold
   int kernel_w = 0, dilation_w = 0;
@@ -92,7 +104,8 @@ struct Plan::Impl {
   const Value& value(int number) const;
   int append(std::unique_ptr<Operation> op, Shape shape);
   int pool(const char* name, int x, const Window& window, bool average);
-  int pointwise(std::vector<int> inputs, const Pointwise& pointwise);
+  int pointwise(std::vector<int> inputs, const Pointwise& pointwise, bool multiply = false);
+  int normalize(const char* name, int x, int groups, float eps, const Pointwise& pointwise);
   int unfold(int x, const Conv& conv, int out_w);
   int narrow_operations() const;
   void plan_memory();

@@ -62,6 +62,35 @@ void widen(const char* x, size_t vectors, int block, int blocks, char* y) {
   for (size_t i = 0; i < vectors; ++i) memcpy(y + (i * blocks + block) * kVectorBytes, x + i * kVectorBytes, kVectorBytes);
 }
 
+// Converts images in lanes, of which the first `count` are wanted, to (images, channels, height, width) in float32:
+// `to_lanes` the other way.
+void to_images(Type type, const char* x, Shape shape, int slots, int64_t count, int blocks, float* images) {
+  constexpr size_t kPiece = 128;
+  const size_t area = size_t(shape.height) * shape.width, size = area * shape.channels;
+  const int slot_channels = type == Type::float32 ? 1 : 2;
+  uint32_t cells[kLanes][kPiece];
+  for (int slot = 0; slot < slots; ++slot)
+    for (int block = 0; block < blocks && block * kLanes < count; ++block)
+      for (size_t begin = 0; begin < area; begin += kPiece) {
+        const size_t pixels = std::min(kPiece, area - begin);
+        for (size_t p = 0; p < pixels; ++p) {
+          uint32_t vector[kLanes];
+          memcpy(vector, x + (((begin + p) * slots + slot) * blocks + block) * kVectorBytes, kVectorBytes);
+          for (int i = 0; i < kLanes; ++i) cells[i][p] = vector[i];
+        }
+        for (int i = 0; i < kLanes && block * kLanes + i < count; ++i)
+          for (int half = 0; half < slot_channels; ++half) {
+            const int channel = slot * slot_channels + half;
+            if (channel >= shape.channels) continue;
+            float* out = images + (block * kLanes + i) * size + channel * area + begin;
+            if (type == Type::float32)
+              memcpy(out, cells[i], pixels * sizeof(float));
+            else
+              for (size_t p = 0; p < pixels; ++p) out[p] = bfloat16_to_float(uint16_t(cells[i][p] >> (16 * half)));
+          }
+      }
+}
+
 // Reads one channel of one image. `pixel`: the first slot of its first block.
 float from_lanes(Type type, const char* pixel, int channel, int image, int blocks) {
   const size_t slot = size_t(blocks) * kVectorBytes;
@@ -269,17 +298,26 @@ void Plan::Impl::run_operation(Worker& worker, const Images& images, const Part&
                     op.cols.data(), op.average, op.divisor});
       break;
     case Kind::pointwise: {
-      const char* b = op.inputs.size() > 1 ? address(op.inputs[1], worker, images, part) : nullptr;
-      kernels.pointwise({x, b, y, blocks, out.slots, int(pixels), op.pointwise.view()});
+      const bool two = op.inputs.size() > 1;
+      const char* b = two ? address(op.inputs[1], worker, images, part) : nullptr;
+      const bool one_pixel = two && values[op.inputs[1]].shape.height * values[op.inputs[1]].shape.width == 1;
+      kernels.pointwise({x, b, y, blocks, out.shape.channels, out.slots, int(pixels), op.multiply, one_pixel,
+                         op.pointwise.view()});
       break;
     }
+    case Kind::normalize:
+      kernels.normalize({x, y, blocks, out.shape.channels, out.slots, int(pixels), op.norm_groups, op.eps,
+                         op.pointwise.view()});
+      break;
     case Kind::flatten: kernels.flatten({x, y, blocks, in.shape.channels, in.shape.height * in.shape.width}); break;
     case Kind::concat:
       for (size_t p = 0; p < pixels; ++p) {
         runs.clear();
-        for (int input : op.inputs)
+        for (const Operation::Piece& piece : op.pieces) {
+          const int input = op.inputs[piece.input];
           runs.push_back(
-              {address(input, worker, images, part) + p * values[input].slots * slot, 0, values[input].shape.channels});
+              {address(input, worker, images, part) + p * values[input].slots * slot, piece.first, piece.count});
+        }
         kernels.assemble({y + p * out_pixel, runs.data(), int(runs.size()), blocks});
       }
       break;
@@ -308,13 +346,11 @@ Plan::Impl::Counts Plan::Impl::collect(Worker& worker, const Images& images, int
   const int64_t first = chunk * images.chunk_blocks * kLanes, pixels = int64_t(v.shape.height) * v.shape.width;
   const char* y = address(output, worker, images, {chunk, false, 0, blocks});
   Counts counts;
-  for (int64_t i = 0; i < std::min<int64_t>(run.count - first, blocks * kLanes); ++i) {
-    if (run.outputs) {
-      float* out = run.outputs + (sample * run.count + first + i) * v.shape.channels * pixels;
-      for (int c = 0; c < v.shape.channels; ++c)
-        for (int64_t p = 0; p < pixels; ++p)
-          *out++ = from_lanes(stored, y + p * v.slots * blocks * kVectorBytes, c, int(i), blocks);
-    }
+  const int64_t count = std::min<int64_t>(run.count - first, blocks * kLanes);
+  if (run.outputs)
+    to_images(stored, y, v.shape, v.slots, count, blocks,
+              run.outputs + (sample * run.count + first) * v.shape.channels * pixels);
+  for (int64_t i = 0; i < count; ++i) {
     if (run.labels) {
       int best = 0;
       float largest = from_lanes(stored, y, 0, int(i), blocks);

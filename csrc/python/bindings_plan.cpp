@@ -15,10 +15,17 @@ using Pair = std::array<int, 2>;
 
 std::vector<float> values(const Floats& array) { return {array.data(), array.data() + array.size()}; }
 
-Pointwise pointwise(const std::optional<Floats>& scale, const std::optional<Floats>& shift, bool relu,
-                    const std::optional<Floats>& after_scale, const std::optional<Floats>& after_shift) {
+Activation activation_named(const std::string& text) {
+  for (int i = 0; i <= int(Activation::hardswish); ++i)
+    if (text == name(Activation(i))) return Activation(i);
+  fail("activation: there is no '" + text + "'");
+}
+
+Pointwise pointwise(const std::optional<Floats>& scale, const std::optional<Floats>& shift,
+                    const std::string& activation, const std::optional<Floats>& after_scale,
+                    const std::optional<Floats>& after_shift, float low, float high) {
   const auto get = [](const std::optional<Floats>& array) { return array ? values(*array) : std::vector<float>{}; };
-  return {get(scale), get(shift), relu, get(after_scale), get(after_shift)};
+  return {get(scale), get(shift), activation_named(activation), get(after_scale), get(after_shift), low, high};
 }
 
 }  // namespace
@@ -28,7 +35,8 @@ void bind_plan(py::module_& m) {
 
   py::class_<Pointwise>(m, "Pointwise")
       .def(py::init(&pointwise), py::kw_only(), py::arg("scale") = py::none(), py::arg("shift") = py::none(),
-           py::arg("relu") = false, py::arg("after_scale") = py::none(), py::arg("after_shift") = py::none());
+           py::arg("activation") = "none", py::arg("after_scale") = py::none(), py::arg("after_shift") = py::none(),
+           py::arg("low") = 0.0f, py::arg("high") = 0.0f);
 
   py::class_<BoundPlan>(m, "Plan")
       .def(py::init([](const std::string& precision, int channels, int height, int width) {
@@ -76,21 +84,31 @@ void bind_plan(py::module_& m) {
       .def("flatten", [](BoundPlan& p, int x) { return p.plan.flatten(x); })
       .def(
           "max_pool",
-          [](BoundPlan& p, int x, Pair kernel, Pair stride, Pair padding) {
-            return p.plan.max_pool(x, {kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1]});
+          [](BoundPlan& p, int x, Pair kernel, Pair stride, Pair padding, bool ceil, bool include_padding) {
+            return p.plan.max_pool(
+                x, {kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1], ceil, include_padding});
           },
-          py::arg("x"), py::arg("kernel"), py::arg("stride"), py::arg("padding"))
+          py::arg("x"), py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("ceil") = false,
+          py::arg("include_padding") = true)
       .def(
           "average_pool",
-          [](BoundPlan& p, int x, Pair kernel, Pair stride, Pair padding) {
-            return p.plan.average_pool(x, {kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1]});
+          [](BoundPlan& p, int x, Pair kernel, Pair stride, Pair padding, bool ceil, bool include_padding) {
+            return p.plan.average_pool(
+                x, {kernel[0], kernel[1], stride[0], stride[1], padding[0], padding[1], ceil, include_padding});
           },
-          py::arg("x"), py::arg("kernel"), py::arg("stride"), py::arg("padding"))
+          py::arg("x"), py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("ceil") = false,
+          py::arg("include_padding") = true)
       .def("adaptive_average_pool",
            [](BoundPlan& p, int x, int height, int width) { return p.plan.adaptive_average_pool(x, height, width); })
       .def("concat", [](BoundPlan& p, const std::vector<int>& parts) { return p.plan.concat(parts); })
+      .def("channels", [](BoundPlan& p, int x, const std::vector<int>& order) { return p.plan.channels(x, order); })
       .def("pointwise", [](BoundPlan& p, int x, const Pointwise& f) { return p.plan.pointwise(x, f); })
       .def("add", [](BoundPlan& p, int a, int b, const Pointwise& f) { return p.plan.add(a, b, f); })
+      .def("multiply", [](BoundPlan& p, int a, int b, const Pointwise& f) { return p.plan.multiply(a, b, f); })
+      .def("layer_norm",
+           [](BoundPlan& p, int x, float eps, const Pointwise& f) { return p.plan.layer_norm(x, eps, f); })
+      .def("group_norm", [](BoundPlan& p, int x, int groups, float eps,
+                            const Pointwise& f) { return p.plan.group_norm(x, groups, eps, f); })
       .def("finish",
            [](BoundPlan& p, int output) {
              p.plan.finish(output);

@@ -34,7 +34,7 @@ struct RandomLayers {
     c.weight = normal(outputs * fan_in, std::sqrt(2.0 / double(fan_in)));
     c.noise = correctnet::lognormal_noise(layer++, sigma, -sigma * sigma / 2);
     c.pointwise.shift = normal(outputs, 0.1);
-    c.pointwise.relu = !last;
+    if (!last) c.pointwise.activation = correctnet::Activation::relu;
     if (!last && batchnorm == BatchNorm::before) c.pointwise.scale = normal(outputs, 0.3, 1);
     if (!last && batchnorm == BatchNorm::after) {
       c.pointwise.after_scale = normal(outputs, 0.3, 1);

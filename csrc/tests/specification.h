@@ -27,11 +27,32 @@ struct Tensor {
   float at(int n, int c, int h, int w) const { return const_cast<Tensor*>(this)->at(n, c, h, w); }
 };
 
+// As PyTorch's documentation defines them.
+inline double activation(const Pointwise& p, double a) {
+  using correctnet::Activation;
+  const double six = std::min(std::max(a + 3, 0.0), 6.0);
+  if (std::isnan(a)) return a;
+  switch (p.activation) {
+    case Activation::none: return a;
+    case Activation::relu: return a < 0 ? 0 : a;
+    case Activation::clamp: return std::min(std::max(a, double(p.low)), double(p.high));
+    case Activation::leaky: return a < 0 ? p.low * a : a;
+    case Activation::sigmoid: return 1 / (1 + std::exp(-a));
+    case Activation::tanh: return std::tanh(a);
+    case Activation::silu: return a / (1 + std::exp(-a));
+    case Activation::gelu: return a * std::erfc(-a / std::sqrt(2.0)) / 2;
+    case Activation::gelu_tanh: return a / (1 + std::exp(-2 * std::sqrt(2 / M_PI) * (a + 0.044715 * a * a * a)));
+    case Activation::hardsigmoid: return six / 6;
+    case Activation::hardswish: return a * six / 6;
+  }
+  return a;
+}
+
 template <class Sum>
 Sum apply(const Pointwise& p, int channel, Sum a) {
   if (!p.scale.empty()) a = a * p.scale[channel];
   if (!p.shift.empty()) a = a + p.shift[channel];
-  if (p.relu && a < 0) a = 0;
+  a = Sum(activation(p, a));
   if (!p.after_scale.empty()) a = a * p.after_scale[channel];
   if (!p.after_shift.empty()) a = a + p.after_shift[channel];
   return a;
@@ -41,10 +62,17 @@ inline int output_size(int input, int kernel, int stride, int padding, int dilat
   return (input + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
 }
 
+// With `ceil`, as many windows as begin before the padding at the end and see more than those before.
+inline int windows(int input, int kernel, int stride, int padding, bool ceil) {
+  int count = output_size(input, kernel, stride, padding, 1);
+  while (ceil && (count - 1) * stride + kernel < input + 2 * padding && count * stride < input + padding) ++count;
+  return count;
+}
+
 inline Tensor max_pool(const Tensor& x, const correctnet::Window& p) {
   const Shape s = x.shape;
-  Tensor y({s.channels, output_size(s.height, p.kernel_h, p.stride_h, p.padding_h, 1),
-            output_size(s.width, p.kernel_w, p.stride_w, p.padding_w, 1)},
+  Tensor y({s.channels, windows(s.height, p.kernel_h, p.stride_h, p.padding_h, p.ceil),
+            windows(s.width, p.kernel_w, p.stride_w, p.padding_w, p.ceil)},
            x.count);
   for (int n = 0; n < x.count; ++n)
     for (int c = 0; c < s.channels; ++c)

@@ -379,7 +379,7 @@ int mixed(Plan& plan) {
   const int a = plan.conv(x, first);
   const int b = plan.conv(a, random.conv(6, 6, 3, 1));
   Pointwise relu;
-  relu.relu = true;
+  relu.activation = Activation::relu;
   const int sum = plan.add(a, b, relu);
   const int pooled = plan.max_pool(sum, {3, 3, 2, 2, 1, 1}), mean = plan.average_pool(sum, {3, 3, 2, 2, 1, 1});
   const int both = plan.concat({pooled, mean, plan.adaptive_average_pool(a, plan.shape(mean).height, plan.shape(mean).width)});

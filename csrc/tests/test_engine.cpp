@@ -330,6 +330,24 @@ void test_errors() {
   });
   check_throws("differ in size", [&] { plan_with([&](Plan& p) { p.concat({0, p.max_pool(0, {2, 2, 2, 2})}); }); });
   check_throws("shapes that differ", [&] { plan_with([&](Plan& p) { p.add(0, p.concat({0, 0}), {}); }); });
+  check_throws("3 groups do not divide 4 channels", [&] { plan_with([&](Plan& p) { p.group_norm(0, 3, 0, {}); }); });
+  check_throws("eps is at least 0", [&] { plan_with([&](Plan& p) { p.layer_norm(0, NAN, {}); }); });
+  check_throws("ceil goes with", [&] { plan_with([&](Plan& p) { p.average_pool(0, {2, 2, 2, 2, 0, 0, true}); }); });
+  check_throws("multiply: two shapes", [&] { plan_with([&](Plan& p) { p.multiply(p.max_pool(0, {6, 6, 1, 1}), 0, {}); }); });
+  check_throws("no channel 4 of 4", [&] { plan_with([&](Plan& p) { p.channels(0, {3, 4}); }); });
+  check_throws("empty", [&] { plan_with([&](Plan& p) { p.channels(0, {}); }); });
+  conv_fails("cannot be fused with the activation silu", 72, [](Conv& c) {
+    c.pointwise.activation = Activation::silu;
+    c.pool = true;
+  });
+  conv_fails("infinite slope", 72, [](Conv& c) {
+    c.pointwise.activation = Activation::leaky;
+    c.pointwise.low = INFINITY;
+  });
+  conv_fails("that is NaN", 72, [](Conv& c) {
+    c.pointwise.activation = Activation::clamp;
+    c.pointwise.high = NAN;
+  });
   check_throws("half the kernel", [&] { plan_with([&](Plan& p) { p.max_pool(0, {2, 2, 2, 2, 2, 0}); }); });
   check_throws("empty", [&] { plan_with([&](Plan& p) { p.adaptive_average_pool(0, 0, 1); }); });
   check_throws("is finished", [&] {

@@ -9,8 +9,9 @@ namespace correctnet {
 const Kernels CN_TABLE = {
     CN_NAME,
     {type_kernels<Float>(),
-     {amx_packed_bytes, amx_scratch_bytes, amx_pack, amx_conv, pool<Bfloat16>, pointwise<Bfloat16>, flatten<Bfloat16>,
-      assemble<Bfloat16>, kAmxOutputs, amx_peak}}};
+     {packed_bytes_of<Bfloat16, amx_packed_bytes>, amx_scratch_bytes, pack_of<Bfloat16, amx_pack>,
+      conv_of<Bfloat16, amx_conv>, pool<Bfloat16>, pointwise<Bfloat16>, normalize<Bfloat16>,
+      flatten<Bfloat16>, assemble<Bfloat16>, kAmxOutputs, amx_peak}}};
 // clang-format on
 
 }  // namespace correctnet
