@@ -18,7 +18,9 @@ from torch import Tensor, fx, nn
 from correctnet.crossbar.layers import AnalogLayer, nominal_weight
 from correctnet.devices.base import kernel_noise
 from correctnet.engine import cuda
-from correctnet.engine.trace import RELU, Activation, Op, Traced, changed_by, op_of, shape_of
+from correctnet.engine.activations import RELU, Activation
+from correctnet.engine.operations import Op, op_of
+from correctnet.engine.trace import Traced, changed_by, shape_of
 from correctnet.noise import core
 from correctnet.noise import device as gpu
 from correctnet.precision import Precision
