@@ -209,7 +209,7 @@ struct PanelConv {
   }
 
   // Computes as many columns from `col` on as one tile covers, and returns their number.
-  CN_INLINE int output_columns(int row, int col) const {
+  CN_INLINE int output_tile(int row, int col) const {
     int block = 0, columns = 1;
     if constexpr (kMaxVectors == 4) {
       const ptrdiff_t right = shape.stride_w * pixel(), out_right = job.out_slots * slot();
@@ -231,25 +231,36 @@ struct PanelConv {
     return columns;
   }
 
-  __attribute__((noinline)) void output_row(int row) const {
-    const int width = shape.pool ? shape.out_w / 2 : shape.out_w;
-    for (int col = 0; col < width;) col += output_columns(row, col);
+  // Computes columns `col` to `end`, or a few more where the last tile covers more, and returns the next column.
+  __attribute__((noinline)) int output_columns(int row, int col, int end) const {
+    while (col < end) col += output_tile(row, col);
+    return col;
   }
 };
 
-// Rows are the outer loop, panels the inner: the rows of x under the kernel stay in the cache for all panels.
+// Share of a second-level cache: the part of x that all panels read, one after the other.
+constexpr ptrdiff_t kReadBytes = 128 << 10;
+
+// Parts of a row are the outer loop, panels the inner: what a part reads of x stays in the cache for all panels.
 template <class Math>
 void conv(const ConvJob& job) {
   const ConvShape& shape = *job.shape;
-  const int rows = shape.pool ? shape.out_h / 2 : shape.out_h;
+  const int pooled = shape.pool ? 2 : 1, rows = shape.out_h / pooled, width = shape.out_w / pooled;
+  const ptrdiff_t column =
+      ptrdiff_t(shape.kernel_h) * shape.stride_w * pooled * shape.in_slots * job.image_blocks * kVectorBytes;
+  const int part = column * 8 > kReadBytes ? 8 : int(kReadBytes / column);
   for (int row = 0; row < rows; ++row)
-    for (int i = 0; i < job.panel_count; ++i) {
-      const Panel& panel = job.panels[i];
-      const char* weights = job.packed + (panel.offset - job.panels[0].offset);
-      switch (panel.width) {
-        case 2: PanelConv<Math, 2>{job, shape, panel, weights}.output_row(row); break;
-        case 4: PanelConv<Math, 4>{job, shape, panel, weights}.output_row(row); break;
-        case 6: PanelConv<Math, 6>{job, shape, panel, weights}.output_row(row); break;
+    for (int col = 0, next = 0; col < width; col = next) {
+      const int end = col + part < width ? col + part : width;
+      next = end;
+      for (int i = 0; i < job.panel_count; ++i) {
+        const Panel& panel = job.panels[i];
+        const char* weights = job.packed + (panel.offset - job.panels[0].offset);
+        switch (panel.width) {
+          case 2: next = PanelConv<Math, 2>{job, shape, panel, weights}.output_columns(row, col, end); break;
+          case 4: next = PanelConv<Math, 4>{job, shape, panel, weights}.output_columns(row, col, end); break;
+          default: next = PanelConv<Math, 6>{job, shape, panel, weights}.output_columns(row, col, end); break;
+        }
       }
     }
 }
