@@ -624,6 +624,34 @@ def labelled(images: int) -> tuple[torch.Tensor, torch.Tensor]:
     return inputs(images, 1, 32, 32), torch.arange(images) % 10
 
 
+class _Residual(nn.Module):
+    """Blocks on tokens whose sums are read by the next block's norm, by its attention and by its own sum."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(blocks))
+        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16)) for _ in range(blocks))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for norm, mlp in zip(self.norms, self.mlps, strict=True):
+            z = norm(x)
+            x = x + (z @ z.transpose(1, 2)).softmax(-1) @ z
+            x = x + mlp(x)
+        return x
+
+
+def test_no_layer_is_computed_twice_where_its_value_is_read_twice() -> None:
+    torch.manual_seed(0)
+    analog, x = convert(_Residual(3).eval(), LogNormalVariation(0.3)), torch.randn(5, 7, 16)
+    engine = Engine(analog, x)
+    assert engine.report.plans == 3
+    shared, sampled, weights = engine.cost
+    assert (shared, sampled, weights) == (0, 3 * 7 * 2 * 2 * 16 * 24, 3 * 2 * 16 * 24)
+    with programmed(analog, 4), torch.no_grad():
+        wanted = analog(x)
+    torch.testing.assert_close(engine.outputs(x, [4])[0], wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+
+
 def test_evaluate_counts_what_torch_counts() -> None:
     analog = convert(randomised(lenet5()), VARIATION, SEED)
     data = labelled(300)

@@ -69,11 +69,10 @@ class PlanStep(TorchStep):
         if self.gpu:
             out = self.gpu.outputs(images, seed, samples, memory)
         else:
+            last = dict(zip(("images_last", "outputs_last"), self.lasts, strict=True))
             threads = torch.get_num_threads()
-            found, _ = self.plan.outputs(images.numpy(), seed=seed, samples=list(samples), threads=threads)
+            found, _ = self.plan.outputs(images.numpy(), seed=seed, samples=list(samples), threads=threads, **last)
             out = torch.from_numpy(found)
-        if self.lasts[1]:
-            out = out.movedim(2, -1).contiguous()
         return out.view(len(samples), len(x), *self.shape)
 
     def count_correct(self, x: Tensor, labels: Tensor, seed: int, samples: Sequence[int], memory: int) -> list[int]:
@@ -93,8 +92,9 @@ class PlanStep(TorchStep):
             return correct, nonfinite
         labels = labels.to(torch.int64).contiguous().numpy()
         threads = torch.get_num_threads()
+        images = _images(x, self.lasts[0]).numpy()
         correct, _, nonfinite = self.plan.count_correct(
-            _images(x, self.lasts[0]).numpy(), labels, seed=seed, samples=list(samples), threads=threads
+            images, labels, seed=seed, samples=list(samples), threads=threads, images_last=self.lasts[0]
         )
         return correct.tolist(), nonfinite.tolist()
 
@@ -106,12 +106,10 @@ class PlanStep(TorchStep):
 
 
 def _images(x: Tensor, last: bool = False) -> Tensor:
-    """Return a value as (N, C, H, W): vectors as one pixel, tokens as one row."""
+    """Return a value as (N, C, H, W), or as (N, H, W, C) where `last`: vectors are one pixel, tokens one row."""
     x = x.detach()
-    if last:
-        x = x.movedim(-1, 1)
     while x.dim() < 4:
-        x = x.unsqueeze(2)
+        x = x.unsqueeze(1 if last else 2)
     return x.contiguous()
 
 
@@ -226,23 +224,43 @@ class Lowering:
         self, first_layer: int, precision: Precision, method: cuda.Method | Literal["library"] = "fused"
     ) -> list[TorchStep]:
         """Return the steps that compute the output, in order; method "library" uses no plans."""
-        planned = {n for n in self.root.graph.nodes if method != "library" and self._planned(n)}
+        nodes = self.root.graph.nodes
+        sources = {n: self.sources[n] for n in nodes if method != "library" and self._layered(n, self.sources)}
+        needed = self._needed(sources)
+        # A plan starts at a value that is needed anyway, so that none is computed twice.
+        while cuts := {n: c for n in sources.keys() & needed if (c := self._cut(n, sources, needed)) is not sources[n]}:
+            sources |= cuts
+            sources = {n: source for n, source in sources.items() if self._layered(n, sources)}
+            needed = self._needed(sources)
+        sampled = self._sampled(first_layer)
+        return [
+            self._plan(node, sources[node], first_layer, precision, node in sampled, method)
+            if node in sources
+            else TorchStep(node, node in sampled)
+            for node in nodes
+            if node in needed
+        ]
+
+    def _needed(self, sources: dict[fx.Node, fx.Node]) -> set[fx.Node]:
+        """Return the values that steps compute, where plans compute those in `sources`."""
         needed: set[fx.Node] = set()
         waiting = [self.output, *self.changed]
         while waiting:
             node = waiting.pop()
-            if node in needed or node is self.input:
+            if node not in needed and node is not self.input:
+                needed.add(node)
+                waiting += [sources[node]] if node in sources else node.all_input_nodes
+        return needed
+
+    def _cut(self, target: fx.Node, sources: dict[fx.Node, fx.Node], needed: set[fx.Node]) -> fx.Node:
+        """Return the last needed value from which alone a plan's value follows: its source, or one between them."""
+        for node in reversed(self._region(target, sources[target])):
+            if node is target or node not in needed:
                 continue
-            needed.add(node)
-            waiting += [self.sources[node]] if node in planned else node.all_input_nodes
-        sampled = self._sampled(first_layer)
-        return [
-            self._plan(node, first_layer, precision, node in sampled, method)
-            if node in planned
-            else TorchStep(node, node in sampled)
-            for node in self.root.graph.nodes
-            if node in needed
-        ]
+            region = self._region(target, node)
+            if all(n is node or n in region for each in region for n in self.ops[each].inputs):
+                return node
+        return sources[target]
 
     def varied(self, node: fx.Node, first_layer: int) -> dict[str, AnalogLayer]:
         """Return, by name within the module that a step calls, its layers whose weights differ from chip to chip.
@@ -266,9 +284,11 @@ class Lowering:
         pixels = math.prod(shape_of(node)) // weight.shape[0]  # or vectors, for a linear layer
         return 2.0 * weight.numel() * pixels, weight.numel()
 
-    def _planned(self, node: fx.Node) -> bool:
-        """Return whether a plan computes the value; without a layer in the plan torch is as fast."""
-        return node in self.ops and any(self.ops[n].kind in ("conv", "linear") for n in self._region(node))
+    def _layered(self, node: fx.Node, sources: dict[fx.Node, fx.Node]) -> bool:
+        """Return whether a plan of the value has a layer; without one torch is as fast."""
+        return node in sources and any(
+            self.ops[n].kind in ("conv", "linear") for n in self._region(node, sources[node])
+        )
 
     def _sampled(self, first_layer: int) -> set[fx.Node]:
         """Return the nodes whose values differ from chip to chip."""
@@ -279,12 +299,18 @@ class Lowering:
         return sampled
 
     def _plan(
-        self, target: fx.Node, first_layer: int, precision: Precision, sampled: bool, method: cuda.Method
+        self,
+        target: fx.Node,
+        source: fx.Node,
+        first_layer: int,
+        precision: Precision,
+        sampled: bool,
+        method: cuda.Method,
     ) -> PlanStep:
-        source = self.sources[target]
-        region = self._region(target)
+        region = self._region(target, source)
         readers = {n: [r for r in region if n in self.ops[r].inputs] for n in (source, *region)}
-        lasts = self.source_last[target], self.last[target]
+        first = self.source_last[target] if source is self.sources[target] else self.last[source]
+        lasts = first, self.last[target]
         plan = core.extension.Plan(precision, *_as_image(shape_of(source), lasts[0]))
         values, done, layers = {source: 0}, set(), []
         for node in region:
@@ -315,9 +341,9 @@ class Lowering:
         on_device = cuda.Plan(plan, self.device, method) if gpu.reaches(self.device) else None
         return PlanStep(target, sampled, source, plan, shape_of(target), tuple(layers), on_device, lasts)
 
-    def _region(self, target: fx.Node) -> list[fx.Node]:
+    def _region(self, target: fx.Node, source: fx.Node) -> list[fx.Node]:
         """Return the nodes between a plan's source and its target, in order."""
-        source, found, waiting = self.sources[target], set(), [target]
+        found, waiting = set(), [target]
         while waiting:
             node = waiting.pop()
             if node is not source and node in self.ops and node not in found:

@@ -74,14 +74,15 @@ struct Window {
 
 // An image is classified correctly if none of its outputs is NaN and the first of the largest ones is the label's.
 struct Run {
-  const float* images;  // (count, channels, height, width)
+  const float* images;  // (count, channels, height, width), or (count, height, width, channels)
   int64_t count;
   uint64_t seed = 0;
   std::vector<uint32_t> samples;  // chip samples, by number
   int threads = 1;
   int chunk_blocks = 0;             // blocks of 16 images that a thread works on at a time; 0: chosen here
   size_t keep_bytes = 64 << 20;     // packed weights that a thread keeps, at most
-  float* outputs = nullptr;         // (samples, count, channels * height * width) of the output, if wanted
+  float* outputs = nullptr;         // (samples, count, channels, height, width), or channels last, if wanted
+  bool images_last = false, outputs_last = false;  // whether channels are last
   const int64_t* labels = nullptr;  // (count), together with
   int64_t* correct = nullptr;       // (samples): number of images classified correctly
   int64_t* nonfinite = nullptr;     // (samples): number of images with an output that is NaN or infinite, if wanted

@@ -57,6 +57,41 @@ void to_lanes(Type type, const float* images, Shape shape, int64_t first, int64_
       }
 }
 
+// `to_lanes` of (images, height, width, channels).
+void last_to_lanes(Type type, const float* images, Shape shape, int64_t first, int64_t count, int blocks, char* y) {
+  constexpr int kPiece = 128;
+  const size_t area = size_t(shape.height) * shape.width;
+  const int slots = slots_of(type, shape.channels), slot_channels = type == Type::float32 ? 1 : 2;
+  uint32_t cells[kLanes][kPiece] = {};
+  for (size_t p = 0; p < area; ++p)
+    for (int block = 0; block < blocks; ++block)
+      for (int begin = 0; begin < slots; begin += kPiece) {
+        const int piece = std::min(kPiece, slots - begin);
+        const int channels = std::min(piece * slot_channels, shape.channels - begin * slot_channels);
+        for (int i = 0; i < kLanes; ++i) {
+          const int64_t image = first + block * kLanes + i;
+          if (image >= count) {
+            memset(cells[i], 0, sizeof cells[i]);
+            continue;
+          }
+          const float* x = images + (image * area + p) * shape.channels + begin * slot_channels;
+          if (type == Type::float32) {
+            memcpy(cells[i], x, channels * sizeof(float));
+          } else {
+            for (int c = 0; c < channels; c += 2)
+              cells[i][c / 2] =
+                  noise::bfloat16(x[c]) | (c + 1 < channels ? uint32_t(noise::bfloat16(x[c + 1])) << 16 : 0);
+          }
+        }
+        char* out = y + ((p * slots + begin) * blocks + block) * kVectorBytes;
+        for (int k = 0; k < piece; ++k) {
+          uint32_t vector[kLanes];
+          for (int i = 0; i < kLanes; ++i) vector[i] = cells[i][k];
+          memcpy(out + size_t(k) * blocks * kVectorBytes, vector, kVectorBytes);
+        }
+      }
+}
+
 // Copies the single image block of `x` to its place among the blocks of `y`.
 void widen(const char* x, size_t vectors, int block, int blocks, char* y) {
   for (size_t i = 0; i < vectors; ++i) memcpy(y + (i * blocks + block) * kVectorBytes, x + i * kVectorBytes, kVectorBytes);
@@ -88,6 +123,33 @@ void to_images(Type type, const char* x, Shape shape, int slots, int64_t count, 
             else
               for (size_t p = 0; p < pixels; ++p) out[p] = bfloat16_to_float(uint16_t(cells[i][p] >> (16 * half)));
           }
+      }
+}
+
+// `last_to_lanes` the other way.
+void to_last_images(Type type, const char* x, Shape shape, int slots, int64_t count, int blocks, float* images) {
+  constexpr int kPiece = 128;
+  const size_t area = size_t(shape.height) * shape.width;
+  const int slot_channels = type == Type::float32 ? 1 : 2;
+  uint32_t cells[kLanes][kPiece];
+  for (size_t p = 0; p < area; ++p)
+    for (int block = 0; block < blocks && block * kLanes < count; ++block)
+      for (int begin = 0; begin * slot_channels < shape.channels; begin += kPiece) {
+        const int piece = std::min(kPiece, slots - begin);
+        const int channels = std::min(piece * slot_channels, shape.channels - begin * slot_channels);
+        const char* in = x + ((p * slots + begin) * blocks + block) * kVectorBytes;
+        for (int k = 0; k < piece; ++k) {
+          uint32_t vector[kLanes];
+          memcpy(vector, in + size_t(k) * blocks * kVectorBytes, kVectorBytes);
+          for (int i = 0; i < kLanes; ++i) cells[i][k] = vector[i];
+        }
+        for (int i = 0; i < kLanes && block * kLanes + i < count; ++i) {
+          float* out = images + ((block * kLanes + i) * area + p) * shape.channels + begin * slot_channels;
+          if (type == Type::float32)
+            memcpy(out, cells[i], channels * sizeof(float));
+          else
+            for (int c = 0; c < channels; ++c) out[c] = bfloat16_to_float(uint16_t(cells[i][c / 2] >> (16 * (c % 2))));
+        }
       }
 }
 
@@ -279,7 +341,7 @@ void Plan::Impl::run_operation(Worker& worker, const Images& images, const Part&
   char* y = address(index, worker, images, part);
   if (op.kind == Kind::input) {
     const int64_t first = (part.chunk * images.chunk_blocks + part.block) * kLanes;
-    return to_lanes(type, images.run.images, out.shape, first, images.run.count, blocks, y);
+    return (images.run.images_last ? last_to_lanes : to_lanes)(type, images.run.images, out.shape, first, images.run.count, blocks, y);
   }
   const Value& in = values[op.inputs[0]];
   const char* x = address(op.inputs[0], worker, images, part);
@@ -348,8 +410,9 @@ Plan::Impl::Counts Plan::Impl::collect(Worker& worker, const Images& images, int
   Counts counts;
   const int64_t count = std::min<int64_t>(run.count - first, blocks * kLanes);
   if (run.outputs)
-    to_images(stored, y, v.shape, v.slots, count, blocks,
-              run.outputs + (sample * run.count + first) * v.shape.channels * pixels);
+    (run.outputs_last ? to_last_images : to_images)(
+        stored, y, v.shape, v.slots, count, blocks,
+        run.outputs + (sample * run.count + first) * v.shape.channels * pixels);
   for (int64_t i = 0; i < count; ++i) {
     if (run.labels) {
       int best = 0;

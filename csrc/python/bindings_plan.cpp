@@ -134,14 +134,15 @@ void bind_plan(py::module_& m) {
       .def(
           "count_correct",
           [](const BoundPlan& p, const Images& images, const Labels& labels, uint64_t seed,
-             const std::vector<uint32_t>& samples, int threads, size_t keep_bytes) {
-            p.check_images(images);
+             const std::vector<uint32_t>& samples, int threads, size_t keep_bytes, bool images_last) {
+            p.check_images(images, images_last);
             if (labels.ndim() != 1 || labels.shape(0) != images.shape(0)) fail("labels: one an image is expected");
             Labels correct(py::ssize_t(samples.size())), nonfinite(py::ssize_t(samples.size()));
             int64_t drawn = 0;
             Run run = p.run(images.shape(0), samples, threads, keep_bytes);
             run.images = images.data();
             run.seed = seed;
+            run.images_last = images_last;
             run.labels = labels.data();
             run.correct = correct.mutable_data();
             run.nonfinite = nonfinite.mutable_data();
@@ -153,22 +154,27 @@ void bind_plan(py::module_& m) {
             return std::make_tuple(correct, drawn, nonfinite);
           },
           py::arg("images"), py::arg("labels"), py::kw_only(), py::arg("seed"), py::arg("samples"),
-          py::arg("threads") = 1, py::arg("keep_bytes") = kKeepBytes)
-      // The outputs, (samples, images, channels, height, width), and how many weights were drawn.
+          py::arg("threads") = 1, py::arg("keep_bytes") = kKeepBytes, py::arg("images_last") = false)
+      // The outputs, (samples, images, channels, height, width) or with the channels last, and how many weights were
+      // drawn.
       .def(
           "outputs",
           [](const BoundPlan& p, const Images& images, uint64_t seed, const std::vector<uint32_t>& samples, int threads,
-             size_t keep_bytes) {
-            p.check_images(images);
+             size_t keep_bytes, bool images_last, bool outputs_last) {
+            p.check_images(images, images_last);
             if (p.output < 0) fail("run: the plan is not finished");
             const Shape s = p.plan.shape(p.output);
-            Images out({py::ssize_t(samples.size()), images.shape(0), py::ssize_t(s.channels), py::ssize_t(s.height),
-                        py::ssize_t(s.width)});
+            const py::ssize_t channels = s.channels, height = s.height, width = s.width, count = images.shape(0);
+            const py::ssize_t chips = py::ssize_t(samples.size());
+            Images out = outputs_last ? Images({chips, count, height, width, channels})
+                                      : Images({chips, count, channels, height, width});
             int64_t drawn = 0;
             Run run = p.run(images.shape(0), samples, threads, keep_bytes);
             run.images = images.data();
             run.seed = seed;
             run.outputs = out.mutable_data();
+            run.images_last = images_last;
+            run.outputs_last = outputs_last;
             run.drawn = &drawn;
             {
               py::gil_scoped_release unlocked;
@@ -177,7 +183,7 @@ void bind_plan(py::module_& m) {
             return std::make_tuple(out, drawn);
           },
           py::arg("images"), py::kw_only(), py::arg("seed"), py::arg("samples"), py::arg("threads") = 1,
-          py::arg("keep_bytes") = kKeepBytes);
+          py::arg("keep_bytes") = kKeepBytes, py::arg("images_last") = false, py::arg("outputs_last") = false);
 
   // The floating-point operations of `repetitions` rounds of multiply-adds in registers, on this thread (peak.h).
   m.def(

@@ -31,12 +31,14 @@ struct BoundPlan {
       : input(input), precision(precision), isa(kernels(selected_isa()).name),
         plan(type_named(precision), kernels(selected_isa()), input) {}
 
-  void check_images(const Images& images) const {
-    const bool fits = images.ndim() == 4 && images.shape(0) > 0 && images.shape(1) == input.channels &&
-                      images.shape(2) == input.height && images.shape(3) == input.width;
+  void check_images(const Images& images, bool last) const {
+    const std::vector<int> sizes = last ? std::vector<int>{input.height, input.width, input.channels}
+                                        : std::vector<int>{input.channels, input.height, input.width};
+    bool fits = images.ndim() == 4 && images.shape(0) > 0;
+    for (int i = 0; fits && i < 3; ++i) fits = images.shape(i + 1) == sizes[i];
     if (!fits)
-      fail("images: (count, " + std::to_string(input.channels) + ", " + std::to_string(input.height) + ", " +
-           std::to_string(input.width) + ") is expected");
+      fail("images: (count, " + std::to_string(sizes[0]) + ", " + std::to_string(sizes[1]) + ", " +
+           std::to_string(sizes[2]) + ") is expected");
   }
 
   Run run(int64_t count, const std::vector<uint32_t>& samples, int threads, size_t keep_bytes) const {

@@ -7,6 +7,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "networks.h"
 #include "specification.h"
@@ -279,6 +280,39 @@ void test_clean_prefix(const Kernels& kernels, Type type) {
   CHECK(outputs({true, true, true}) == outputs({false, false, false}), "%s %s", kernels.name, name(type));
 }
 
+// (count, channels, area) as (count, area, channels).
+std::vector<float> channels_last(const std::vector<float>& a, size_t count, size_t channels, size_t area) {
+  std::vector<float> b(a.size());
+  for (size_t n = 0; n < count; ++n)
+    for (size_t c = 0; c < channels; ++c)
+      for (size_t p = 0; p < area; ++p) b[(n * area + p) * channels + c] = a[(n * channels + c) * area + p];
+  return b;
+}
+
+// Images and outputs with the channels last have the values of those with the channels first.
+void test_channels_last(const Kernels& kernels, Type type) {
+  for (const auto& [in, outputs, count] : {std::tuple(Shape{3, 4, 5}, 7, 17), std::tuple(Shape{261, 1, 3}, 263, 33),
+                                           std::tuple(Shape{1, 2, 2}, 1, 70), std::tuple(Shape{130, 1, 1}, 258, 5)}) {
+    RandomLayers random(0.5);
+    const Tensor images = random_images(in, count);
+    Plan plan(type, kernels, in);
+    const int y = plan.conv(plan.input(), random.conv(in.channels, outputs, 1));
+    plan.finish(y);
+    const size_t area = size_t(in.height) * in.width;
+    const std::vector<uint32_t> samples = {3, 9};
+    const std::vector<float> wanted =
+        channels_last(outputs_of(plan, plan.shape(y), images, 5, samples), samples.size() * count, outputs, area);
+    const std::vector<float> x = channels_last(images.data, count, in.channels, area);
+    std::vector<float> got(wanted.size());
+    Run run = run_of(images, 5, samples, {});
+    run.images = x.data();
+    run.outputs = got.data();
+    run.images_last = run.outputs_last = true;
+    plan.run(run);
+    CHECK(got == wanted, "%s %s: %d channels", kernels.name, name(type), in.channels);
+  }
+}
+
 // ---- errors ---------------------------------------------------------------------------------------------------------
 
 template <class Work>
@@ -397,6 +431,7 @@ int main() {
       test_invariance(*kernels, type);
       test_nonfinite(*kernels, type);
       test_clean_prefix(*kernels, type);
+      test_channels_last(*kernels, type);
     }
     printf("%s: done\n", kernels->name);
   }
