@@ -19,6 +19,8 @@ _PUBLIC = {
     "check_coverage": "evaluation.coverage",
     "evaluate": "evaluation.montecarlo",
     "clean_accuracy": "evaluation.montecarlo",
+    "clean_value": "evaluation.montecarlo",
+    "Metric": "metrics",
     "Result": "evaluation.results",
     "correct": "correction.call",
     "Correction": "correction.outcome",
@@ -35,10 +37,12 @@ _PUBLIC = {
     "fit_compensators": "methods.compensation_training",
     "UserError": "errors",
 }
-__all__ = ["__version__", *_PUBLIC]
+__all__ = ["__version__", "metrics", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "metrics":
+        return import_module("correctnet.metrics")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'correctnet' has no attribute {name!r}")
     return getattr(import_module(f"correctnet.{_PUBLIC[name]}"), name)

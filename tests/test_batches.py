@@ -143,10 +143,10 @@ class Giving(nn.Module):
         (lambda h, x: h > 0, r"not \(\d+, 10\) bool"),
         (lambda h, x: h.repeat(2, 1), r"not \(\d+, 10\)"),
         (lambda h, x: h.mean(), r"not \(\)"),
-        (lambda h, x: (h, h), "not a tuple of 2"),
-        (lambda h, x: [h], "not a list of 1"),
-        (lambda h, x: {"out": h, "aux": h}, "not a dict of 'out', 'aux'"),
-        (lambda h, x: type("Output", (), {"logits": h})(), "not a Output"),
+        (lambda h, x: ("a", h), "not a tuple of 2"),
+        (lambda h, x: [], "not a list of 0"),
+        (lambda h, x: {"a": h, "b": h}, "not a dict of 'a', 'b'"),
+        (lambda h, x: type("Output", (), {"scores": h})(), "not a Output"),
     ],
 )
 def test_outputs_that_are_refused(what, message):

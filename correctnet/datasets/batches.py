@@ -1,8 +1,8 @@
 """The data that `evaluate` and related functions accept, checked once for every engine.
 
 A batch is one tensor of images (N, ...) and one of labels (N,), whole numbers below the number of classes; the
-network's output is one floating-point tensor (N, classes). Anything else is refused in one line that says what is
-accepted.
+network's output is one floating-point tensor (N, classes). With another metric than the accuracy, labels are what it
+says (`correctnet.metrics.Targets`). Anything else is refused in one line that says what is accepted.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from correctnet.datasets.base import Split
 from correctnet.errors import UserError
+from correctnet.metrics import Metric, Targets, floats, kind_of, main_output
 
 Batch = tuple[Tensor, Tensor]
 Batches = Split | tuple[Tensor, Tensor] | Iterable[Batch]
@@ -26,6 +27,7 @@ ACCEPTED = (
     "expected"
 )
 CHANGING = "other images in each pass, so that results cannot be compared"
+REGRESSION = "; for a regression, give metric=correctnet.metrics.mean_squared_error()"
 BITS = 128  # bits of a digest
 HEAD = 16  # images that a network is tried on
 
@@ -43,12 +45,14 @@ class Data:
         memory: bytes of a loader's batches that are kept, approximately. A loader with more data is read again in each
             pass, and must yield the same images each time.
         what: the caller's name, for messages.
+        targets: what labels are checked to be, see `correctnet.metrics.Metric`.
 
     Attributes:
         head: the first images, at most `HEAD`, and their labels.
         images: number of images.
-        largest: the largest label.
+        largest: the largest label; -1 where labels are no classes.
         uniform: whether all images have the same shape and type.
+        kept: whether the batches are in memory; if not, the loader is read again in each pass.
 
     Warns:
         DataWarning: a loader whose batches are kept yields other images in a second pass.
@@ -57,13 +61,20 @@ class Data:
         UserError: anything that is not such data.
     """
 
-    def __init__(self, data: Batches, size: int = 100, memory: int = 2 << 30, what: str = "evaluate"):
-        self.what = what
+    def __init__(
+        self,
+        data: Batches,
+        size: int = 100,
+        memory: int = 2 << 30,
+        what: str = "evaluate",
+        targets: Targets = "classes",
+    ):
+        self.what, self._targets, self._memory = what, targets, memory
         self._loader: Any = None
         self._kept: list[Batch] | None = None
         pair = as_pair(data)
         if pair is not None:
-            images, labels = check_batch(pair, what)
+            images, labels = check_batch(pair, what, targets)
             batches: Iterable[Batch] = zip(images.split(size), labels.split(size), strict=True)
         else:
             self._loader = check_loader(data, what)
@@ -79,7 +90,7 @@ class Data:
             if self.images < HEAD and len(shapes) == 1:
                 head.append((x[:HEAD], y[:HEAD]))
             self.images += len(y)
-            self.largest = max(self.largest, int(y.max()))
+            self.largest = max(self.largest, largest_label(y, targets))
             taken += sum(t.numel() * t.element_size() for t in (x, y)) if self._loader is not None else 0
             kept.append((x, y))
             if taken > memory:  # from here on, the loader is read in each pass and compared with this one
@@ -103,14 +114,43 @@ class Data:
                 )
 
     @classmethod
-    def of(cls, data: Batches | Data, size: int = 100, memory: int = 2 << 30, what: str = "evaluate") -> Data:
+    def of(
+        cls,
+        data: Batches | Data,
+        size: int = 100,
+        memory: int = 2 << 30,
+        what: str = "evaluate",
+        targets: Targets = "classes",
+    ) -> Data:
         """`data` itself if it is one, which has been read and checked already; else as the class."""
-        return data if isinstance(data, Data) else cls(data, size, memory, what)
+        return data if isinstance(data, Data) else cls(data, size, memory, what, targets)
 
     @cached_property
     def digest(self) -> str:
         """A hexadecimal digest of all images and labels that does not depend on their order and batches."""
         return _hexadecimal(sum(_digest(*batch) for batch in self._kept))
+
+    @property
+    def kept(self) -> bool:
+        """See the class."""
+        return self._kept is not None
+
+    def pieces(self) -> Iterator[list[Batch]]:
+        """One pass in pieces of consecutive batches, each of which fits the memory: a single one where all do."""
+        if self._kept is not None:
+            yield self._kept
+            return
+        piece: list[Batch] = []
+        taken = 0
+        for batch in self:
+            size = sum(t.numel() * t.element_size() for t in batch)
+            if piece and taken + size > self._memory:
+                yield piece
+                piece, taken = [], 0
+            piece.append(batch)
+            taken += size
+        if piece:
+            yield piece
 
     def __iter__(self) -> Iterator[Batch]:
         if self._kept is not None:
@@ -129,7 +169,7 @@ class Data:
     def _read(self) -> Iterator[Batch]:
         """One pass over the loader."""
         for batch in self._loader:
-            yield check_batch(batch, self.what)
+            yield check_batch(batch, self.what, self._targets)
 
 
 def as_pair(data: Any) -> Batch | None:
@@ -141,13 +181,13 @@ def as_pair(data: Any) -> Batch | None:
     return None
 
 
-def first_batch(data: Batches, what: str) -> Batch:
+def first_batch(data: Batches, what: str, targets: Targets = "classes") -> Batch:
     """The first images and labels of `data`, a `Data` or what it is made of. Raises UserError as `Data` does."""
     if isinstance(data, Data):
         return data.head
     pair = as_pair(data)
     for batch in check_loader(data, what) if pair is None else [pair]:
-        images, labels = check_batch(batch, what)
+        images, labels = check_batch(batch, what, targets)
         if len(images):
             return images, labels
     raise UserError(f"{what}: the data holds no images")
@@ -183,74 +223,88 @@ def check_loader(data: Any, what: str) -> Any:
     """`data`, if it is a loader that can be read many times. Raises UserError for anything else."""
     if isinstance(data, Tensor | Mapping | str | bytes) or not isinstance(data, Iterable):
         extra = "; wrap a Dataset in a DataLoader" if hasattr(data, "__getitem__") and hasattr(data, "__len__") else ""
-        raise UserError(f"{what}: {ACCEPTED}, not {_kind(data)}{extra}")
+        raise UserError(f"{what}: {ACCEPTED}, not {kind_of(data)}{extra}")
     if isinstance(data, torch.utils.data.Dataset) and not isinstance(data, torch.utils.data.IterableDataset):
-        raise UserError(f"{what}: {ACCEPTED}, not {_kind(data)}; wrap a Dataset in a DataLoader")
+        raise UserError(f"{what}: {ACCEPTED}, not {kind_of(data)}; wrap a Dataset in a DataLoader")
     if isinstance(data, Iterator):  # `iter(data)` would start a DataLoader's workers
-        raise UserError(f"{what}: {ACCEPTED}, not {_kind(data)}, which can be iterated over once")
+        raise UserError(f"{what}: {ACCEPTED}, not {kind_of(data)}, which can be iterated over once")
     return data
 
 
-def check_batch(batch: Any, what: str) -> Batch:
-    """A batch as (images, int64 labels). Raises UserError if it is not a batch."""
+def check_batch(batch: Any, what: str, targets: Targets = "classes") -> Batch:
+    """A batch as (images, labels), labels of classes as int64. Raises UserError if it is not a batch."""
     if as_pair(batch) is None:
-        raise UserError(f"{what}: a batch must be (images, labels), two tensors, not {_kind(batch)}")
+        raise UserError(f"{what}: a batch must be (images, labels), two tensors, not {kind_of(batch)}")
     images, labels = as_pair(batch)
     for tensor in (images, labels):
         if tensor.is_nested or tensor.layout != torch.strided:
             raise UserError(f"{what}: dense tensors are expected, not nested or sparse ones; convert them")
     if images.dim() < 2:
         raise UserError(f"{what}: images (N, ...) are expected, not a tensor of shape {tuple(images.shape)}")
-    if labels.dim() != 1:
+    if labels.dim() == 0 or (labels.dim() != 1 and targets == "classes"):
         hint = "" if labels.dim() else "; give batches, as a DataLoader with a batch_size does"
         if labels.dim() == 2:
             hint = "; squeeze the column" if labels.shape[1] == 1 else "; of one-hot rows take labels.argmax(1)"
+        elif labels.dim() == 3:
+            hint = "; for labels per pixel, give metric=correctnet.metrics.mean_iou()"
         raise UserError(f"{what}: labels (N,), one an image, are expected, not {tuple(labels.shape)}{hint}")
     if len(images) != len(labels):
         raise UserError(f"{what}: {len(images)} images and {len(labels)} labels")
+    return images.detach(), check_labels(labels.detach(), what, targets)
+
+
+def check_labels(labels: Tensor, what: str, targets: Targets) -> Tensor:
+    """Labels (N, ...) as a metric reads them: classes as int64. Raises UserError for values that it cannot mean."""
+    if targets == "any":
+        return labels
+    if targets == "numbers":
+        if labels.is_complex() or not labels.isfinite().all():
+            found = "complex" if labels.is_complex() else f"{int((~labels.isfinite()).sum())} that are not"
+            raise UserError(f"{what}: labels are expected that are finite numbers, not {found}")
+        return labels if labels.is_floating_point() else labels.float()
     if labels.is_complex() or (
         labels.is_floating_point() and not (labels.isfinite() & (labels == labels.round())).all()
     ):
-        raise UserError(f"{what}: labels are classes, whole numbers; these are {labels.dtype}".replace("torch.", ""))
-    whole = labels.detach().to(torch.int64)
-    if len(whole) and int(whole.min()) < 0:
+        hint = "" if targets == "pixels" or labels.is_complex() else REGRESSION
+        found = str(labels.dtype).removeprefix("torch.")
+        raise UserError(f"{what}: labels are classes, whole numbers; these are {found}{hint}")
+    whole = labels.to(torch.int64)
+    if targets == "classes" and len(whole) and int(whole.min()) < 0:
         raise UserError(f"{what}: labels are classes from 0 on; there is a {int(whole.min())}")
-    return images.detach(), whole
+    return whole
 
 
-def check_outputs(outputs: Any, images: Tensor, largest: int, what: str = "evaluate") -> Tensor:
-    """The network's outputs (N, classes) on a batch. Raises UserError if they are anything else.
+def largest_label(labels: Tensor, targets: Targets = "classes") -> int:
+    """The largest label of a batch, at least one image; -1 where labels are no classes."""
+    return int(labels.max()) if targets == "classes" else -1
+
+
+def check_outputs(
+    outputs: Any, images: Tensor, largest: int, what: str = "evaluate", metric: Metric | None = None
+) -> Any:
+    """The network's outputs on a batch, (N, classes) unless a metric reads others. Raises UserError otherwise.
 
     Args:
         outputs: of the network.
         images: (N, ...), its input.
         largest: the largest label of the data, which must be below the number of classes.
         what: the caller's name, for messages.
+        metric: None: the accuracy.
     """
-    if not isinstance(outputs, Tensor):
-        raise UserError(
-            f"{what}: the network must return one tensor (N, classes), not {_kind(outputs)}; wrap it in a module whose "
-            "forward returns the logits"
-        )
-    if outputs.dim() != 2 or len(outputs) != len(images) or outputs.shape[1] < 2 or not outputs.is_floating_point():
+    if metric is not None and metric.targets != "classes":
+        return outputs
+    try:
+        logits = main_output(outputs)
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from None
+    if logits.dim() != 2 or len(logits) != len(images) or logits.shape[1] < 2 or not logits.is_floating_point():
         raise UserError(
             f"{what}: the network must return (N, classes) with 2 classes or more, floating point, for N = "
-            f"{len(images)} images, not {tuple(outputs.shape)} {outputs.dtype}".replace("torch.", "")
+            f"{len(images)} images, not {tuple(logits.shape)} {logits.dtype}".replace("torch.", "")
         )
-    if largest >= outputs.shape[1]:
-        raise UserError(f"{what}: there is a label {largest}, and the network has {outputs.shape[1]} classes")
+    if largest >= logits.shape[1]:
+        raise UserError(f"{what}: there is a label {largest}, and the network has {logits.shape[1]} classes")
     return outputs
-
-
-def _kind(value: Any) -> str:
-    """A description of a value, for a message."""
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    if isinstance(value, Mapping):
-        return f"a {type(value).__name__} of {', '.join(map(repr, list(value)[:4]))}"
-    if isinstance(value, tuple | list):
-        return f"a {type(value).__name__} of {len(value)} ({', '.join(_kind(v) for v in value[:3])})"
-    return f"a {type(value).__name__}"
 
 
 def _digest(images: Tensor, labels: Tensor) -> int:
@@ -258,8 +312,14 @@ def _digest(images: Tensor, labels: Tensor) -> int:
     total = 0
     kind = f"{images.dtype}{tuple(images.shape[1:])}".encode()
     rows = images.detach().cpu().contiguous().view(torch.uint8).view(len(images), -1).numpy() if images.numel() else ()
-    for row, label in zip(rows, labels.tolist(), strict=True):
-        digest = hashlib.blake2b(row, digest_size=BITS // 8, key=b"%d" % label)
+    if labels.dim() == 1 and not labels.is_floating_point():
+        keys: Iterable[bytes] = (b"%d" % label for label in labels.tolist())
+    else:  # keys of 16 bytes
+        parts = labels.detach().cpu().contiguous().view(len(labels), -1).view(torch.uint8).numpy()
+        kind += f"{labels.dtype}{tuple(labels.shape[1:])}".encode()
+        keys = (hashlib.blake2b(part.tobytes(), digest_size=16).digest() for part in parts)
+    for row, key in zip(rows, keys, strict=True):
+        digest = hashlib.blake2b(row, digest_size=BITS // 8, key=key)
         digest.update(kind)
         total += int.from_bytes(digest.digest(), "little")
     return total
@@ -269,7 +329,7 @@ def _hexadecimal(total: int) -> str:
     return f"{total % (1 << BITS):032x}"[:16]
 
 
-def looks_across(run: Callable[[Tensor], Any], images: Tensor, whole: Tensor, tolerance: float = 1e-3) -> bool:
+def looks_across(run: Callable[[Tensor], Any], images: Tensor, whole: Any, tolerance: float = 1e-3) -> bool:
     """Whether the output for an image depends on the rest of its batch, as with statistics of the batch.
 
     Args:
@@ -281,9 +341,16 @@ def looks_across(run: Callable[[Tensor], Any], images: Tensor, whole: Tensor, to
     if len(images) < 2:
         return False
     try:
-        halves = [run(half) for half in images.split((len(images) + 1) // 2)]
-        parts = torch.cat(halves)
-    except (UserError, RuntimeError, TypeError):  # a network that needs a certain batch size
+        halves = [floats(run(half)) for half in images.split((len(images) + 1) // 2)]
+        parts = [torch.cat(pair) for pair in zip(*halves, strict=True)]
+    except (UserError, RuntimeError, TypeError, ValueError):  # a network that needs a certain batch size
         return True
-    scale = whole.abs().max()
-    return bool((whole - parts).abs().max() > tolerance * scale) if whole.shape == parts.shape else True
+    wholes = floats(whole)
+    return len(parts) != len(wholes) or any(_differ(a, b, tolerance) for a, b in zip(wholes, parts, strict=True))
+
+
+def _differ(whole: Tensor, parts: Tensor, tolerance: float) -> bool:
+    if whole.shape != parts.shape:
+        return True
+    scale = whole.abs().max() if whole.numel() else 0.0
+    return bool(((whole - parts).abs() > tolerance * scale).any())

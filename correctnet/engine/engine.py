@@ -209,6 +209,24 @@ class Engine:
             found = [[a + int(b) for a, b in zip(*pair, strict=True)] for pair in zip(found, counts, strict=True)]
         return found[0], found[1]
 
+    @torch.no_grad()
+    def each(self, images: Tensor, samples: Sequence[int]) -> Iterator[tuple[int, slice, Tensor]]:
+        """Yield (index of the chip, images of the block, outputs (block, ...)), one pair of block and chip at a time.
+
+        What `outputs` returns at once, in blocks of images and then chips, within the memory.
+        """
+        _check_samples(samples)
+        images = images.to(self._device)
+        size = self.block(len(images), len(samples))
+        for first in range(0, len(images), size):
+            block = images[first : first + size]
+            together = len(samples)
+            if self._whole:  # which gives the outputs of all chips of a call at once
+                together = max(1, self._memory // max(1, 4 * len(block) * math.prod(self._whole.shape)))
+            for i in range(0, len(samples), together):
+                for j, found in enumerate(self._run(block, samples[i : i + together]), start=i):
+                    yield j, slice(first, first + len(block)), found
+
     def block(self, images: int, samples: int) -> int:
         """Return how many images to take at a time: equal parts that fit the memory, at most 1,024 on a CPU.
 

@@ -1,4 +1,6 @@
-"""Counts of correctly classified images, chip sample by chip sample, through the C++ core or through torch.
+"""Sums of a metric over the images, chip sample by chip sample, through the C++ core or through torch.
+
+For the accuracy they are counts of correctly classified images.
 
 `make_counter` tries the network on a few images and chooses:
 
@@ -11,9 +13,10 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +25,9 @@ from correctnet.crossbar.convert import keeping, programmed
 from correctnet.crossbar.probe import check_reached, run, same
 from correctnet.datasets.batches import Batch, Data, check_outputs, looks_across
 from correctnet.engine.engine import BLOCK, GPU_BLOCK, Engine, Unsupported, classified
+from correctnet.errors import UserError
 from correctnet.evaluation.simulation import Simulation
+from correctnet.metrics import Metric, main_output, not_finite
 
 # An interruption loses one chunk of chips, whose size is given in floating-point operations a thread (a core does
 # about 5e10 a second). A call into the core cannot be interrupted, but each call prepares its images again: the first
@@ -31,9 +36,37 @@ CHUNK_FLOP, CALL_FLOP, CALL_SECONDS = 1e12, 1e10, 1.0
 GPU_THREADS = 256  # threads that a GPU counts for in these sizes, at least
 TRIED = 3  # chips whose outputs are compared with the nominal ones
 
-# Maps chip samples, and a callback that is given the number of images classified since its last call, to a pair a
-# chip: (correctly classified images, images with an output that is not finite).
-Counter = Callable[[Sequence[int], Callable[[int], object]], list[tuple[int, int]]]
+# Chips that see a part of a loader before the next part is read, at least, where its batches do not fit the memory.
+TOGETHER = 16
+
+
+class Tally(NamedTuple):
+    """Sums over images on a chip.
+
+    Attributes:
+        total: of the metric; for the accuracy, the number of correctly classified images.
+        count: what the total is divided by.
+        bad: images with an output that is not finite.
+    """
+
+    total: Any = 0
+    count: float = 0
+    bad: int = 0
+
+    def plus(self, total: Any, count: float, bad: int) -> Tally:
+        """The sums over these images and more. Raises UserError for a total of another shape."""
+        shapes = [tuple(t.shape) for t in (self.total, total) if isinstance(t, Tensor)]
+        if len(set(shapes)) > 1:
+            raise UserError(
+                f"evaluate: the metric's function must give sums of one shape, not {shapes[0]} and then {shapes[1]}; "
+                "sum over the images"
+            )
+        return Tally(self.total + total, self.count + count, self.bad + bad)
+
+
+# Maps chip samples, and a callback that is given the number of images that were evaluated since its last call, to a
+# tally a chip.
+Counter = Callable[[Sequence[int], Callable[[int], object]], list[Tally]]
 
 
 class EngineWarning(UserWarning):
@@ -106,29 +139,40 @@ def restoring(model: nn.Module, parameters: bool) -> Iterator[Callable[[], None]
 
 
 @torch.no_grad()
-def count(model: nn.Module, data: Data) -> tuple[int, int]:
-    """(correctly classified images, images with an output that is not finite), through torch, with current weights."""
+def count(model: nn.Module, batches: Iterable[Batch], largest: int, metric: Metric) -> Tally:
+    """The sums of a metric over batches, through torch, with current weights; `largest` is the largest label."""
     device = next(model.parameters()).device
-    counts = torch.zeros(2, dtype=torch.int64, device=device)
-    for images, labels in data:
-        images = images.to(device)
+    found, tally, images_of = torch.zeros(2, dtype=torch.int64, device=device), Tally(), 0
+    for images, labels in batches:
+        images, labels = images.to(device), labels.to(device)
+        images_of += len(labels)
         if images.dim() == 4:  # convolutions on a CPU are about 1.4 times faster in this memory order
             images = images.contiguous(memory_format=torch.channels_last)
-        outputs = check_outputs(run(model, images), images, data.largest)
-        counts += classified(outputs, labels.to(device))
-    return tuple(counts.tolist())
+        outputs = check_outputs(run(model, images), images, largest, metric=metric)
+        if metric.is_accuracy:
+            found += classified(main_output(outputs), labels)
+        else:
+            tally = tally.plus(*metric.batch(outputs, labels, "evaluate"), not_finite(outputs, len(labels)))
+    if metric.is_accuracy:
+        correct, bad = found.tolist()
+        return Tally(correct, images_of, bad)
+    return tally
 
 
-def make_counter(model: nn.Module, data: Data, samples: Sequence[int], setup: ChipSetup) -> tuple[Counter, int]:
+def make_counter(
+    model: nn.Module, data: Data, samples: Sequence[int], setup: ChipSetup, metric: Metric
+) -> tuple[Counter, int]:
     """Choose how chips are simulated: (counter, chips in a chunk).
 
-    The network is first tried on a few images: variation must reach its layers, and its outputs must be logits.
+    The network is first tried on a few images: variation must reach its layers, and its outputs must be those that the
+    metric reads.
 
     Args:
         model: a converted model, in evaluation mode and with nominal weights.
         data: images and labels.
         samples: the chip samples that will be counted, at least one.
         setup: how the model is set up for each.
+        metric: what is summed.
 
     Warns:
         EngineWarning: what runs through torch, and why.
@@ -141,14 +185,17 @@ def make_counter(model: nn.Module, data: Data, samples: Sequence[int], setup: Ch
     few = data.head[0].to(device)
     reason = None
     with torch.no_grad():
-        nominal = check_outputs(run(model, few), few, data.largest)
+        nominal = check_outputs(run(model, few), few, data.largest, metric=metric)
+        metric.batch(nominal, data.head[1].to(device), "evaluate")
         check_reached(model, few, nominal, samples[:TRIED], setup.first_layer)
         if looks_across(lambda x: run(model, x), few, nominal):
             reason = "its output for an image depends on the others of the batch, so batches are kept as they are"
             if not same(nominal, run(model, few)):
                 reason = "its outputs change from call to call"
                 warnings.warn(
-                    "the network's outputs change from call to call on one chip, and its accuracies with them",
+                    "the network's outputs change from call to call on one chip, and its accuracies with them"
+                    if metric.is_accuracy
+                    else f"the network's outputs change from call to call on one chip, and the {metric.name} with them",
                     OutputWarning,
                     stacklevel=4,
                 )
@@ -157,33 +204,36 @@ def make_counter(model: nn.Module, data: Data, samples: Sequence[int], setup: Ch
     automatic = setup.simulation.engine == "auto"
     if automatic and reason is None:
         try:
-            return _engine_counter(model, data, setup, samples[0])
+            return _engine_counter(model, data, setup, samples[0], metric)
         except Unsupported as error:
             reason = str(error)
     if automatic:
         warnings.warn(f"everything runs through torch: {reason}", EngineWarning, stacklevel=4)
-    return _torch_counter(model, data, setup), 1
+    # A loader that is read anew is read once for several chips; `prepare` makes each chip's network once.
+    return _torch_counter(model, data, setup, metric), 1 if data.kept or setup.prepare is not None else TOGETHER
 
 
-def _torch_counter(model: nn.Module, data: Data, setup: ChipSetup) -> Counter:
-    """Count chip by chip through torch."""
+def _torch_counter(model: nn.Module, data: Data, setup: ChipSetup, metric: Metric) -> Counter:
+    """Count through torch: chip by chip, or where the data does not fit the memory, piece by piece on each chip."""
 
-    def counter(samples: Sequence[int], done: Callable[[int], object]) -> list[tuple[int, int]]:
-        counts = []
-        for sample in samples:
-            with setup.programmed(model, sample), keeping(model):
-                counts.append(count(model, data))
-            done(data.images)
-        return counts
+    def counter(samples: Sequence[int], done: Callable[[int], object]) -> list[Tally]:
+        tallies = dict.fromkeys(samples, Tally())
+        whole = setup.prepare is not None or len(samples) == 1
+        for batches in [data] if whole else data.pieces():
+            for sample in samples:
+                with setup.programmed(model, sample), keeping(model):
+                    tallies[sample] = tallies[sample].plus(*count(model, batches, data.largest, metric))
+                done(data.images if whole else sum(len(labels) for _, labels in batches))
+        return list(tallies.values())
 
     return counter
 
 
-def _prepared_counter(model: nn.Module, data: Data, setup: ChipSetup) -> Counter:
+def _prepared_counter(model: nn.Module, data: Data, setup: ChipSetup, metric: Metric) -> Counter:
     """Count with an engine of its own for each chip."""
 
-    def counter(samples: Sequence[int], done: Callable[[int], object]) -> list[tuple[int, int]]:
-        counts = []
+    def counter(samples: Sequence[int], done: Callable[[int], object]) -> list[Tally]:
+        tallies = []
         for sample in samples:
             with setup.programmed(model, sample):
                 try:
@@ -191,21 +241,34 @@ def _prepared_counter(model: nn.Module, data: Data, setup: ChipSetup) -> Counter
                 except Unsupported as error:
                     warnings.warn(f"chip {sample} runs through torch: {error}", EngineWarning, stacklevel=2)
                     with keeping(model):
-                        counts.append(count(model, data))
+                        tallies.append(count(model, data, data.largest, metric))
                     done(data.images)
                     continue
-                correct = not_finite = 0
+                tally = Tally()
                 for x, y in _blocks(data, GPU_BLOCK if engine.on_gpu else BLOCK):
-                    (a,), (b,) = engine.count(x, y, [sample])
-                    correct, not_finite = correct + a, not_finite + b
+                    (found,) = _by_engine(engine, x, y, [sample], metric)
+                    tally = tally.plus(*found)
                     done(len(y))
-                counts.append((correct, not_finite))
-        return counts
+                tallies.append(tally)
+        return tallies
 
     return counter
 
 
-def _engine_counter(model: nn.Module, data: Data, setup: ChipSetup, sample: int) -> tuple[Counter, int]:
+def _by_engine(engine: Engine, images: Tensor, labels: Tensor, samples: Sequence[int], metric: Metric) -> list[Tally]:
+    """The sums of a metric over images on each chip, through an engine."""
+    if metric.is_accuracy:
+        counts = zip(*engine.count(images, labels, samples), strict=True)
+        return [Tally(correct, len(labels), bad) for correct, bad in counts]
+    tallies = [Tally() for _ in samples]
+    for i, part, outputs in engine.each(images, samples):
+        targets = labels[part].to(outputs.device)
+        found = metric.batch(outputs, targets, "evaluate")
+        tallies[i] = tallies[i].plus(*found, not_finite(outputs, len(targets)))
+    return tallies
+
+
+def _engine_counter(model: nn.Module, data: Data, setup: ChipSetup, sample: int, metric: Metric) -> tuple[Counter, int]:
     """Count through one engine: (counter, chips in a chunk). Raises Unsupported if the core cannot run the network."""
     engine = setup.engine(model, data.head[0], sample)
     if setup.simulation.gpu_method != "auto" and not engine.on_gpu:
@@ -218,7 +281,7 @@ def _engine_counter(model: nn.Module, data: Data, setup: ChipSetup, sample: int)
     if (engine.report.unfused or engine.report.torch) and not engine.library:
         warnings.warn(f"not all of the network runs in the C++ core: {engine.report}", EngineWarning, stacklevel=5)
     if setup.prepare is not None:
-        return _prepared_counter(model, data, setup), 1
+        return _prepared_counter(model, data, setup, metric), 1
 
     threads = GPU_THREADS if engine.on_gpu else torch.get_num_threads()
     cost = max(1.0, engine.cost[1])
@@ -229,22 +292,23 @@ def _engine_counter(model: nn.Module, data: Data, setup: ChipSetup, sample: int)
 
     rate = CALL_FLOP / CALL_SECONDS  # operations a second and thread, as measured in the last call
 
-    def counter(samples: Sequence[int], done: Callable[[int], object]) -> list[tuple[int, int]]:
+    def counter(samples: Sequence[int], done: Callable[[int], object]) -> list[Tally]:
         nonlocal rate
-        counts = {sample: [0, 0] for sample in samples}
+        tallies = dict.fromkeys(samples, Tally())
         for x, y in _blocks(data, GPU_BLOCK if engine.on_gpu else BLOCK):
             i = 0
             while i < len(samples):
                 part = samples[i : i + chips(rate * CALL_SECONDS, len(y))]
                 began = time.perf_counter()
-                for sample, *found in zip(part, *engine.count(x, y, part), strict=True):
-                    counts[sample] = [a + b for a, b in zip(counts[sample], found, strict=True)]
+                for sample, found in zip(part, _by_engine(engine, x, y, part, metric), strict=True):
+                    tallies[sample] = tallies[sample].plus(*found)
                 rate = cost * len(part) * len(y) / threads / max(1e-6, time.perf_counter() - began)
                 i += len(part)
                 done(len(part) * len(y))
-        return [tuple(found) for found in counts.values()]
+        return list(tallies.values())
 
-    return counter, chips(CHUNK_FLOP, data.images)
+    size = chips(CHUNK_FLOP, data.images)
+    return counter, size if data.kept else max(size, TOGETHER)
 
 
 def _blocks(batches: Data, size: int) -> Iterator[Batch]:

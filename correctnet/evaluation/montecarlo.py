@@ -1,4 +1,4 @@
-"""Monte Carlo over chip samples: accuracies of many chips, with their statistics.
+"""Monte Carlo over chip samples: accuracies of many chips, or values of another metric, with their statistics.
 
 result = evaluate(analog, images_and_labels, chips=250)
 print(result)                     # mean, standard deviation, 95 % confidence interval
@@ -10,6 +10,7 @@ goes through torch, and a warning names it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -28,17 +29,23 @@ from correctnet.crossbar.probe import left_alone
 from correctnet.datasets.batches import Batches, Data
 from correctnet.engine.engine import MEMORY, Method
 from correctnet.errors import UserError, whole
-from correctnet.evaluation.counting import ChipSetup, EngineWarning, OutputWarning, count, make_counter, restoring
-from correctnet.evaluation.results import COLUMNS, IDENTITY, Result, read_chips
+from correctnet.evaluation.counting import (
+    ChipSetup,
+    EngineWarning,
+    OutputWarning,
+    Tally,
+    count,
+    make_counter,
+    restoring,
+)
+from correctnet.evaluation.results import COLUMNS, IDENTITY, VALUES, Result, read_chips
 from correctnet.evaluation.simulation import Simulation
 from correctnet.files import storage
+from correctnet.metrics import ACCURACY, Metric, checked
 from correctnet.precision import Precision
 from correctnet.progress import ProgressBar
 
-__all__ = ["EngineWarning", "OutputWarning", "clean_accuracy", "count_correct", "evaluate", "simulate"]
-
-SAVED = [*COLUMNS, *IDENTITY, "settings"]
-"""columns of the file that `save` names"""
+__all__ = ["EngineWarning", "OutputWarning", "clean_accuracy", "clean_value", "count_correct", "evaluate", "simulate"]
 
 
 def count_correct(model: nn.Module, data: Batches, batch: int = 100) -> tuple[int, int]:
@@ -48,18 +55,37 @@ def count_correct(model: nn.Module, data: Batches, batch: int = 100) -> tuple[in
     """
     with left_alone(model):
         found = Data.of(data, batch)
-        correct, _ = count(model, found)
+        correct = count(model, found, found.largest, ACCURACY).total
     return correct, found.images
 
 
 def clean_accuracy(model: nn.Module, data: Batches, batch: int = 100) -> float:
     """Accuracy with nominal weights; `model` converted or not. Raises UserError for data that `evaluate` refuses."""
-    if any(isinstance(module, AnalogLayer) for module in model.modules()):
-        with programmed(model, None):
+    return clean_value(model, data, batch)
+
+
+def clean_value(model: nn.Module, data: Batches, batch: int = 100, metric: Metric | None = None) -> float:
+    """A metric's value with nominal weights; `model` converted or not.
+
+    Args:
+        model: the network.
+        data: as for `evaluate`.
+        batch: images in a forward pass, for data that is not divided into batches.
+        metric: None: the accuracy.
+
+    Raises:
+        UserError: data that `evaluate` refuses, or a value that is not finite.
+    """
+    metric = checked(metric, "clean_value")
+    analog = any(isinstance(module, AnalogLayer) for module in model.modules())
+    with programmed(model, None) if analog else contextlib.nullcontext():
+        if metric.is_accuracy:
             correct, total = count_correct(model, data, batch)
-    else:
-        correct, total = count_correct(model, data, batch)
-    return correct / total
+            return correct / total
+        with left_alone(model):
+            found = Data.of(data, batch, targets=metric.targets)
+            tally = count(model, found, found.largest, metric)
+    return metric.value(tally.total, tally.count, "clean_value: with nominal weights")
 
 
 def evaluate(
@@ -77,18 +103,21 @@ def evaluate(
     chunk: int | None = None,
     save: str | Path | None = None,
     prepare: Callable[[nn.Module], None] | None = None,
+    metric: Metric | None = None,
     progress: bool = True,
     title: str = "chips",
 ) -> Result:
-    """Accuracy of chips `start`, ..., `start + chips - 1` over all of `data`.
+    """Accuracy of chips `start`, ..., `start + chips - 1` over all of `data`, or their values of another metric.
 
     Args:
         model: from `correctnet.convert`. It is evaluated in evaluation mode; afterwards its modes and buffers, the
             chip that it carries, and the random generators of torch, numpy and Python are what they were before.
         data: a `Split`, an (images, labels) pair of tensors, or a loader of such batches that can be iterated over
             many times and yields the same images each time. images (N, ...), labels (N,) classes; the network maps
-            images to logits (N, classes). For a network that looks across a batch, batches of a loader are kept as
-            they are, and tensors are divided into batches of `batch` images.
+            images to logits (N, classes), or to something that has them: an object with `.logits`, a dict with "logits"
+            or "out", a tuple whose first element they are. Another metric may read other labels and outputs. A loader
+            is read once for each chunk of chips where its batches do not fit `memory`. For a network that looks across
+            a batch, batches of a loader are kept as they are, and tensors are divided into batches of `batch` images.
         chips: number of chip samples, >= 1.
         start: number of the first; chip 137 is the same chip whatever `start` and `chips` are.
         first_layer: layers of a smaller index stay nominal; all do for the last index + 1.
@@ -97,22 +126,24 @@ def evaluate(
         precision: of weights and activations in the core, "float32" or "bfloat16" (sums are float32).
         gpu_method: where noisy weights are generated on a GPU, see `correctnet.engine.engine`. On a CPU, where there is
             one way, any value but "auto" has no effect, and an `EngineWarning` says so.
-        memory: bytes that the core may use, approximately.
+        memory: bytes that the core may use, approximately, and that a loader's batches may take to be kept.
         batch: images in a forward pass of torch.
         chunk: chips that see all images before the next chips begin; None: as many as take about twenty seconds in the
-            core, and one in torch.
+            core, and one in torch; at least 16 where a loader's batches do not fit `memory`, unless `prepare` is given.
         save: a file for the rows of finished chips, written after every chunk. Chips that it already holds are not
             evaluated again. Rows of another model, device, seed or data, or of other settings, are refused; of
             `prepare` only the name is compared.
         prepare: called with the model after each chip is programmed (e.g. to recalibrate its BatchNorm). Each chip
             then has an engine of its own and begins with the parameters and buffers that the model has now; these are
             restored at the end.
+        metric: a `correctnet.Metric`, e.g. `correctnet.metrics.top_k(5)` or `.mean_squared_error()`; None: the
+            accuracy.
         progress: show a progress bar.
         title: of the progress bar.
 
     Returns:
         A `Result` with one row a chip. An image counts as correct if its label is the first largest output and no
-        output is NaN.
+        output is NaN. With another metric its values are in the column `value`.
 
     Warns:
         EngineWarning: what runs through torch, and why.
@@ -121,11 +152,11 @@ def evaluate(
 
     Raises:
         UserError: a model without variation, variation that does not reach the layers that should carry it (there is
-            no accuracy then), no chips, or data other than described above.
+            no accuracy then), no chips, data other than described above, or a metric that is not finite on a chip.
     """
     simulation = Simulation(start, engine, precision, gpu_method, memory, progress)
     options = {"first_layer": first_layer, "batch": batch, "chunk": chunk, "save": save, "prepare": prepare}
-    return simulate(model, data, chips, simulation, title=title, **options)
+    return simulate(model, data, chips, simulation, metric=metric, title=title, **options)
 
 
 def simulate(
@@ -139,6 +170,7 @@ def simulate(
     chunk: int | None = None,
     save: str | Path | None = None,
     prepare: Callable[[nn.Module], None] | None = None,
+    metric: Metric | None = None,
     title: str = "chips",
 ) -> Result:
     """`evaluate`, with the options that say how chips are simulated in one object; the other arguments are the same."""
@@ -157,12 +189,15 @@ def simulate(
         raise UserError(f"evaluate: prepare is called with the model, but a {type(prepare).__name__} cannot be called")
     if save is not None and not isinstance(save, str | os.PathLike):
         raise UserError(f"evaluate: save is the path of a file, not a {type(save).__name__}")
-    _check_save(save)
+    metric = checked(metric, "evaluate")
+    columns = [*(COLUMNS if metric.is_accuracy else VALUES), *IDENTITY]
+    in_file = [*columns, "settings"]
+    _check_save(save, in_file)
     end = simulation.start + chips
     if end > 2**32:
         raise UserError(f"evaluate: chips lie in [0, 2^32), not {simulation.start} to {end - 1}")
     with left_alone(model), programmed(model, None), restoring(model, parameters=prepare is not None) as put_back:
-        images = Data.of(data, batch, simulation.memory)
+        images = Data.of(data, batch, simulation.memory, targets=metric.targets)
         settings = f"first_layer={first_layer} engine={simulation.engine} precision={simulation.precision}"
         settings += f" batch={batch}"
         if prepare is not None:
@@ -175,14 +210,19 @@ def simulate(
             "model": state_digest(model),
             "settings": settings,
         }
-        rows = storage.resume(save, _read_rows, [])
+        if not metric.is_accuracy:
+            saved["metric"] = metric.name
+            saved["settings"] += (
+                f" metric={hashlib.blake2b(repr(metric.describe()).encode(), digest_size=8).hexdigest()}"
+            )
+        rows = storage.resume(save, lambda path: read_chips(path)[in_file].to_dict("records"), [])
         _check_rows(save, rows, saved)
         done = {row["sample"] for row in rows}
         todo = [sample for sample in range(simulation.start, end) if sample not in done]
         not_finite: dict[int, int] = {}
         if todo:
             setup = ChipSetup(simulation, first_layer, prepare, put_back)
-            counter, size = make_counter(model, images, todo, setup)
+            counter, size = make_counter(model, images, todo, setup, metric)
             size = chunk or size
             with ProgressBar(
                 desc=title,
@@ -195,25 +235,34 @@ def simulate(
                 bar.update(images.images * (chips - len(todo)))
                 for i in range(0, len(todo), size):
                     samples = todo[i : i + size]
-                    for sample, (correct, bad) in zip(samples, counter(samples, bar.update), strict=True):
-                        if not 0 <= correct <= images.images:
-                            raise RuntimeError(f"evaluate: {correct} of {images.images} images are correct")
-                        if bad:
-                            not_finite[sample] = bad
-                        own = {"sample": sample, "correct": correct, "accuracy": correct / images.images}
-                        rows.append({**own, **saved})
+                    for sample, tally in zip(samples, counter(samples, bar.update), strict=True):
+                        if tally.bad:
+                            not_finite[sample] = tally.bad
+                        rows.append({"sample": sample, **_values(metric, tally, images.images, sample), **saved})
                     if save:
-                        storage.write_csv(Path(save), pd.DataFrame(rows, columns=SAVED))
+                        storage.write_csv(Path(save), pd.DataFrame(rows, columns=in_file))
         if not_finite:
             listed = ", ".join(map(str, list(not_finite)[:5])) + (", ..." if len(not_finite) > 5 else "")
             warnings.warn(
                 f"outputs that are NaN or infinite on {len(not_finite)} of {len(todo)} chips ({listed}), for up to "
-                f"{max(not_finite.values())} of {images.images} images; an image with a NaN is counted as wrong",
+                f"{max(not_finite.values())} of {images.images} images"
+                + ("; an image with a NaN is counted as wrong" if metric.is_accuracy else ""),
                 OutputWarning,
                 stacklevel=3,
             )
-    table = pd.DataFrame(rows, columns=[*COLUMNS, *IDENTITY]).sort_values("sample", ignore_index=True)
-    return Result(table[table["sample"].between(simulation.start, end - 1)].reset_index(drop=True))
+    table = pd.DataFrame(rows, columns=columns).sort_values("sample", ignore_index=True)
+    return Result(table[table["sample"].between(simulation.start, end - 1)].reset_index(drop=True), metric)
+
+
+def _values(metric: Metric, tally: Tally, images: int, sample: int) -> dict[str, float]:
+    """The columns of a chip's row that hold its value."""
+    if not metric.is_accuracy:
+        where = f"evaluate: on chip {sample}" + (f", with {tally.bad} outputs that are not finite" if tally.bad else "")
+        return {"value": metric.value(tally.total, tally.count, where)}
+    correct = tally.total
+    if not 0 <= correct <= images:
+        raise RuntimeError(f"evaluate: {correct} of {images} images are correct")
+    return {"correct": correct, "accuracy": correct / images}
 
 
 def _device_text(model: nn.Module) -> str:
@@ -240,13 +289,8 @@ def state_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of chips that `save` holds."""
-    return read_chips(path)[SAVED].to_dict("records")
-
-
-def _check_save(save: str | Path | None) -> None:
-    """Check before the work begins that rows can be saved: the file is writable, and holds nothing else."""
+def _check_save(save: str | Path | None, wanted: list[str]) -> None:
+    """Check before the work begins that rows can be saved: the file is writable, and holds the same columns."""
     if not save:
         return
     storage.check_writable(save)
@@ -254,8 +298,8 @@ def _check_save(save: str | Path | None) -> None:
     if path.is_file():
         with path.open("rb") as file:
             first = file.readline(1 << 16).strip()
-        columns = [name.encode() for name in SAVED]
-        if not b",".join(columns).startswith(first) and not set(columns[: len(COLUMNS)]) <= set(first.split(b",")):
+        columns = [name.encode() for name in wanted]
+        if not b",".join(columns).startswith(first) and not {*columns[: len(COLUMNS)]} <= {*first.split(b",")}:
             raise UserError(f"evaluate: {save} holds something else than chips; give another file, or delete it")
 
 

@@ -1,4 +1,4 @@
-"""Per-chip accuracies of a Monte Carlo run, with statistics."""
+"""Per-chip accuracies of a Monte Carlo run, or values of another metric, with statistics."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ import pandas as pd
 
 from correctnet.errors import UserError
 from correctnet.files import csvfile, storage
+from correctnet.metrics import ACCURACY, Metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLUMNS = ["sample", "correct", "images", "accuracy", "seed"]
+VALUES = ["sample", "value", "images", "metric", "seed"]
+"""those of another metric than the accuracy"""
 IDENTITY = ["data", "device", "model"]
 """columns that say what was evaluated, where it is known: digest of images and labels, device model, digest of the
 network"""
@@ -46,15 +49,24 @@ class Interval:
 class Result:
     """Per-chip accuracies of a Monte Carlo run: a table with one row a chip, `sample, correct, images, accuracy, seed`.
 
-    Further columns (`IDENTITY`, and those that `record` adds) say what was evaluated; they are the same on every chip.
+    With another metric the columns are `sample, value, images, metric, seed`. Further columns (`IDENTITY`, and those
+    that `record` adds) say what was evaluated; they are the same on every chip.
     """
 
     table: pd.DataFrame
+    metric: Metric = ACCURACY
+
+    @property
+    def values(self) -> np.ndarray:
+        """(chips,) float64, the metric's value on each chip: of the accuracy, the fraction of correct images."""
+        return self.table["accuracy" if self.metric.is_accuracy else "value"].to_numpy(np.float64)
 
     @property
     def accuracies(self) -> np.ndarray:
-        """(chips,) float64, fraction of images classified correctly."""
-        return self.table["accuracy"].to_numpy(np.float64)
+        """(chips,) float64, fraction of images classified correctly. Raises UserError for another metric."""
+        if not self.metric.is_accuracy:
+            raise UserError(f"the result holds no accuracies, but the {self.metric.name}; read its values")
+        return self.values
 
     @property
     def chips(self) -> int:
@@ -68,48 +80,53 @@ class Result:
 
     @property
     def mean(self) -> float:
-        """Mean accuracy over the chips."""
-        return float(self.accuracies.mean())
+        """Mean accuracy, or value of the metric, over the chips."""
+        return float(self.values.mean())
 
     @property
     def std(self) -> float:
         """Sample standard deviation (n - 1) over the chips; 0 for one chip."""
-        return float(self.accuracies.std(ddof=1)) if self.chips > 1 else 0.0
+        return float(self.values.std(ddof=1)) if self.chips > 1 else 0.0
 
     def interval(self, level: float = 0.95) -> Interval:
         """Student's t interval of the mean: mean +- t std / sqrt(chips); NaN bounds for one chip.
 
         Raises UserError unless `level` is a fraction between 0 and 1.
         """
-        return _mean_interval(self.accuracies, level)
+        return _mean_interval(self.values, level)
 
     def percentile(self, q: float) -> float:
-        """The q-th percentile of the chips' accuracies. Raises UserError unless 0 <= q <= 100."""
+        """The q-th percentile of the chips' values. Raises UserError unless 0 <= q <= 100."""
         if not 0 <= q <= 100:
             raise UserError(f"percentile: q is a number between 0 and 100 (5 for the 5th percentile), not {q}")
-        return float(np.percentile(self.accuracies, q))
+        return float(np.percentile(self.values, q))
 
     def yield_at(self, threshold: float, level: float = 0.95) -> Interval:
         """The fraction of chips whose accuracy is at or above `threshold`, with Wilson's binomial interval.
 
-        Raises UserError unless `threshold` and `level` are fractions between 0 and 1.
+        With a metric of which smaller values are better, those at or below it. Raises UserError unless `threshold`, of
+        a metric that is a fraction, and `level` are fractions between 0 and 1.
         """
         from scipy import stats  # slow to import, and needed for intervals only
 
-        if not 0 <= threshold <= 1:
+        if self.metric.fraction and not 0 <= threshold <= 1:
             raise UserError(f"yield_at: a fraction between 0 and 1 is expected (0.9, not 90); threshold is {threshold}")
         _check_level(level)
-        good = int((self.accuracies >= threshold).sum())
+        if not math.isfinite(threshold):
+            raise UserError(f"yield_at: threshold is a finite number, not {threshold}")
+        good = int(self.metric.as_good(self.values, threshold).sum())
         interval = stats.binomtest(good, self.chips).proportion_ci(level, method="wilson")
         return Interval(good / self.chips, float(interval.low), float(interval.high))
 
     def minus(self, other: Result, level: float = 0.95) -> Interval:
-        """Mean difference of accuracy to `other` on the *same* chips, with the paired t interval.
+        """Mean difference of accuracy, or of the metric, to `other` on the *same* chips, with the paired t interval.
 
-        Raises UserError for results on different chips, images or devices, and names the difference. Images and
-        devices are compared where both results describe them (`data`, `device`, `sigma`, ...).
+        Raises UserError for results on different chips, images or devices, or of different metrics, and names the
+        difference. Images and devices are compared where both results describe them (`data`, `device`, `sigma`, ...).
         """
         what = "a paired comparison needs two results on the same chips and images"
+        if self.metric.describe() != other.metric.describe():
+            raise UserError(f"{what}, of one metric: {self.metric} against {other.metric}")
         mine, others = (
             list(zip(*(r.table[k].tolist() for k in ("seed", "sample")), strict=True)) for r in (self, other)
         )
@@ -122,19 +139,24 @@ class Result:
                 here, there = (_known(r.table[column]) for r in (self, other))
                 if here and there and here != there:
                     raise UserError(f"{what}: {column} is {', '.join(here)} here and {', '.join(there)} there")
-        return _mean_interval(self.accuracies - other.accuracies, level)
+        return _mean_interval(self.values - other.values, level)
 
     def to_csv(self, path: str | Path) -> None:
         """Write the table, atomically."""
         storage.write_csv(path, self.table)
 
     @classmethod
-    def from_csv(cls, path: str | Path) -> Result:
-        """Read a file of `to_csv`: the chips of one evaluation.
+    def from_csv(cls, path: str | Path, metric: Metric = ACCURACY) -> Result:
+        """Read a file of `to_csv`: the chips of one evaluation, of the metric that it was evaluated with.
 
-        Raises UserError for a file that is missing, truncated, edited or another table; it names line and column.
+        Raises UserError for a file that is missing, truncated, edited or another table, naming line and column, and for
+        one of another metric.
         """
-        return cls(read_chips(path))
+        table = read_chips(path)
+        found = ACCURACY.name if "accuracy" in table else table["metric"].iloc[0]
+        if found != metric.name:
+            raise UserError(f"{path}: holds values of the {found}, not of the {metric.name}; give the metric")
+        return cls(table, metric)
 
     @classmethod
     def concatenate(cls, results: Iterable[Result]) -> Result:
@@ -142,19 +164,23 @@ class Result:
 
         Raises UserError for a chip that occurs twice, and for chunks of different evaluations.
         """
+        results = list(results)
+        metrics = {str(r.metric.describe()): r.metric for r in results}
+        if len(metrics) > 1:
+            raise UserError(f"chunks of a Monte Carlo run differ in metric ({', '.join(map(str, metrics.values()))})")
         table = pd.concat([r.table for r in results], ignore_index=True).sort_values("sample", ignore_index=True)
         if table.duplicated(["seed", "sample"]).any():
             raise UserError("chunks of a Monte Carlo run overlap: a chip occurs twice")
         if table["images"].nunique() != 1:
             raise UserError("chunks of a Monte Carlo run saw different numbers of images")
-        for column in ["seed", *table.columns.difference(COLUMNS)]:
+        for column in ["seed", *table.columns.difference([*COLUMNS, *VALUES])]:
             if table[column].nunique(dropna=False) != 1:
                 found = ", ".join("none" if pd.isna(value) else str(value) for value in table[column].unique())
                 raise UserError(f"chunks of a Monte Carlo run differ in {column} ({found})")
-        return cls(table)
+        return cls(table, *metrics.values())
 
     def plot(self, ax: Axes | None = None, label: str | None = None) -> Axes:
-        """Histogram of the chips' accuracies, with the mean and its 95 % confidence interval.
+        """Histogram of the chips' accuracies, or values of the metric, with the mean and its 95 % confidence interval.
 
         Args:
             ax: matplotlib axes to draw on; None: those of a new figure.
@@ -168,26 +194,28 @@ class Result:
 
         if ax is None:
             _, ax = plt.subplots()
-        _, _, patches = ax.hist(self.accuracies, bins="auto", alpha=0.5, label=label)
+        _, _, patches = ax.hist(self.values, bins="auto", alpha=0.5, label=label)
         interval, colour = self.interval(), patches[0].get_facecolor()[:3]
         ax.axvline(self.mean, color=colour)
         if self.chips > 1:
             ax.axvspan(interval.low, interval.high, color=colour, alpha=0.3, linewidth=0)
         else:
             ax.text(0.02, 0.98, NO_INTERVAL, transform=ax.transAxes, fontsize=7, va="top")
-        ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=int(np.ptp(self.accuracies) < 0.05)))
-        ax.set(xlabel="accuracy", ylabel="chips")
+        if self.metric.fraction:
+            ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=int(np.ptp(self.values) < 0.05)))
+        ax.set(xlabel=self.metric.name, ylabel="chips")
         if label:
             ax.legend()
         return ax
 
     def __str__(self) -> str:
+        name, text = self.metric.name, self.metric.text
         if self.chips == 1:
-            return f"accuracy {self.mean:.2%} ({NO_INTERVAL}) over 1 chip x {self.images} images"
+            return f"{name} {text(self.mean)} ({NO_INTERVAL}) over 1 chip x {self.images} images"
         ci = self.interval()
         return (
-            f"accuracy {self.mean:.2%} +- {self.std:.2%} (mean +- standard deviation; 95 % CI {ci.low:.2%} to "
-            f"{ci.high:.2%}) over {self.chips} chips x {self.images} images"
+            f"{name} {text(self.mean)} +- {text(self.std)} (mean +- standard deviation; 95 % CI {text(ci.low)} to "
+            f"{text(ci.high)}) over {self.chips} chips x {self.images} images"
         )
 
 
@@ -210,9 +238,10 @@ def read_chips(path: str | Path, by: Sequence[str] = ()) -> pd.DataFrame:
     """
     read = csvfile.read(path, known=csvfile.EVALUATION)
     table = read.table
-    if not set(COLUMNS) <= set(table.columns) or table.empty:
+    if table.empty or not (set(COLUMNS) <= set(table.columns) or set(VALUES) <= set(table.columns)):
         raise UserError(f"{path}: not a Monte Carlo result (columns {', '.join(COLUMNS)} are expected)")
-    check_accuracies(read)
+    if "accuracy" in table:
+        check_accuracies(read)
     by = [column for column in by if column in table]
     again = table.duplicated([*by, "seed", "sample"])
     if again.any():
@@ -220,7 +249,7 @@ def read_chips(path: str | Path, by: Sequence[str] = ()) -> pd.DataFrame:
         read.refuse(row, "sample", f"chip {table['sample'].iloc[row]} occurs twice")
     groups = [table] if not by else [rows for _, rows in table.groupby(by, sort=False)]
     for rows in groups:
-        for column in rows.columns.difference(["sample", "correct", "accuracy"]):
+        for column in rows.columns.difference(["sample", "correct", "accuracy", "value"]):
             first = rows[column].iloc[0]
             other = rows[column].ne(first) & ~(rows[column].isna() & pd.isna(first))
             if other.any():
@@ -279,4 +308,4 @@ def record(result: Result, columns: Mapping[str, Any]) -> Result:
         raise UserError(f"the result has a column {taken[0]!r} already")
     for i, (name, value) in enumerate(columns.items()):
         table.insert(i, name, value)
-    return Result(table)
+    return Result(table, result.metric)

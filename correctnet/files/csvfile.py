@@ -44,6 +44,8 @@ EVALUATION = {
     **dict.fromkeys(("sample", "correct", "seed", "layers"), COUNT),
     "images": Column(int, 1),
     "accuracy": FRACTION,
+    "value": Column(float),
+    "metric": TEXT,
     **dict.fromkeys(("sigma", "overhead", "factor_mean", "factor_cv"), SHARE),
     **dict.fromkeys(("pair", "row", "network", "dataset", "split", "centre"), TEXT),
     **dict.fromkeys(("epochs", "variation", "on", "resample", "data", "device", "model"), MAYBE_TEXT),
