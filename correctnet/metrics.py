@@ -167,6 +167,17 @@ def checked(metric: Any, what: str) -> Metric:
     raise UserError(f"{what}: metric is a correctnet.Metric, not {metric!r}{hint}")
 
 
+def loss_of(metric: Metric, loss: Loss | None, what: str) -> Loss | None:
+    """The loss of a training: the one given, else the metric's, else None for the cross entropy.
+
+    Raises UserError, which begins with `what`, where labels are not such that the cross entropy can read them.
+    """
+    found = loss or metric.loss
+    if found is None and metric.targets not in ("classes", "pixels"):
+        raise UserError(f"{what}: there is no loss for the {metric.name}; give one as loss")
+    return found
+
+
 def main_output(outputs: Any) -> Tensor:
     """The tensor that shipped metrics and losses read of a network's outputs.
 

@@ -394,7 +394,7 @@ def test_the_loss_of_a_double_network_is_double():
 
 class Tuple(nn.Linear):
     def forward(self, x):
-        return super().forward(x), x
+        return "other", super().forward(x)
 
 
 NO_CLASSES = [

@@ -16,11 +16,11 @@ from correctnet.correction.outcome import Correction
 from correctnet.crossbar.convert import convert, copy_model
 from correctnet.crossbar.layers import CoverageWarning
 from correctnet.crossbar.probe import left_alone, run
-from correctnet.datasets.batches import Batches, Data, check_outputs, first_batch, take
+from correctnet.datasets.batches import Batches, Data, check_outputs, first_batch, largest_label, take
 from correctnet.devices.base import Variation
 from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.errors import UserError, whole
-from correctnet.evaluation.montecarlo import EngineWarning, clean_accuracy, simulate
+from correctnet.evaluation.montecarlo import EngineWarning, clean_value, simulate
 from correctnet.evaluation.results import Result
 from correctnet.evaluation.simulation import Simulation
 from correctnet.files import storage
@@ -31,9 +31,9 @@ from correctnet.methods.compensation_training import train_compensators
 from correctnet.methods.placement import check_limit
 from correctnet.methods.placement import search as find_placement
 from correctnet.methods.suppression_training import suppress as train_suppressed
+from correctnet.metrics import Loss, Metric, checked, loss_of
 from correctnet.noise import streams
 from correctnet.settings import Compensate, Search, Section, Suppress, Sweep, validate
-from correctnet.training.loop import Loss
 
 Options = Mapping[str, Any]
 WHAT = "correct"
@@ -53,6 +53,7 @@ def correct(
     search: Options | None = None,
     compensate: Options | None = None,
     loss: Loss | None = None,
+    metric: Metric | None = None,
     seed: int = 0,
     simulation: Simulation | None = None,
     work: str | Path | None = None,
@@ -69,7 +70,8 @@ def correct(
     The functions named do the same one by one, with the same seed and, for the compensators, `stage="compensate"`.
 
     Args:
-        network: a trained network that `correctnet.convert` accepts, with outputs (N, classes). It is left unchanged.
+        network: a trained network that `correctnet.convert` accepts, with outputs (N, classes), or such that `metric`
+            reads. It is left unchanged.
         train: training images (N, ...) and labels (N,): a pair of tensors, or a loader of such pairs, each of whose
             batches is a step, with augmentation or not.
         validation: images and labels for every choice: a pair, or a loader that yields the same images in each pass.
@@ -81,8 +83,10 @@ def correct(
         sweep: fields of `correctnet.settings.Sweep`.
         search: fields of `correctnet.settings.Search`, apart from `limits`.
         compensate: fields of `correctnet.settings.Compensate`.
-        loss: replaces the cross entropy in all trainings: a function of outputs (N, classes) and labels (N,) that
-            returns the mean over the images.
+        loss: replaces the cross entropy, or the loss of the metric, in all trainings: a function of outputs and labels
+            that returns the mean over the images.
+        metric: what networks are judged by: a `correctnet.Metric` with positive values; None: the accuracy. Of one of
+            which smaller values are better, 95 % of the original is the original value divided by 0.95.
         seed: of everything that is drawn.
         simulation: how chips are simulated; None: as `correctnet.evaluate` does. Its `start` is not used.
         work: a folder. A call that was stopped continues there when it is repeated with the same arguments; with other
@@ -113,18 +117,20 @@ def correct(
     seed, chips = whole(seed, f"{WHAT}: the seed"), whole(chips, f"{WHAT}: chips")
     if chips < 1:
         raise UserError(f"{WHAT}: chips must be at least 1, not {chips}")
+    metric = checked(metric, WHAT)
+    loss_of(metric, loss, WHAT)
     simulation = simulation or Simulation(progress=progress)
     analog = convert(network, variation, seed)  # mistakes are found before any work
     if compensation_modules(network):
         raise UserError(f"{WHAT}: the network is compensated already; give the original one")
     with left_alone(network), torch.no_grad():
         judged, shown = (
-            Data.of(data, memory=simulation.memory, what=f"{WHAT}: {name}")
+            Data.of(data, memory=simulation.memory, what=f"{WHAT}: {name}", targets=metric.targets)
             for name, data in (("validation", validation), ("test", test))
         )
-        _check_outputs(network, train, judged, shown)
+        _check_outputs(network, metric, train, judged, shown)
     images = take(judged, sections["sweep"].images)
-    run_of = _Run(network, shown, variation, seed, chips, simulation, work)
+    run_of = _Run(network, shown, variation, seed, chips, simulation, work, metric)
     with contextlib.ExitStack() as held:
         if work is not None:
             storage.check_writable(work, "folder")
@@ -136,7 +142,8 @@ def correct(
             warnings.simplefilter("ignore", given)
         base = network
         if suppress is not False:
-            how = {"loss": loss, "seed": seed, "work": work, "progress": simulation.progress, "validation": judged}
+            how = {"loss": loss, "metric": metric, "seed": seed, "work": work, "validation": judged}
+            how["progress"] = simulation.progress
             own = sections["suppress"].model_dump(exclude_unset=True)
             base = train_suppressed(network, train, variation, **how, **own)
             results["suppressed"], clean["suppressed"] = run_of.evaluate("suppressed", base)
@@ -148,6 +155,7 @@ def correct(
             threshold=sections["sweep"].threshold,
             chips=sections["sweep"].chips,
             seed=seed,
+            metric=metric,
             simulation=replace(simulation, start=streams.chips("sweep", sections["sweep"].chips).start),
             work=work,
         )
@@ -161,6 +169,7 @@ def correct(
             limit=limit,
             compensate=built,
             loss=loss,
+            metric=metric,
             seed=seed,
             simulation=simulation,
             work=work,
@@ -170,6 +179,7 @@ def correct(
         if placed.filters:
             parts = {"network": base, "filters": placed.filters, "train": train, "judged": judged, "seed": seed}
             parts |= {"variation": variation, "loss": loss, "settings": sections["compensate"]}
+            parts |= folder.judged_by(metric)
             text = "" if work is None else folder.identity("compensate", **parts)
             corrected, kept = train_compensators(
                 base,
@@ -181,6 +191,7 @@ def correct(
                 seed,
                 "compensate",
                 loss=loss,
+                metric=metric,
                 checkpoint=folder.checkpoint(work, "compensate", text),
                 simulation=simulation,
                 quiet=not simulation.progress,
@@ -195,9 +206,13 @@ def correct(
         **{name: sections[name].model_dump(mode="json") for name in ("sweep", "search", "compensate")},
         "loss": "cross entropy" if loss is None else getattr(loss, "__qualname__", type(loss).__qualname__),
     }
+    if not metric.is_accuracy:
+        described["metric"] = metric.describe()
+        if loss is None:
+            described["loss"] = described["metric"]["loss"] or described["loss"]
     suppressed = None if suppress is False else base
     threshold = sections["sweep"].threshold
-    return Correction(corrected, suppressed, results, clean, found, placed, kept, threshold, described)
+    return Correction(corrected, suppressed, results, clean, found, placed, kept, threshold, described, metric)
 
 
 def _section(kind: type[Section], values: Options | None, name: str) -> Any:
@@ -208,16 +223,17 @@ def _section(kind: type[Section], values: Options | None, name: str) -> Any:
     return validate(kind, dict(values or {}), f"{WHAT}: {name}")
 
 
-def _check_outputs(network: nn.Module, train: Batches, *others: Data) -> None:
-    """Check that the network classifies all data, before any work: its outputs, and the labels."""
+def _check_outputs(network: nn.Module, metric: Metric, train: Batches, *others: Data) -> None:
+    """Check that the network classifies all data, before any work: its outputs, and the labels; or its metric's."""
     device = next(network.parameters()).device
-    images, labels = first_batch(train, f"{WHAT}: train")
-    for what, few, largest in (
-        ("train", images[:8], int(labels.max())),
-        *((name, data.head[0][:8], data.largest) for name, data in zip(("validation", "test"), others, strict=True)),
+    first = first_batch(train, f"{WHAT}: train", metric.targets)
+    for name, (images, labels), largest in (
+        ("train", first, largest_label(first[1], metric.targets)),
+        *((name, data.head, data.largest) for name, data in zip(("validation", "test"), others, strict=True)),
     ):
-        few = few.to(device)
-        check_outputs(run(network, few, f"{WHAT}: {what}"), few, largest, f"{WHAT}: {what}")
+        what, few = f"{WHAT}: {name}", images[:8].to(device)
+        outputs = check_outputs(run(network, few, what), few, largest, what, metric)
+        metric.batch(outputs, labels[:8].to(device), what)
 
 
 class _Run:
@@ -232,17 +248,21 @@ class _Run:
         chips: int,
         simulation: Simulation,
         work: str | Path | None,
+        metric: Metric,
     ):
         self.images, self.variation, self.seed, self.chips, self.work = images, variation, seed, chips, work
+        self.metric = metric
         self.simulation = replace(simulation, start=streams.chips("test", chips).start)
 
     def evaluate(self, row: str, network: nn.Module, analog: nn.Module | None = None) -> tuple[Result, float]:
-        """The chips' accuracies of a network, and its accuracy without variation."""
+        """The chips' accuracies, or values, of a network, and its own without variation."""
         save = None
         if self.work is not None:
             parts = {"network": network, "data": self.images, "variation": self.variation, "seed": self.seed}
             parts |= {"simulation": [self.simulation.engine, self.simulation.precision]}
+            parts |= folder.judged_by(self.metric)
             save = folder.file(self.work, "evaluate", ".csv", folder.identity("evaluate", **parts))
         analog = convert(network, self.variation, self.seed) if analog is None else analog
-        result = simulate(analog, self.images, self.chips, self.simulation, save=save, title=row)
-        return result, clean_accuracy(network, self.images)
+        how = {"save": save, "metric": self.metric, "title": row}
+        result = simulate(analog, self.images, self.chips, self.simulation, **how)
+        return result, clean_value(network, self.images, metric=self.metric)

@@ -22,6 +22,7 @@ from correctnet.evaluation.results import NO_INTERVAL, Result
 from correctnet.files import storage
 from correctnet.methods.candidates import Sweep
 from correctnet.methods.placement import Placement
+from correctnet.metrics import ACCURACY, Metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,6 +48,7 @@ class Correction:
             no layer is compensated.
         threshold: fraction of the original network's clean accuracy from which on a chip counts for the yield.
         settings: everything that the outcome depends on apart from network and data, as a JSON object.
+        metric: what accuracies stand for above, where it is not the accuracy.
     """
 
     network: nn.Module
@@ -58,6 +60,7 @@ class Correction:
     judged: Mapping[str, Any] | None
     threshold: float
     settings: Mapping[str, Any]
+    metric: Metric = ACCURACY
 
     @property
     def candidates(self) -> tuple[str, ...]:
@@ -66,15 +69,21 @@ class Correction:
 
     @property
     def good(self) -> float:
-        """The accuracy from which on a chip counts for the yield: threshold * clean accuracy of the original."""
-        return self.threshold * self.clean["unprotected"]
+        """The accuracy from which on a chip counts for the yield: threshold * clean accuracy of the original.
+
+        Of a metric of which smaller values are better, the value up to which it does: clean value / threshold.
+        """
+        bound = self.metric.bound(self.threshold, self.clean["unprotected"])
+        return min(bound, 1.0) if self.metric.fraction else bound
 
     @property
     def table(self) -> pd.DataFrame:
         """One line a row: row, clean, mean, std, ci_low, ci_high, yield, overhead, layers, chips, images.
 
-        All but the last three are fractions. ci_low and ci_high are the 95 % t interval of the mean; yield is the
-        fraction of chips at or above `good`; layers are compensated ones. One chip has no std and no interval.
+        All but the last three are fractions; with another metric than the accuracy, clean, mean, std, ci_low and
+        ci_high are its values. ci_low and ci_high are the 95 % t interval of the mean; yield is the fraction of chips
+        at or above `good` (at or below, where smaller is better); layers are compensated ones. One chip has no std and
+        no interval.
         """
         rows = []
         for row, result in self.results.items():
@@ -98,12 +107,15 @@ class Correction:
 
     def __str__(self) -> str:
         lines = [
-            f"{r['row']:12s} clean {r['clean']:7.2%}   {_mean(r):18s} yield {r['yield']:7.2%}   "
+            f"{r['row']:12s} clean {self.metric.text(r['clean']):>7s}   {self._mean(r):18s} yield {r['yield']:7.2%}   "
             f"overhead {r['overhead']:.2%}"
             for r in self.table.to_dict("records")
         ]
+        if not self.metric.is_accuracy:
+            lines.insert(0, self.metric.name)
         chips, images = self.results["unprotected"].chips, self.results["unprotected"].images
-        lines.append(f"compensated: {self.search.where}; {chips} chips x {images} images; yield: >= {self.good:.2%}")
+        sign, good = ">=" if self.metric.higher else "<=", self.metric.text(self.good)
+        lines.append(f"compensated: {self.search.where}; {chips} chips x {images} images; yield: {sign} {good}")
         return "\n".join(lines)
 
     def plot(self, ax: Axes | None = None, what: Literal["rows", "candidates", "search"] = "rows") -> Axes:
@@ -132,18 +144,18 @@ class Correction:
         with plt.rc_context(figures.STYLE):
             if ax is None:
                 _, ax = plt.subplots(figsize=sizes[what])
-            if what != "rows":
+            if what != "rows" and self.metric.fraction:
                 ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
             if what == "candidates":
-                figures.draw_sweep(ax, self.sweep.table())
+                figures.draw_sweep(ax, self.sweep.table(), self.metric)
             elif what == "search":
                 limit = "any overhead" if self.search.limit is None else f"limit {self.search.limit:g}"
-                figures.draw_search(ax, [(limit, self.search.log)])
+                figures.draw_search(ax, [(limit, self.search.log)], self.metric)
             else:
                 named = {STYLES[row]: result for row, result in self.results.items()}
                 labels = {STYLES[row]: LABELS[row] for row in self.results}
                 figures.draw_rows(ax, named, [[self.clean[row]] for row in self.results], labels)
-                ax.set(xlabel="accuracy")
+                ax.set(xlabel=self.metric.name)
                 key = figures.rows_key()
                 ax.legend(handles=key, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=len(key))
         return ax
@@ -162,13 +174,14 @@ class Correction:
     def _page(self) -> str:
         from correctnet.report import pages
 
+        text, spread = self.metric.text, self.metric.spread
         columns = ["", "clean", "mean ± std", "95 % CI of the mean", "yield", "overhead", "layers", "chips × images"]
         rows = [
             [
                 html.escape(LABELS[r["row"]]),
-                f"{r['clean']:.2%}",
-                f"<b>{html.escape(_mean(r))}</b>",
-                NO_INTERVAL if r["chips"] == 1 else f"{100 * r['ci_low']:.2f} to {100 * r['ci_high']:.2f}",
+                text(r["clean"]),
+                f"<b>{html.escape(self._mean(r))}</b>",
+                NO_INTERVAL if r["chips"] == 1 else f"{spread(r['ci_low'])} to {spread(r['ci_high'])}",
                 f"{r['yield']:.1%}",
                 f"{r['overhead']:.2%}",
                 str(r["layers"]),
@@ -176,10 +189,14 @@ class Correction:
             ]
             for r in self.table.to_dict("records")
         ]
+        name, device = html.escape(self.metric.name), html.escape(_device(self.settings["variation"]))
+        rule = f"{self.threshold:.0%} of the original network's"
+        if not self.metric.higher:
+            rule = f"the original network's divided by {self.threshold:g}"
+        bound = "least" if self.metric.higher else "most"
         body = (
-            f"<p>Accuracy under device variation ({html.escape(_device(self.settings['variation']))}) on the test "
-            f"images. Yield: the fraction of chips of an accuracy of at least {self.good:.2%}, {self.threshold:.0%} of "
-            "the original network's.</p>\n"
+            f"<p>{name[0].upper() + name[1:]} under device variation ({device}) on the test images. Yield: the "
+            f"fraction of chips of {_article(name)} {name} of at {bound} {text(self.good)}, {rule}.</p>\n"
         )
         body += pages.html_table(columns, rows, (0,)) + self._image("rows")
         candidates = ", ".join(self.candidates) or "none"
@@ -191,8 +208,8 @@ class Correction:
         if self.judged is not None:
             body += (
                 f"<p>The trained compensators are kept if they help: over {self.judged['chips']} chips on "
-                f"{self.judged['images']} validation images the mean accuracy is {self.judged['with']:.2%} with them "
-                f"and {self.judged['without']:.2%} without.</p>\n"
+                f"{self.judged['images']} validation images the mean {name} is {text(self.judged['with'])} with "
+                f"them and {text(self.judged['without'])} without.</p>\n"
             )
         versions = f"correctnet {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
         facts = {"versions": versions, "CPU": machine.cpu_name(), **self.settings}
@@ -204,7 +221,12 @@ class Correction:
             for key, value in facts.items()
         ]
         body += "<h2>Settings</h2>\n" + pages.html_table(["", ""], listed, (0, 1))
-        return pages.page("CorrectNet: accuracy under variation", body)
+        return pages.page(f"CorrectNet: {name} under variation", body)
+
+    def _mean(self, row: Mapping[str, Any]) -> str:
+        """Mean and deviation of a row of the table, as text."""
+        mean = self.metric.text(row["mean"])
+        return mean if row["chips"] == 1 else f"{mean} ± {self.metric.spread(row['std'])}"
 
     def _image(self, what: Literal["rows", "candidates", "search"]) -> str:
         """A plot as an HTML image."""
@@ -220,8 +242,8 @@ class Correction:
         return f'<p><img alt="{what}" src="data:image/svg+xml;base64,{data}"></p>\n'
 
 
-def _mean(row: Mapping[str, Any]) -> str:
-    return f"{row['mean']:.2%}" if row["chips"] == 1 else f"{row['mean']:.2%} ± {100 * row['std']:.2f}"
+def _article(name: str) -> str:
+    return "an" if name[0].lower() in "aeiou" else "a"
 
 
 def _device(described: Mapping[str, Any]) -> str:

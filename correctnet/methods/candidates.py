@@ -7,6 +7,7 @@ counted in the order of registration instead.
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -23,17 +24,21 @@ from correctnet.crossbar.probe import Reads, address, left_alone, run
 from correctnet.datasets.batches import Batches, Data, first_batch
 from correctnet.devices.base import Variation
 from correctnet.errors import UserError
-from correctnet.evaluation.montecarlo import clean_accuracy, simulate
+from correctnet.evaluation.montecarlo import clean_value, simulate
 from correctnet.evaluation.results import Result
 from correctnet.evaluation.simulation import Simulation
 from correctnet.methods import work as folder
+from correctnet.metrics import ACCURACY, Metric, Targets, checked
 from correctnet.noise import streams
 from correctnet.progress import ProgressBar
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Accuracies with variation in layers i..L for every i, and the layers that need compensation."""
+    """Accuracies with variation in layers i..L for every i, and the layers that need compensation.
+
+    With another metric, its values are in the place of accuracies.
+    """
 
     results: dict[int, Result]
     """by i, 1 <= i <= L, counted as in the paper"""
@@ -43,15 +48,21 @@ class Sweep:
     """clean accuracy of the pre-trained network on the same images"""
     threshold: float
     """fraction of `original` below which layers become candidates"""
+    metric: Metric = ACCURACY
+
+    @property
+    def bound(self) -> float:
+        """The mean at which no compensation is needed: threshold * original, or original / threshold of an error."""
+        return self.metric.bound(self.threshold, self.original)
 
     @property
     def candidates(self) -> tuple[str, ...]:
-        """The first i layers, for the largest i with a mean accuracy below threshold * original; () if none."""
-        below = [i for i, r in self.results.items() if r.mean < self.threshold * self.original]
+        """The first i layers, for the largest i with a mean that is worse than `bound`; () if none."""
+        below = [i for i, r in self.results.items() if not self.metric.as_good(r.mean, self.bound)]
         return self.names[: max(below, default=0)]
 
     def table(self) -> pd.DataFrame:
-        """One row a layer and chip: layer (i), name, sample, accuracy, ..., original."""
+        """One row a layer and chip: layer (i), name, sample, accuracy (or value), ..., original."""
         parts = [
             r.table.assign(layer=i, name=self.names[i - 1], original=self.original, threshold=self.threshold)
             for i, r in sorted(self.results.items())
@@ -59,22 +70,24 @@ class Sweep:
         return pd.concat(parts, ignore_index=True)
 
     def summary(self) -> dict[str, Any]:
-        """The result as a JSON object: candidates, original, threshold, and mean accuracies by layer."""
+        """The result as a JSON object: candidates, original, threshold, and mean accuracies, or values, by layer."""
         return {
             "candidates": list(self.candidates),
             "original": self.original,
             "threshold": self.threshold,
-            "accuracy": {self.names[i - 1]: r.mean for i, r in sorted(self.results.items())},
+            "accuracy" if self.metric.is_accuracy else "value": {
+                self.names[i - 1]: r.mean for i, r in sorted(self.results.items())
+            },
         }
 
 
-def executed(model: nn.Module, data: Batches) -> list[str]:
+def executed(model: nn.Module, data: Batches, targets: Targets = "classes") -> list[str]:
     """Names of the conv and linear layers in the order in which `model` first calls them or reads their weights.
 
     Observed on images of `data`, in evaluation mode. Raises UserError for a layer that is not used: variation in it has
     no effect.
     """
-    images, _ = first_batch(data, "sweep")
+    images, _ = first_batch(data, "sweep", targets)
     layers = dict(crossbar_layers(model))
     device = next(model.parameters()).device
     order: dict[str, None] = {}
@@ -114,6 +127,7 @@ def sweep(
     chips: int = 50,
     simulation: Simulation | None = None,
     save: Path | None = None,
+    metric: Metric = ACCURACY,
 ) -> Sweep:
     """Evaluate with variation in layers i..L for i = L, L-1, ..., 1, each on the same chips (Fig. 9).
 
@@ -122,35 +136,41 @@ def sweep(
     Args:
         model: from `correctnet.convert`, no layer excluded.
         data: validation images, never the test set: the result is used to choose.
-        original: clean accuracy of the pre-trained network on them, in (0, 1].
+        original: clean accuracy of the pre-trained network on them, in (0, 1]; or the metric's value, above 0.
         threshold: candidates are the first i layers for the first i (from the last layer backwards) whose mean
-            accuracy is below threshold * original; 0.95 in the paper.
+            accuracy is below threshold * original, or whose error is above original / threshold; 0.95 in the paper.
         chips: chip samples a layer.
         simulation: how chips are simulated.
         save: a folder for the finished layers, a file each, which are not evaluated again.
+        metric: what they are judged by.
 
     Raises:
         UserError: accuracies that are not fractions, a layer that carries no variation, or one that is not used.
     """
     simulation = simulation or Simulation()
-    if not 0 < original <= 1:
-        raise UserError(f"sweep: the original accuracy must lie in (0, 1], not {original}")
+    if metric.fraction and not 0 < original <= 1:
+        raise UserError(f"sweep: the original {metric.name} must lie in (0, 1], not {original}")
+    if not 0 < original < math.inf:
+        raise UserError(
+            f"sweep: the original {metric.name} must be above 0, not {original}: candidates are found by a fraction "
+            "of it; use a metric that is positive"
+        )
     if not 0 < threshold <= 1:
         raise UserError(f"sweep: the threshold is a fraction in (0, 1] (0.95, not 95), not {threshold}")
     registered = tuple(name for name, _ in crossbar_layers(model))
     if len(analog_layers(model)) != len(registered):
         raise UserError("sweep: every conv and linear layer must carry variation; convert the model without `exclude`")
     with programmed(model, None):
-        names = tuple(executed(model, data))
+        names = tuple(executed(model, data, metric.targets))
     results = {}
     for i in ProgressBar(range(len(names), 0, -1), desc="sweep", unit="layer", disable=not simulation.progress):
         in_order = names == registered
         varied = model if in_order else _nominal(model, names[: i - 1])
         first_layer = i - 1 if in_order else 0
         options = {"first_layer": first_layer, "chunk": chips, "title": names[i - 1]}
-        options["save"] = None if save is None else save / f"{i}.csv"
+        options |= {"save": None if save is None else save / f"{i}.csv", "metric": metric}
         results[i] = simulate(varied, data, chips, simulation, **options)
-    return Sweep(results, names, original, threshold)
+    return Sweep(results, names, original, threshold, metric)
 
 
 def find_candidates(
@@ -162,6 +182,7 @@ def find_candidates(
     threshold: float = 0.95,
     chips: int = 50,
     seed: int = 0,
+    metric: Metric | None = None,
     simulation: Simulation | None = None,
     work: str | Path | None = None,
     progress: bool = True,
@@ -175,12 +196,14 @@ def find_candidates(
         network: the network that will be compensated, suppressed or not.
         data: validation images and labels, as in `correctnet.evaluate`; never the test set.
         variation: the device model.
-        original: the network before suppression, or its clean accuracy on `data`; None: `network` itself is the
-            original one.
+        original: the network before suppression, or its clean accuracy (or value of the metric) on `data`; None:
+            `network` itself is the original one.
         threshold: the first i layers are candidates if their mean accuracy is below `threshold` times the original
-            accuracy; 0.95 in the paper.
+            accuracy; 0.95 in the paper. Of a metric of which smaller values are better, if their mean is above the
+            original value divided by `threshold`.
         chips: chip samples a layer.
         seed: of the chips.
+        metric: a `correctnet.Metric` with positive values; None: the accuracy.
         simulation: how chips are simulated; None: as `correctnet.evaluate` does, on chips that only this choice uses.
         work: a folder. A call that was stopped continues from its last layer when it is repeated.
         progress: show progress bars, where `simulation` does not say.
@@ -193,11 +216,12 @@ def find_candidates(
             or an original accuracy that is no fraction; or an original network of accuracy 0.
     """
     simulation = simulation or Simulation(streams.chips("sweep", max(0, chips)).start, progress=progress)
+    metric = checked(metric, "find_candidates")
     analog = convert(network, variation, seed)
     with left_alone():
-        data = Data.of(data, memory=simulation.memory, what="find_candidates")
+        data = Data.of(data, memory=simulation.memory, what="find_candidates", targets=metric.targets)
     if original is None or isinstance(original, nn.Module):
-        original = clean_accuracy(network if original is None else original, data)
+        original = clean_value(network if original is None else original, data, metric=metric)
     save = None
     if work is not None:
         parts = {
@@ -206,9 +230,11 @@ def find_candidates(
             "variation": variation,
             "seed": seed,
             "precision": simulation.precision,
+            **folder.judged_by(metric),
         }
         save = folder.file(work, "sweep", "", folder.identity("sweep", **parts, start=simulation.start))
-    return sweep(analog, data, original, threshold, chips=chips, simulation=simulation, save=save)
+    how = {"chips": chips, "simulation": simulation, "save": save, "metric": metric}
+    return sweep(analog, data, original, threshold, **how)
 
 
 def sensitivity(
@@ -218,6 +244,7 @@ def sensitivity(
     *,
     chips: int = 20,
     seed: int = 0,
+    metric: Metric | None = None,
     simulation: Simulation | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -229,27 +256,28 @@ def sensitivity(
         variation: the device model.
         chips: chip samples a layer.
         seed: of the chips. A layer carries the same weights on chip n here as on chip n of the converted network.
+        metric: a `correctnet.Metric`; None: the accuracy.
         simulation: how chips are simulated; None: as `correctnet.evaluate` does, on chips that nothing else uses.
         progress: show progress bars, where `simulation` does not say.
 
     Returns:
         One row a layer and chip: layer (1 is the first that the network runs), name, weights (their number), sample,
-        accuracy, ..., clean (accuracy of the nominal network on the same images).
+        accuracy (or value), ..., clean (the same of the nominal network on the same images).
 
     Raises:
         UserError: as `correctnet.convert` and `correctnet.evaluate`, and for a layer that the network does not use.
     """
     simulation = simulation or Simulation(streams.chips("sensitivity", max(0, chips)).start, progress=progress)
-    layers = dict(crossbar_layers(network))
+    layers, metric = dict(crossbar_layers(network)), checked(metric, "sensitivity")
     with left_alone():
-        data = Data.of(data, memory=simulation.memory, what="sensitivity")
+        data = Data.of(data, memory=simulation.memory, what="sensitivity", targets=metric.targets)
     names = executed(network, data)
-    clean = clean_accuracy(network, data)
+    clean = clean_value(network, data, metric=metric)
     parts = []
     for i, name in enumerate(
         ProgressBar(names, desc="sensitivity", unit="layer", disable=not simulation.progress), start=1
     ):
         alone = convert(network, variation, seed, exclude=[other for other in names if other != name])
-        result = simulate(alone, data, chips, simulation, chunk=chips, title=name)
+        result = simulate(alone, data, chips, simulation, chunk=chips, metric=metric, title=name)
         parts.append(result.table.assign(layer=i, name=name, weights=layers[name].weight.numel(), clean=clean))
     return pd.concat(parts, ignore_index=True)

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from correctnet.crossbar.convert import convert, program
 from correctnet.crossbar.probe import left_alone, run
 from correctnet.datasets.base import Split
-from correctnet.datasets.batches import Batches, Data, as_pair, check_batch, check_loader, check_outputs, first_batch
+from correctnet.datasets.batches import (
+    Batches,
+    Data,
+    as_pair,
+    check_batch,
+    check_loader,
+    check_outputs,
+    first_batch,
+    largest_label,
+)
 from correctnet.devices.base import Variation
 from correctnet.errors import UserError, whole
 from correctnet.evaluation.montecarlo import simulate
@@ -28,10 +37,11 @@ from correctnet.methods.compensation import (
     compensation_parameters,
     layer_of,
 )
+from correctnet.metrics import ACCURACY, Loss, Metric, checked
 from correctnet.noise import streams
 from correctnet.settings import JUDGED_CHIPS, Compensate, validate
 from correctnet.training.checkpoint import Checkpoint
-from correctnet.training.loop import Hooks, Loss, fit
+from correctnet.training.loop import Hooks, fit
 
 # With at least this many images and none given for validation, `fit_compensators` holds out a tenth of them.
 LEAST_TO_SPLIT = 20
@@ -60,6 +70,8 @@ def prepare(
     variation: Variation,
     seed: int,
     stage: str = "fit_compensators",
+    loss: Loss | None = None,
+    metric: Metric = ACCURACY,
 ) -> tuple[nn.Module, dict[str, Any], Hooks]:
     """Build the analog model with untrained compensators, the compensation plan, and the training hooks.
 
@@ -73,6 +85,7 @@ def prepare(
         variation: the device model.
         seed: of the chips and of the initial weights.
         stage: the stage that trains, "compensate", "search" or "fit_compensators"; see `correctnet.noise.streams`.
+        loss, metric: as for `fit_compensators`.
 
     Returns:
         The converted copy of `model`; the arguments of `compensate` that gave it; the hooks for `fit`.
@@ -85,6 +98,8 @@ def prepare(
         draws_per_batch=section.chips_per_batch,
         dropout=False,
         update_batchnorm=section.batchnorm == "updated",
+        loss=loss,
+        metric=metric,
     )
     return analog, plan, hooks
 
@@ -98,6 +113,7 @@ def keep_better(
     stage: str = "fit_compensators",
     simulation: Simulation | None = None,
     stacklevel: int = 3,
+    metric: Metric = ACCURACY,
 ) -> dict[str, Any]:
     """Compare trained compensators with none, and replace them by the identity if they lost accuracy.
 
@@ -111,9 +127,10 @@ def keep_better(
         stage: as for `prepare`.
         simulation: how chips are simulated, apart from `start` and `progress`.
         stacklevel: of the warning, as for `warnings.warn`.
+        metric: what they are compared by.
 
     Returns:
-        without, with: mean accuracies; kept: "without" or "with"; chips, images: their numbers.
+        without, with: mean accuracies, or values; kept: "without" or "with"; chips, images: their numbers.
 
     Warns:
         CompensationWarning: the compensators are not kept.
@@ -123,20 +140,20 @@ def keep_better(
     simulation = replace(simulation or Simulation(), start=chips.start, progress=False)
     identity = compensate(model, **{**plan, "init": "identity"}, stage=stage).state_dict()
     with left_alone(analog):
-        data = Data.of(data, memory=simulation.memory, what=stage)
+        data = Data.of(data, memory=simulation.memory, what=stage, targets=metric.targets)
 
     def mean(state: dict[str, Tensor]) -> float:
         analog.load_state_dict(state)
-        return simulate(analog, data, len(chips), simulation).mean
+        return simulate(analog, data, len(chips), simulation, metric=metric).mean
 
     without, with_them = mean(identity), mean(trained)
-    kept = "with" if with_them >= without else "without"
+    kept = "with" if metric.as_good(with_them, without) else "without"
     if kept == "without":
         analog.load_state_dict(identity)
         warnings.warn(
             f"the trained compensators are not kept: over {len(chips)} validation chips the network has a mean "
-            f"accuracy of {with_them:.2%} with them and of {without:.2%} without; train them for more epochs or with a "
-            "lower learning rate",
+            f"{metric.name} of {metric.text(with_them)} with them and of {metric.text(without)} without; train them "
+            "for more epochs or with a lower learning rate",
             CompensationWarning,
             stacklevel=stacklevel,
         )
@@ -154,6 +171,7 @@ def train_compensators(
     stage: str,
     *,
     loss: Loss | None = None,
+    metric: Metric = ACCURACY,
     checkpoint: Checkpoint | None = None,
     simulation: Simulation | None = None,
     quiet: bool = False,
@@ -166,21 +184,21 @@ def train_compensators(
         section: how the compensators are built and trained.
         checkpoint: saved after each epoch; the training is resumed from it.
         simulation: of the comparison, as for `keep_better`.
-        model, filters, variation, seed, stage, loss, quiet: as for `fit_compensators`.
+        model, filters, variation, seed, stage, loss, metric, quiet: as for `fit_compensators`.
         stacklevel: of the warning, counted from this function's caller: 2 is that one's caller.
 
     Returns:
         The compensated network in evaluation mode, and the comparison as `keep_better` returns it; None where no layer
         is compensated.
     """
-    analog, plan, hooks = prepare(model, filters, section, variation, seed, stage)
-    hooks.loss = loss
+    analog, plan, hooks = prepare(model, filters, section, variation, seed, stage, loss, metric)
     compensated = compensate(model, **plan, stage=stage).eval()
     with left_alone():
-        images, labels = first_batch(train, stage)
+        images, labels = first_batch(train, stage, metric.targets)
     pairs = [pair for pair in (as_pair(train), as_pair(judged), (images, labels)) if pair is not None]
     device = next(model.parameters(), torch.empty(0)).device
-    check_calls(compensated, images[:8].to(device), max(int(y.max()) for _, y in pairs), stage)
+    largest = max(largest_label(y, metric.targets) for _, y in pairs)
+    check_calls(compensated, images[:8].to(device), labels[:8].to(device), largest, stage, metric)
     parameters, better = trained_parameters(analog, section), None
     if parameters:  # none where no layer is compensated
         fit(
@@ -195,7 +213,7 @@ def train_compensators(
             title="compensators",
             quiet=quiet,
         )
-        better = keep_better(analog, model, plan, judged, seed, stage, simulation, stacklevel + 2)
+        better = keep_better(analog, model, plan, judged, seed, stage, simulation, stacklevel + 2, metric)
     compensated.load_state_dict(analog.state_dict())
     return compensated, better
 
@@ -209,6 +227,7 @@ def fit_compensators(
     *,
     validation: Batches | None = None,
     loss: Loss | None = None,
+    metric: Metric | None = None,
     seed: int = 0,
     stage: Literal["fit_compensators", "compensate"] = "fit_compensators",
     work: str | Path | None = None,
@@ -230,8 +249,9 @@ def fit_compensators(
         validation: images and labels for that comparison, tensors or a loader. None: a tenth of `images`, drawn with
             `seed` and not used for training; with fewer than 20 images none is held out, and the training images are
             used. A loader for training needs it.
-        loss: replaces the cross entropy: a function of outputs (N, classes) and labels (N,) that returns the mean over
-            the images.
+        loss: replaces the cross entropy: a function of outputs and labels that returns the mean over the images.
+        metric: a `correctnet.Metric` by which they are compared with none. It says what labels are, and may have a
+            loss; None: the accuracy.
         seed: of the batches, the chips, the initial weights and the images that are held out.
         stage: whose chips, batches and initial weights are drawn: "compensate" are those of the workflow and of
             `correctnet.correct`.
@@ -253,7 +273,7 @@ def fit_compensators(
     caller = "fit_compensators"
     section = validate(Compensate, settings, caller)
     check_filters(filters, caller)
-    seed = whole(seed, f"{caller}: the seed")
+    seed, metric = whole(seed, f"{caller}: the seed"), checked(metric, caller)
     if stage not in (caller, "compensate"):
         raise UserError(f"{caller}: stage must be '{caller}' or 'compensate', not {stage!r}")
     if variation is None:
@@ -269,7 +289,7 @@ def fit_compensators(
             )
         judged: Batches = validation
     else:
-        train = _labelled(given, f"{caller}: images and labels", device)
+        train = _labelled(given, f"{caller}: images and labels", device, metric)
         if validation is not None:
             judged = validation
         elif len(train) >= LEAST_TO_SPLIT:
@@ -280,10 +300,11 @@ def fit_compensators(
         else:
             judged = train
     if as_pair(judged) is not None or isinstance(judged, Tensor) or _pair_of_others(judged):
-        judged = _labelled(judged, f"{caller}: validation", device)
+        judged = _labelled(judged, f"{caller}: validation", device, metric)
     else:
-        judged = Data.of(judged, what=f"{caller}: validation")
+        judged = Data.of(judged, what=f"{caller}: validation", targets=metric.targets)
     parts = {"network": model, "filters": filters, "train": train, "judged": judged, "variation": variation}
+    parts |= folder.judged_by(metric)
     text = "" if work is None else folder.identity(stage, **parts, seed=seed, loss=loss, settings=section)
     compensated, _ = train_compensators(
         model,
@@ -295,6 +316,7 @@ def fit_compensators(
         seed,
         stage,
         loss=loss,
+        metric=metric,
         checkpoint=folder.checkpoint(work, stage, text),
         simulation=Simulation(engine="torch"),
         quiet=quiet,
@@ -307,29 +329,32 @@ def _pair_of_others(data: Any) -> bool:
     return isinstance(data, tuple | list) and len(data) == 2 and not all(isinstance(x, tuple | list) for x in data)
 
 
-def _labelled(data: Any, what: str, device: torch.device) -> Split:
+def _labelled(data: Any, what: str, device: torch.device, metric: Metric) -> Split:
     """Images and labels on the model's device, checked."""
     pair = as_pair(data)
     if pair is None:
         raise UserError(f"{what}: a tensor of images and one of labels are expected")
-    split = Split(*check_batch(tuple(part.to(device) for part in pair), what))
+    split = Split(*check_batch(tuple(part.to(device) for part in pair), what, metric.targets))
     if not len(split):
         raise UserError(f"{what}: there are no images")
     return split
 
 
-def check_calls(model: nn.Module, images: Tensor, largest: int, what: str) -> None:
+def check_calls(
+    model: nn.Module, images: Tensor, labels: Tensor, largest: int, what: str, metric: Metric = ACCURACY
+) -> None:
     """Raise UserError if a compensated network is not a classifier, or uses a compensated layer's weight itself.
 
-    The network runs as in evaluation, without gradients and without hooks: where there are hooks, torch takes other
-    code paths, which call layers that it does not call otherwise.
+    With another metric its outputs must be what that reads. The network runs as in evaluation, without gradients and
+    without hooks: where there are hooks, torch takes other code paths, which call layers that it does not call
+    otherwise.
     """
     compensated, calls = compensation_modules(model), dict.fromkeys(compensation_modules(model), 0)
     layers = {name: layer_of(m.original) for name, m in compensated.items()}
     own = dict.fromkeys(layers, 0)
     with _counted(compensated, calls), _counted(layers, own), torch.no_grad():
         outputs = run(model, images, what)
-    check_outputs(outputs, images, largest, what)
+    metric.batch(check_outputs(outputs, images, largest, what, metric), labels, what)
     for name in compensated:
         if calls[name] == 0:
             raise UserError(

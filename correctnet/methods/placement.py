@@ -22,9 +22,10 @@ from correctnet.evaluation.simulation import Simulation
 from correctnet.methods import compensation, compensation_training
 from correctnet.methods import search as searching
 from correctnet.methods import work as folder
+from correctnet.metrics import ACCURACY, Loss, Metric, checked
 from correctnet.noise import streams
 from correctnet.settings import SEARCHING, Compensate, Search, validate
-from correctnet.training.loop import Loss, fit
+from correctnet.training.loop import fit
 
 Filters = searching.Filters
 
@@ -36,13 +37,15 @@ class Placement:
     Attributes:
         filters: generator filters by layer name, as `correctnet.fit_compensators` takes them; {}: no compensation.
         overhead: parameters of the compensation / parameters of the network.
-        mean, std: accuracy of the state over chips, as the search scored it; None where nothing was searched.
+        mean, std: accuracy (or value of the metric) of the state over chips, as the search scored it; None where
+            nothing was searched.
         evaluations: number of states that were trained.
         strategy: how they were looked for.
         limit: the largest overhead allowed; None: any.
         candidates: names of the layers among which it was looked.
         log: the explored states in order, one row each, with columns evaluation, episode, filters (of each candidate),
             ratios, layers (compensated ones), overhead, mean, std, reward (12), seconds.
+        metric: what states are judged by.
     """
 
     filters: dict[str, int]
@@ -54,6 +57,7 @@ class Placement:
     limit: float | None
     candidates: tuple[str, ...]
     log: pd.DataFrame
+    metric: Metric = ACCURACY
 
     def summary(self) -> dict[str, Any]:
         """The result as a JSON object, without the log."""
@@ -66,7 +70,8 @@ class Placement:
         return ", ".join(f"{name} ({m} filters)" for name, m in self.filters.items()) or "no layer"
 
     def __str__(self) -> str:
-        scored = "" if self.mean is None else f", accuracy {self.mean:.2%} +- {self.std:.2%} on validation images"
+        name, text = self.metric.name, self.metric.text
+        scored = "" if self.mean is None else f", {name} {text(self.mean)} +- {text(self.std)} on validation images"
         return f"compensated: {self.where}; overhead {self.overhead:.2%}{scored} ({self.evaluations} states trained)"
 
 
@@ -83,6 +88,7 @@ def make_problem(
     *,
     augment: str = "none",
     loss: Loss | None = None,
+    metric: Metric = ACCURACY,
 ) -> searching.Problem:
     """The search problem of a network: a state is scored by training its compensators and evaluating them on chips.
 
@@ -98,6 +104,7 @@ def make_problem(
         simulation: how chips are simulated, apart from `start` and `progress`, which says whether bars are shown.
         augment: augmentation of the training images, as the setting `data.augment`.
         loss: replaces the cross entropy.
+        metric: what states are judged by.
     """
     layers = dict(crossbar_layers(network))
     section = section.model_copy(update={"epochs": settings.train_epochs})
@@ -107,14 +114,15 @@ def make_problem(
     def score(filters: Filters) -> tuple[float, float]:
         train, images = read()
         analog, _, hooks = compensation_training.prepare(
-            network, named(candidates, filters), section, variation, seed, "search"
+            network, named(candidates, filters), section, variation, seed, "search", loss, metric
         )
         parameters = compensation_training.trained_parameters(analog, section)
         if parameters:
-            hooks.augment, hooks.loss = augment, loss
+            hooks.augment = augment
             how = {"title": "compensators " + " ".join(map(str, filters)), "quiet": not simulation.progress}
             fit(analog, train, section, seed, stage="search", parameters=parameters, hooks=hooks, **how)
-        result = simulate(analog, images, settings.chips, replace(simulation, start=first, progress=False))
+        how = replace(simulation, start=first, progress=False)
+        result = simulate(analog, images, settings.chips, how, metric=metric)
         return result.mean, result.std
 
     return searching.Problem(
@@ -123,6 +131,8 @@ def make_problem(
         limit=limit,
         overhead=lambda filters: compensation.overhead(network, named(candidates, filters)),
         score=score,
+        higher=metric.higher,
+        fraction=metric.fraction,
     )
 
 
@@ -134,12 +144,13 @@ def place(
     log_path: Path | None = None,
     progress: bool = True,
     known: Iterable[searching.Explored] = (),
+    metric: Metric = ACCURACY,
 ) -> Placement:
     """Solve a search problem with the strategy of `settings`.
 
     With "all" every candidate gets the largest ratio, whatever its overhead, and with "greedy" the ratios of
     `correctnet.methods.search.greedy`, without a search. The other arguments are those of
-    `correctnet.methods.search.search`.
+    `correctnet.methods.search.search`; `metric` is that of the problem.
     """
     names = tuple(candidates)
     if settings.strategy not in SEARCHING:
@@ -147,12 +158,12 @@ def place(
         filters = searching.greedy(replace(problem, limit=math.inf) if unlimited else problem)
         limit, log = None if unlimited else problem.limit, pd.DataFrame(columns=searching.COLUMNS)
         found = named(names, filters)
-        return Placement(found, problem.overhead(filters), None, None, 0, settings.strategy, limit, names, log)
+        return Placement(found, problem.overhead(filters), None, None, 0, settings.strategy, limit, names, log, metric)
     log = searching.search(problem, settings, seed, log_path, progress, known)
     best = log.best()
     found = named(names, best.filters)
     how = settings.strategy, problem.limit, names
-    return Placement(found, best.overhead, best.mean, best.std, log.evaluations, *how, log.table())
+    return Placement(found, best.overhead, best.mean, best.std, log.evaluations, *how, log.table(), metric)
 
 
 def named(names: Sequence[str], filters: Filters) -> dict[str, int]:
@@ -170,6 +181,7 @@ def search(
     limit: float = 0.03,
     compensate: Mapping[str, Any] | None = None,
     loss: Loss | None = None,
+    metric: Metric | None = None,
     seed: int = 0,
     simulation: Simulation | None = None,
     work: str | Path | None = None,
@@ -180,7 +192,9 @@ def search(
 
     A policy is trained by REINFORCE to draw states: a ratio S of generator filters to the layer's filters for each
     candidate. The compensators of each state within the limit are trained for a short time and evaluated on chips; the
-    reward (12) is mean - standard deviation - overhead. The state without compensation is explored first.
+    reward (12) is mean - standard deviation - overhead. The state without compensation is explored first. With a metric
+    of which smaller values are better, the reward is 1 - (mean + standard deviation) / m - overhead; m is 1 for a
+    fraction and else, for either direction, the mean of the state without compensation.
 
     Args:
         network: the network to compensate, suppressed or not, with outputs (N, classes). It is left unchanged.
@@ -192,6 +206,7 @@ def search(
         compensate: fields of `correctnet.settings.Compensate`, apart from `epochs`: how compensators are built and
             trained.
         loss: replaces the cross entropy, as for `correctnet.fit_compensators`.
+        metric: a `correctnet.Metric` that states are judged by; None: the accuracy.
         seed: of the policy, the chips and the training.
         simulation: how chips are simulated; None: as `correctnet.evaluate` does.
         work: a folder. A call that was stopped continues from its last state when it is repeated.
@@ -212,21 +227,25 @@ def search(
     if "epochs" in (compensate or {}):
         raise UserError("search: compensate: epochs: those of a state are train_epochs")
     candidates = check_candidates(network, candidates)
-    seed = whole(seed, "search: the seed")
+    seed, metric = whole(seed, "search: the seed"), checked(metric, "search")
     check_limit(limit, "search: limit")
     simulation = simulation or Simulation(progress=progress)
     with left_alone():
-        images = Data.of(take(validation, own.images), memory=simulation.memory, what="search: validation")
+        images = Data.of(
+            take(validation, own.images), memory=simulation.memory, what="search: validation", targets=metric.targets
+        )
     learnt = take(train, own.train_images)
     log_path = None
     if work is not None:
         parts = {"network": network, "candidates": candidates, "train": learnt, "validation": images, "loss": loss}
         parts |= {"variation": variation, "seed": seed, "limit": limit, "settings": own, "compensate": section}
+        parts |= folder.judged_by(metric)
         log_path = folder.file(work, "search", ".csv", folder.identity("search", **parts))
+    how = {"loss": loss, "metric": metric}
     problem = make_problem(
-        network, candidates, limit, own, section, variation, seed, lambda: (learnt, images), simulation, loss=loss
+        network, candidates, limit, own, section, variation, seed, lambda: (learnt, images), simulation, **how
     )
-    return place(problem, candidates, own, seed, log_path, simulation.progress)
+    return place(problem, candidates, own, seed, log_path, simulation.progress, metric=metric)
 
 
 def check_limit(limit: Any, what: str) -> None:

@@ -9,8 +9,9 @@ raises the probability of sequences whose reward exceeds a moving average of the
 
     grad J = E[ (R - baseline) / spread grad log pi(A_1..A_n) ] + entropy_weight * grad H(pi)
 
-where spread is the standard deviation of the rewards of all states so far. Two measures make REINFORCE at least as good
-as random search (docs/settings.md). Sequences over the limit are not drawn: (12) falls by more than half a unit there,
+where spread is the standard deviation of the rewards of all states so far. For metrics other than the accuracy, R is
+that of `correctnet.methods.search_log.reward`. Two measures make REINFORCE at least as good as random search
+(docs/settings.md). Sequences over the limit are not drawn: (12) falls by more than half a unit there,
 and a policy that learns from such rewards retreats to states that cost nothing. And the policy starts as the uniform
 distribution over the sequences that fit, in whatever order the layers come (`Room`): its first draws are those of a
 random search.

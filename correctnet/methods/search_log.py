@@ -33,6 +33,8 @@ class Problem:
         overhead: overhead of a state, a fraction.
         score: trains and evaluates a state: (mean, standard deviation) of its accuracy over chips. The expensive part;
             None where other processes score states.
+        higher: whether larger values of what stands for the accuracy are better.
+        fraction: whether they lie in 0 to 1, as an accuracy does.
     """
 
     widths: tuple[int, ...]
@@ -40,6 +42,8 @@ class Problem:
     limit: float
     overhead: Callable[[Filters], float]
     score: Callable[[Filters], tuple[float, float]] | None
+    higher: bool = True
+    fraction: bool = True
 
     def filters(self, actions: Sequence[int]) -> Filters:
         """The state of a sequence of actions (indices of `ratios`): m_i = round(S_i n_i), at least 1 for S_i > 0."""
@@ -71,19 +75,27 @@ class Explored:
         }
 
 
-def reward(mean: float | None, std: float | None, overhead: float, limit: float) -> float:
-    """R = mean - std - overhead within the limit, else -overhead: (12) of the paper; all values are fractions."""
+def reward(
+    mean: float | None, std: float | None, overhead: float, limit: float, higher: bool = True, unit: float = 1.0
+) -> float:
+    """R = mean - std - overhead within the limit, else -overhead: (12) of the paper; all values are fractions.
+
+    Of another metric than a fraction, mean and deviation are divided by `unit`, the mean of the state without
+    compensation. Where smaller values are better, 1 - mean takes the place of the mean, as 1 - error of an accuracy:
+    R = 1 - (mean + std) / unit - overhead.
+    """
     if overhead > limit or mean is None or std is None:
         return -overhead
-    return mean - std - overhead
+    return (mean / unit if higher else 1 - mean / unit) - std / unit - overhead
 
 
-def best_state(means: Sequence[float], overheads: Sequence[float]) -> int:
+def best_state(means: Sequence[float], overheads: Sequence[float], higher: bool = True) -> int:
     """The index of the state that a search returns: the best mean accuracy; among equals the least overhead.
 
-    Of states that are equal in both, the first.
+    Of states that are equal in both, the first. `higher`: whether larger means are better.
     """
-    return max(range(len(means)), key=lambda i: (means[i], -overheads[i]))
+    sign = 1 if higher else -1
+    return max(range(len(means)), key=lambda i: (sign * means[i], -overheads[i]))
 
 
 class Pending(Exception):
@@ -143,12 +155,18 @@ class Log:
                     raise Pending([filters])
                 mean, std = self.problem.score(filters)
             seconds = round(time.monotonic() - began, 3)
-        value = reward(mean, std, overhead, self.problem.limit)
+        unit = 1.0 if self.problem.fraction else self._unit(filters, mean)
+        value = reward(mean, std, overhead, self.problem.limit, self.problem.higher, unit)
         number = self.evaluations + (fits and any(filters))
         self.states[filters] = Explored(number, episode, filters, overhead, mean, std, value, seconds)
         if self.path is not None and (fits or filters not in self.known):
             self.write(self.path)
         return self.states[filters]
+
+    def _unit(self, filters: Filters, mean: float | None) -> float:
+        """The size of the mean of the state without compensation, which is explored first; 1 where it is 0."""
+        none = self.states.get((0,) * len(filters))
+        return abs((mean if none is None else none.mean) or 0.0) or 1.0
 
     def write(self, path: Path) -> None:
         """Write the log, including states of an earlier run that the replay has not reached yet."""
@@ -163,7 +181,7 @@ class Log:
     def best(self) -> Explored:
         """The state within the limit with the best mean accuracy; among equals the one with the least overhead."""
         scored = [s for s in self.states.values() if s.mean is not None]
-        return scored[best_state([s.mean for s in scored], [s.overhead for s in scored])]
+        return scored[best_state([s.mean for s in scored], [s.overhead for s in scored], self.problem.higher)]
 
 
 def read_log(path: Path) -> list[Explored]:

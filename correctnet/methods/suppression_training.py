@@ -12,12 +12,13 @@ from correctnet.crossbar.layers import AnalogLayer
 from correctnet.datasets.batches import Batches
 from correctnet.devices.base import Variation
 from correctnet.errors import UserError, whole
-from correctnet.evaluation.montecarlo import clean_accuracy
+from correctnet.evaluation.montecarlo import clean_value
 from correctnet.methods import work as folder
 from correctnet.methods.compensation import compensation_modules
 from correctnet.methods.suppression import analog_weights, batchnorms, bound, penalty
+from correctnet.metrics import Loss, Metric, checked
 from correctnet.settings import Suppress, validate
-from correctnet.training.loop import Hooks, Loss, fit
+from correctnet.training.loop import Hooks, fit
 
 
 def regularised(model: nn.Module, section: Suppress, variation: Variation) -> Hooks:
@@ -45,6 +46,7 @@ def suppress(
     *,
     validation: Batches | None = None,
     loss: Loss | None = None,
+    metric: Metric | None = None,
     seed: int = 0,
     work: str | Path | None = None,
     progress: bool = True,
@@ -60,9 +62,9 @@ def suppress(
         train: training images (N, ...) and labels (N,), a pair of tensors or a loader of such pairs, each of whose
             batches is a step.
         variation: the device model; it has to give the moments of w / w_nominal.
-        validation: images and labels whose accuracy is shown after each epoch; nothing is chosen by it.
-        loss: replaces the cross entropy: a function of outputs (N, classes) and labels (N,) that returns the mean over
-            the images.
+        validation: images and labels whose accuracy, or metric, is shown after each epoch; nothing is chosen by it.
+        loss: replaces the cross entropy: a function of outputs and labels that returns the mean over the images.
+        metric: a `correctnet.Metric`, which says what labels are, and may have a loss; None: the accuracy.
         seed: of the batches and of dropout.
         work: a folder. A call that was stopped continues from its last epoch when it is repeated.
         progress: show a progress bar.
@@ -80,15 +82,16 @@ def suppress(
         raise UserError(
             "suppress: start: the weights of the network are the start; initialise them to start from scratch"
         )
-    seed = whole(seed, "suppress: the seed")
+    seed, metric = whole(seed, "suppress: the seed"), checked(metric, "suppress")
     if any(isinstance(module, AnalogLayer) for module in network.modules()):
         raise UserError("suppress: the network carries variation; give the one that was converted")
     if compensation_modules(network):
         raise UserError("suppress: the network is compensated already; suppress it first, then compensate it")
     model = copy_model(network, "suppress")
     hooks = regularised(model, section, variation)
-    hooks.loss = loss
+    hooks.loss, hooks.metric = loss, metric
     parts = {"network": network, "train": train, "variation": variation, "seed": seed, "loss": loss}
+    parts |= folder.judged_by(metric)
     text = "" if work is None else folder.identity("suppress", **parts, settings=section)
     fit(
         model,
@@ -97,7 +100,7 @@ def suppress(
         seed,
         stage="suppress",
         hooks=hooks,
-        validate=None if validation is None else lambda: clean_accuracy(model, validation),
+        validate=None if validation is None else lambda: clean_value(model, validation, metric=metric),
         checkpoint=folder.checkpoint(work, "suppress", text),
         title="suppress",
         quiet=not progress,

@@ -20,6 +20,7 @@ from correctnet.devices.base import Variation
 from correctnet.errors import UserError
 from correctnet.evaluation.montecarlo import state_digest
 from correctnet.files import storage
+from correctnet.metrics import Metric
 from correctnet.settings import Section
 from correctnet.training.checkpoint import Checkpoint
 
@@ -35,6 +36,11 @@ def identity(stage: str, **parts: Any) -> str:
     name.
     """
     return json.dumps({"stage": stage, "version": VERSION, **{name: _text(part) for name, part in parts.items()}})
+
+
+def judged_by(metric: Metric) -> dict[str, Metric]:
+    """What a metric adds to the parts of `identity`: nothing for the accuracy."""
+    return {} if metric.is_accuracy else {"metric": metric}
 
 
 def _text(part: Any) -> Any:

@@ -19,6 +19,7 @@ from correctnet.errors import UserError
 from correctnet.evaluation.results import Result, check_accuracies
 from correctnet.files import csvfile, storage
 from correctnet.methods.search_log import best_state
+from correctnet.metrics import ACCURACY, Metric
 from correctnet.report import tables
 from correctnet.settings import exact
 
@@ -218,24 +219,26 @@ def figure9(files: Sequence[Path]) -> plt.Figure:
     return figure
 
 
-def draw_sweep(ax: Axes, table: pd.DataFrame) -> None:
+def draw_sweep(ax: Axes, table: pd.DataFrame, metric: Metric = ACCURACY) -> None:
     """One panel of Figure 9: mean accuracy and standard deviation by first layer with variation, and the candidates.
 
     `table` has a row a layer and chip, as `correctnet.methods.candidates.Sweep.table`.
     """
-    by_layer = table.groupby("layer")["accuracy"]
+    by_layer = table.groupby("layer")["accuracy" if metric.is_accuracy else "value"]
     mean, std = by_layer.mean(), by_layer.std().fillna(0.0)
     ax.plot(mean.index, mean, color=BLUE, marker="o", markersize=4, label="without compensation")
     ax.fill_between(mean.index, mean - std, mean + std, color=BLUE, alpha=0.2, linewidth=0)
-    line = table["original"].iloc[0] * table["threshold"].iloc[0]
-    label = f"{table['threshold'].iloc[0]:.0%} of the original accuracy"
+    original, threshold = table["original"].iloc[0], table["threshold"].iloc[0]
+    line, label = metric.bound(threshold, original), f"{threshold:.0%} of the original {metric.name}"
+    if not metric.higher:
+        label = f"original {metric.name} / {threshold:g}"
     ax.axhline(line, color=ORANGE, linestyle="--", label=label)
-    below = mean.index[mean < line]
+    below = mean.index[~metric.as_good(mean, line)]
     if len(below):
         ax.axvspan(0.5, below.max() + 0.5, color=ORANGE, alpha=0.1, linewidth=0, label="candidates")
     text = f"{_chips(by_layer.size().iloc[0])}, {table['images'].iloc[0]} validation images"
     ax.text(0.98, 0.02, text, transform=ax.transAxes, fontsize=7, color=GREY, ha="right")
-    ax.set(xlabel="first layer with variation", ylabel="accuracy", xticks=mean.index)
+    ax.set(xlabel="first layer with variation", ylabel=metric.name, xticks=mean.index)
     ax.legend(loc="lower right", bbox_to_anchor=(1, 0.08))
 
 
@@ -252,7 +255,7 @@ def figure10(files: Sequence[Path]) -> plt.Figure:
     return figure
 
 
-def draw_search(ax: Axes, logs: Sequence[tuple[str, pd.DataFrame]]) -> None:
+def draw_search(ax: Axes, logs: Sequence[tuple[str, pd.DataFrame]], metric: Metric = ACCURACY) -> None:
     """One panel of Figure 10: the states in the logs of searches, with their names; a ring marks each chosen state."""
     for k, (name, log) in enumerate(logs):
         colour, marker = SEARCH_COLOURS[k % len(SEARCH_COLOURS)], "osD^"[k % 4]
@@ -261,10 +264,10 @@ def draw_search(ax: Axes, logs: Sequence[tuple[str, pd.DataFrame]]) -> None:
             continue
         x = 100 * table["overhead"]
         ax.errorbar(x, table["mean"], table["std"], fmt=marker, color=colour, alpha=0.6, markersize=4, label=name)
-        best = table.index[best_state(list(table["mean"]), list(table["overhead"]))]
+        best = table.index[best_state(list(table["mean"]), list(table["overhead"]), metric.higher)]
         ring = {"s": 110, "facecolor": "none", "edgecolor": colour, "linewidth": 1.5, "zorder": 3}
         ax.scatter([x[best]], [table["mean"][best]], **ring)
-    ax.set(xlabel="overhead, % of the network's parameters", ylabel="validation accuracy")
+    ax.set(xlabel="overhead, % of the network's parameters", ylabel=f"validation {metric.name}")
     if ax.containers:
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
     else:
@@ -359,7 +362,7 @@ def draw_rows(
     Args:
         ax: the axes.
         results: by row, from top to bottom.
-        clean: accuracies without variation of each row, a sequence each, which may be empty.
+        clean: accuracies, or values, without variation of each row, a sequence each, which may be empty.
         labels: text for each row, by its name.
         published: mean in the paper for each row, None where there is none.
     """
@@ -369,7 +372,7 @@ def draw_rows(
         text, lone = _wrapped((labels or {}).get(row, row), 48), result.chips == 1
         texts.append(f"{text}\n({tables.NO_INTERVAL})" if lone else text)
         interval, colour = result.interval(), ROW_STYLE[row][0] if row in ROW_STYLE else GREEN
-        ax.plot(result.accuracies, np.full(result.chips, y), "|", color=colour, alpha=0.15, markersize=9)
+        ax.plot(result.values, np.full(result.chips, y), "|", color=colour, alpha=0.15, markersize=9)
         error = None if lone else [[result.mean - interval.low], [interval.high - result.mean]]
         ax.errorbar([result.mean], [y], xerr=error, fmt="o", color=colour, markersize=5, capsize=3)
         ax.plot(clean[y], np.full(len(clean[y]), y), "D", color=colour, markerfacecolor="none", markersize=5)
@@ -377,7 +380,8 @@ def draw_rows(
             ax.plot([published[y]], [y], "*", color="black", markerfacecolor="none", markersize=9)
     ax.set(yticks=range(len(results)), yticklabels=texts, ylim=(len(results) - 0.4, -0.6))
     ax.tick_params(axis="y", labelsize=8)
-    ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    if next(iter(results.values())).metric.fraction:
+        ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
 def rows_key(stars: bool = False) -> list[Line2D]:

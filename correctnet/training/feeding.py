@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from correctnet.datasets.base import Split
-from correctnet.datasets.batches import Batches, as_pair, check_batch, check_loader
+from correctnet.datasets.batches import Batches, as_pair, check_batch, check_loader, largest_label
 from correctnet.errors import UserError
+from correctnet.metrics import Targets
 from correctnet.noise import streams
 
 WHAT = "training"
@@ -30,7 +31,7 @@ class Step(NamedTuple):
     images: Tensor
     labels: Tensor
     largest: int
-    """the largest label of the batch, or of all data"""
+    """the largest label of the batch, or of all data; -1 where labels are no classes"""
 
 
 class TensorFeed:
@@ -41,10 +42,10 @@ class TensorFeed:
         images: number of images, where it is known.
     """
 
-    def __init__(self, split: Split, batch: int, device: torch.device):
+    def __init__(self, split: Split, batch: int, device: torch.device, targets: Targets = "classes"):
         self.split, self.batch, self.device, self.images = split, batch, device, len(split)
         self.steps = math.ceil(len(split) / batch)
-        self._largest = int(split.labels.max())
+        self._largest = largest_label(split.labels, targets)
 
     def epoch(self, seed: int, stage: str, epoch: int) -> Iterator[Step]:
         """The batches of an epoch."""
@@ -65,8 +66,8 @@ class LoaderFeed:
     Attributes: as `TensorFeed`. A loader without a length is read once to count its batches.
     """
 
-    def __init__(self, loader: Any, device: torch.device):
-        self.loader, self.device = check_loader(loader, WHAT), device
+    def __init__(self, loader: Any, device: torch.device, targets: Targets = "classes"):
+        self.loader, self.device, self._targets = check_loader(loader, WHAT), device, targets
         self.images: int | None = None
         try:
             self.steps = len(loader)
@@ -79,13 +80,14 @@ class LoaderFeed:
         number, steps = streams.seed_of(seed, "batches", stage, epoch), 0
         with self._drawing(number):
             for batch in self.loader:
-                images, labels = check_batch(batch, WHAT)
+                images, labels = check_batch(batch, WHAT, self._targets)
                 if not len(labels):
                     raise UserError(f"{WHAT}: the loader yields a batch without images")
                 steps += 1
                 if steps > self.steps:
                     break
-                yield Step(images.to(self.device), labels.to(self.device), int(labels.max()))
+                largest = largest_label(labels, self._targets)
+                yield Step(images.to(self.device), labels.to(self.device), largest)
         if steps != self.steps:
             more = "more than" if steps > self.steps else f"{steps} instead of"
             raise UserError(
@@ -118,19 +120,21 @@ class LoaderFeed:
                 yield generator
 
 
-def feed(data: Batches, batch: int, device: torch.device) -> TensorFeed | LoaderFeed:
+def feed(data: Batches, batch: int, device: torch.device, targets: Targets = "classes") -> TensorFeed | LoaderFeed:
     """The batches of a training on `data`: a `Split` or a pair of tensors in batches of `batch` images, or a loader.
+
+    `targets` says what labels are checked to be, see `correctnet.metrics.Metric`.
 
     Raises UserError for anything else, and for data without images.
     """
     pair = as_pair(data)
     if pair is None:
-        found: TensorFeed | LoaderFeed = LoaderFeed(data, device)
+        found: TensorFeed | LoaderFeed = LoaderFeed(data, device, targets)
         empty = not found.steps
     else:
-        split = Split(*check_batch(pair, WHAT))
+        split = Split(*check_batch(pair, WHAT, targets))
         empty = not len(split)
-        found = split if empty else TensorFeed(split, batch, device)
+        found = split if empty else TensorFeed(split, batch, device, targets)
     if empty:
         raise UserError(f"{WHAT}: there are no images")
     return found

@@ -27,6 +27,7 @@ from correctnet.datasets.batches import Batches, check_outputs
 from correctnet.datasets.transforms import augment, resize
 from correctnet.errors import UserError
 from correctnet.files import storage
+from correctnet.metrics import ACCURACY, Loss, Metric, loss_of, main_output
 from correctnet.noise import streams
 from correctnet.precision import products
 from correctnet.progress import ProgressBar
@@ -34,8 +35,6 @@ from correctnet.settings import Training
 from correctnet.training.checkpoint import Checkpoint
 from correctnet.training.feeding import LoaderFeed, TensorFeed, feed
 
-# Maps outputs (N, classes), floating point, and labels (N,) to the loss, a tensor without dimensions.
-Loss = Callable[[Tensor, Tensor], Tensor]
 # Batches between two checks that the loss is finite: a check makes a GPU wait.
 CHECK_EVERY = 20
 
@@ -63,7 +62,9 @@ class Hooks:
     sizes: Sequence[int] = ()
     """side to which images are resized in the first epochs, one value an epoch"""
     loss: Loss | None = None
-    """loss of a batch, a mean over its images; None: the cross entropy"""
+    """loss of a batch, a mean over its images; None: that of the metric, else the cross entropy"""
+    metric: Metric = ACCURACY
+    """what the outputs are judged by, which says what labels are"""
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -116,7 +117,7 @@ def fit(
     memory order, and torch's global generators are the same afterwards.
 
     Args:
-        model: any module whose output is (N, classes).
+        model: any module whose output is (N, classes), unless the hooks' metric reads others.
         train: (N, ...) inputs and (N,) labels, on the model's device; or a loader of such batches, each of which is a
             step, whatever `settings.batch` says.
         settings: epochs, batch size, optimizer and its schedule.
@@ -125,15 +126,16 @@ def fit(
             (`correctnet.noise.streams`).
         parameters: the parameters to train; all others are frozen. None: all that require a gradient.
         hooks: additions of the stage.
-        validate: returns an accuracy, which is logged after each epoch.
+        validate: returns the accuracy, or the metric's value, which is logged after each epoch.
         checkpoint: saved after each epoch; the training is resumed from it.
         log: CSV file with one row an epoch, rewritten after each.
         title: of the progress bar.
         quiet: show no progress bar.
 
     Returns:
-        The log, a dict an epoch: epoch, loss and accuracy (means over the training batches of the epoch), validation,
-        learning_rate, seconds, process (1, and one more after each resumption).
+        The log, a dict an epoch: epoch, loss and accuracy (means over the training batches of the epoch; no accuracy
+        where labels are no classes), validation, learning_rate, seconds, process (1, and one more after each
+        resumption).
 
     Raises:
         UserError: labels or outputs that are not those of a classifier, nothing to train, a loss that is no number or
@@ -145,7 +147,8 @@ def fit(
     chosen = [p for p in model.parameters() if p.requires_grad] if parameters is None else list(parameters)
     if not chosen:
         raise UserError("training: no parameter of the network requires a gradient, so there is nothing to train")
-    source = feed(train, settings.batch, chosen[0].device)
+    loss_of(hooks.metric, hooks.loss, "training")
+    source = feed(train, settings.batch, chosen[0].device, hooks.metric.targets)
     with _restored(model), torch.enable_grad():
         train_only(model, chosen)
         # Convolutions in this memory order train up to 1.8 times faster on a CPU (VGG16 in bfloat16, batch 128, AMD
@@ -182,7 +185,8 @@ def fit(
                     "process": process,
                 }
                 rows.append(row)
-                bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss:.4f}" + _percent(row["validation"]), refresh=False)
+                shown = "" if validate is None else f", validation {hooks.metric.text(row['validation'])}"
+                bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss:.4f}" + shown, refresh=False)
                 if checkpoint:
                     checkpoint.save(model, optimizer, epoch + 1, rows)
                 if log:
@@ -207,10 +211,6 @@ def _restored(model: nn.Module) -> Iterator[None]:
                 p.data = p.data.contiguous()
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f", validation {value:.2%}"
-
-
 def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write a training log as CSV."""
     columns = ["epoch", "loss", "accuracy", "validation", "learning_rate", "seconds", "process"]
@@ -225,7 +225,7 @@ def _set_mode(model: nn.Module, hooks: Hooks) -> None:
             m.train(hooks.update_batchnorm)
 
 
-def _logits(model: nn.Module, images: Tensor, count: int | None) -> Any:
+def _outputs(model: nn.Module, images: Tensor, count: int | None) -> Any:
     """The outputs on a batch of a data set of `count` images, where their number is known."""
     try:
         return run(model, images, "training")
@@ -237,11 +237,25 @@ def _logits(model: nn.Module, images: Tensor, count: int | None) -> Any:
         raise UserError(f"{error}; {alone} is alone in its batch; choose another batch size") from error
 
 
-def _loss(hooks: Hooks, scores: Tensor, labels: Tensor) -> Tensor:
-    """The loss of a batch. Raises UserError where the user's own gives no loss, or none of the outputs."""
-    if hooks.loss is None:
-        return F.cross_entropy(scores, labels)
-    loss = hooks.loss(scores, labels)
+def _loss(hooks: Hooks, outputs: Any, labels: Tensor) -> Tensor:
+    """The loss of a batch. Raises UserError where the user's own gives no loss, or none of the outputs.
+
+    It reads the scores, in float32 at least and divided by the temperature; one of the user's own reads what the
+    network returns, where that is not one tensor.
+    """
+    own = loss_of(hooks.metric, hooks.loss, "training")
+    if own is None or isinstance(outputs, Tensor):
+        logits = main_output(outputs)
+        scores = (logits if logits.dtype == torch.float64 else logits.float()) / hooks.temperature
+        if own is None:
+            return F.cross_entropy(scores, labels)
+        outputs = scores
+    elif hooks.temperature != 1:
+        raise UserError("training: temperature divides the outputs, which must be one tensor with a loss of one's own")
+    try:
+        loss = own(outputs, labels)
+    except UserError as error:
+        raise UserError(f"training: loss: {error}") from error
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"type {type(loss).__name__}"
         raise UserError(f"training: loss must return one number for a batch, a tensor, not one of {found}")
@@ -258,15 +272,15 @@ def _epoch(
     optimizer: torch.optim.Optimizer,
     hooks: Hooks,
     bar: tqdm,
-) -> tuple[float, float]:
-    """Mean loss and accuracy of one epoch; `where`: seed, stage and epoch."""
+) -> tuple[float, float | None]:
+    """Mean loss and accuracy of one epoch, None where labels are no classes; `where`: seed, stage and epoch."""
     seed, stage, epoch = where
     crops = streams.torch_generator(seed, "augmentation", stage, epoch)
     steps = settings.epochs * source.steps
     # Kept on the device: reading them after every batch would synchronise a GPU.
     losses = torch.zeros((), dtype=torch.float64, device=optimizer.param_groups[0]["params"][0].device)
     correct = torch.zeros_like(losses)
-    count = 0
+    count, classes = 0, hooks.metric.targets == "classes"
     for i, (images, labels, largest) in enumerate(source.epoch(seed, stage, epoch)):
         step = epoch * source.steps + i
         count += len(labels)
@@ -284,13 +298,13 @@ def _epoch(
         for draw in range(hooks.draws_per_batch):
             hooks.before_batch(step * hooks.draws_per_batch + draw)
             with products(settings.precision, images.device):
-                logits = _logits(model, images, source.images)
-            check_outputs(logits, images, largest, "training")
-            scores = logits if logits.dtype == torch.float64 else logits.float()
-            loss = _loss(hooks, scores / hooks.temperature, labels)
+                outputs = _outputs(model, images, source.images)
+            check_outputs(outputs, images, largest, "training", hooks.metric)
+            loss = _loss(hooks, outputs, labels)
             (loss / hooks.draws_per_batch).backward()
             losses += loss.detach().double() * len(labels) / hooks.draws_per_batch
-            correct += (logits.argmax(1) == labels).sum() / hooks.draws_per_batch
+            if classes:
+                correct += (main_output(outputs).argmax(1) == labels).sum() / hooks.draws_per_batch
         if hooks.penalty is not None:
             term = hooks.penalty_weight(step / max(1, steps)) * hooks.penalty()
             term.backward()
@@ -301,4 +315,4 @@ def _epoch(
             nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], settings.clip)
         optimizer.step()
         bar.update()
-    return losses.item() / count, correct.item() / count
+    return losses.item() / count, correct.item() / count if classes else None
