@@ -49,6 +49,9 @@ def test_forms_of_the_same_data_give_the_same_counts():
         "a batch each": DataLoader(TensorDataset(x, y), batch_size=1),
         "shuffled": DataLoader(TensorDataset(x, y), batch_size=48, shuffle=True),
         "batches": list(zip(x.split(7), y.split(7), strict=True)),
+        "dict": {"image": x, "label": y},
+        "dicts": [{"x": a, "y": b} for a, b in zip(x.split(70), y.split(70), strict=True)],
+        "tuples of one": [((a,), b) for a, b in zip(x.split(70), y.split(70), strict=True)],
         "lists": [list(b) for b in zip(x.split(70), y.split(70), strict=True)],
     }
     digests = set()
@@ -68,7 +71,7 @@ class Rows(Dataset):
         return 4
 
     def __getitem__(self, i):
-        return {"image": torch.zeros(3, 8, 8), "label": 0}
+        return {"image": torch.zeros(3, 8, 8), "kind": 0}
 
 
 BAD_DATA = {
@@ -87,9 +90,13 @@ BAD_DATA = {
     "none": (lambda x, y: (x[:0], y[:0]), "holds no images"),
     "no batches": (lambda x, y: [], "holds no images"),
     "scalars": (lambda x, y: (x[0, 0, 0], y[:8]), r"images \(N, ...\) are expected, not a tensor of shape \(8,\)"),
-    "triples": (lambda x, y: [(x, y, y)], "a batch must be .*not a tuple of 3"),
-    "dicts": (lambda x, y: [{"x": x, "y": y}], "a batch must be .*not a dict of 'x', 'y'"),
-    "a loader of dicts": (lambda x, y: DataLoader(Rows()), "not a dict of 'image', 'label'"),
+    "triples": (
+        lambda x, y: [(x, y, y)],
+        r"cannot run on input 0 of shape \(\d+, 3, 8, 8\) and type float32; input 1 of",
+    ),
+    "dicts without labels": (lambda x, y: [{"x": x, "z": y}], "a batch must be .*not a dict of 'x', 'z'"),
+    "a dict without labels": (lambda x, y: {"x": x, "z": y}, "a pair of tensors .*not a dict of 'x', 'z'"),
+    "a loader of dicts": (lambda x, y: DataLoader(Rows()), "a batch must be .*not a dict of 'image', 'kind'"),
     "numpy": (lambda x, y: (x.numpy(), y.numpy()), "a batch must be .*not a ndarray"),
     "a data set": (lambda x, y: TensorDataset(x, y), "wrap a Dataset in a DataLoader"),
     "images alone": (lambda x, y: x, r"not a tensor of shape \(200, 3, 8, 8\)"),

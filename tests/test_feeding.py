@@ -184,8 +184,9 @@ class Shrinking:
             "Dataset in a DataLoader",
         ),
         (
-            lambda d: [{"x": d.images, "y": d.labels}],
-            "training: a batch must be (images, labels), two tensors, not a dict of 'x', 'y'",
+            lambda d: [{"x": d.images, "z": d.labels}],
+            "training: a batch must be (images, labels), two tensors, or several inputs and labels, as a tuple with "
+            "the labels last, a dict with 'labels', or (inputs, labels), not a dict of 'x', 'z'",
         ),
         (lambda d: [(d.images, d.labels + 7)], "training: there is a label 9, and the network has 3 classes"),
     ],

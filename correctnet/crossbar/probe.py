@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from correctnet.crossbar.convert import chip_of, programmed
 from correctnet.crossbar.layers import AnalogLayer, Chip, CoverageWarning, analog_layers
+from correctnet.datasets.inputs import Inputs, called, described
 from correctnet.devices.base import kernel_noise
 from correctnet.errors import UserError, one_line
 
@@ -179,25 +180,25 @@ def watching(model: nn.Module, layers: list[AnalogLayer]) -> Iterator[Probe]:
         chip.watcher = None
 
 
-def run(model: nn.Module, images: Tensor, what: str = "evaluate") -> Any:
-    """Return the outputs of a forward pass on a copy of the images.
+def run(model: nn.Module, images: Tensor | Inputs, what: str = "evaluate") -> Any:
+    """Return the outputs of a forward pass on a copy of the images, or of other inputs.
 
     Raises UserError, in one line, where the network cannot run on them.
     """
     try:
-        return model(images.clone())
+        return called(model, images.clone())
     except UserError:
         raise
     except Exception as error:  # the network's own code may raise anything
-        kind = str(images.dtype).removeprefix("torch.")
         raise UserError(
-            f"{what}: the network cannot run on images of shape {tuple(images.shape)} and type {kind}: "
-            f"{type(error).__name__}: {one_line(error, 200)}"
+            f"{what}: the network cannot run on {described(images)}: {type(error).__name__}: {one_line(error, 200)}"
         ) from error
 
 
 @torch.no_grad()
-def check_reached(model: nn.Module, images: Tensor, nominal: Any, samples: Iterable[int], first_layer: int = 0) -> None:
+def check_reached(
+    model: nn.Module, images: Tensor | Inputs, nominal: Any, samples: Iterable[int], first_layer: int = 0
+) -> None:
     """Check that variation reaches the layers that should carry it.
 
     Args:
@@ -297,7 +298,8 @@ def _check_effect(
             if isinstance(layer, AnalogLayer) and layer.varies and layer._parameters.get("weight") is not None:
                 overridden[f"{name}.weight" if name else "weight"] = layer.chip_weight()
     with programmed(model, None):
-        wanted = torch.func.functional_call(model, overridden, (images.clone(),), tie_weights=False)
+        args, kwargs = ((images.clone(),), {}) if isinstance(images, Tensor) else images.clone().arguments(model)
+        wanted = torch.func.functional_call(model, overridden, args, kwargs, tie_weights=False)
     names = names_of(model)
     listed = ", ".join(names[id(layer)] for layer in layers)
     if not same(wanted, nominal):

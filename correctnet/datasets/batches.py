@@ -2,7 +2,8 @@
 
 A batch is one tensor of images (N, ...) and one of labels (N,), whole numbers below the number of classes; the
 network's output is one floating-point tensor (N, classes). With another metric than the accuracy, labels are what it
-says (`correctnet.metrics.Targets`). Anything else is refused in one line that says what is accepted.
+says (`correctnet.metrics.Targets`). Several tensors, in order or by name, may be in the place of the images
+(`correctnet.datasets.inputs`). Anything else is refused in one line that says what is accepted.
 """
 
 from __future__ import annotations
@@ -17,14 +18,19 @@ import torch
 from torch import Tensor
 
 from correctnet.datasets.base import Split
+from correctnet.datasets.inputs import Inputs, as_pair, joined, signature, size_of, tensors_of
 from correctnet.errors import UserError
 from correctnet.metrics import Metric, Targets, floats, kind_of, main_output
 
-Batch = tuple[Tensor, Tensor]
-Batches = Split | tuple[Tensor, Tensor] | Iterable[Batch]
+Batch = tuple[Tensor | Inputs, Tensor]
+Batches = Split | tuple[Any, Tensor] | Mapping[str, Tensor] | Iterable[Any]
 ACCEPTED = (
     "a pair of tensors (images, labels), or a loader that yields such pairs and can be iterated over many times, is "
     "expected"
+)
+BATCH = (
+    "a batch must be (images, labels), two tensors, or several inputs and labels, as a tuple with the labels last, a "
+    "dict with 'labels', or (inputs, labels)"
 )
 CHANGING = "other images in each pass, so that results cannot be compared"
 REGRESSION = "; for a regression, give metric=correctnet.metrics.mean_squared_error()"
@@ -86,12 +92,12 @@ class Data:
         for x, y in batches:
             if not len(y):
                 continue
-            shapes.add((x.shape[1:], x.dtype))
+            shapes.add(signature(x))
             if self.images < HEAD and len(shapes) == 1:
                 head.append((x[:HEAD], y[:HEAD]))
             self.images += len(y)
             self.largest = max(self.largest, largest_label(y, targets))
-            taken += sum(t.numel() * t.element_size() for t in (x, y)) if self._loader is not None else 0
+            taken += size_of(x) + size_of(y) if self._loader is not None else 0
             kept.append((x, y))
             if taken > memory:  # from here on, the loader is read in each pass and compared with this one
                 total += sum(_digest(*batch) for batch in kept)
@@ -99,7 +105,7 @@ class Data:
         if not self.images:
             raise UserError(f"{what}: the data holds no images")
         self.uniform = len(shapes) == 1
-        self.head = tuple(torch.cat(parts)[:HEAD] for parts in zip(*head, strict=True))
+        self.head = tuple(joined(parts)[:HEAD] for parts in zip(*head, strict=True))
         if taken > memory:
             self.digest = _hexadecimal(total + sum(_digest(*batch) for batch in kept))
         else:
@@ -143,7 +149,7 @@ class Data:
         piece: list[Batch] = []
         taken = 0
         for batch in self:
-            size = sum(t.numel() * t.element_size() for t in batch)
+            size = sum(map(size_of, batch))
             if piece and taken + size > self._memory:
                 yield piece
                 piece, taken = [], 0
@@ -172,15 +178,6 @@ class Data:
             yield check_batch(batch, self.what, self._targets)
 
 
-def as_pair(data: Any) -> Batch | None:
-    """(images, labels) of a `Split`, or of a tuple or list of two tensors; None for anything else."""
-    if isinstance(data, Split):
-        return data.images, data.labels
-    if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
-        return tuple(data)
-    return None
-
-
 def first_batch(data: Batches, what: str, targets: Targets = "classes") -> Batch:
     """The first images and labels of `data`, a `Data` or what it is made of. Raises UserError as `Data` does."""
     if isinstance(data, Data):
@@ -202,7 +199,11 @@ class Taken:
 
     def __iter__(self) -> Iterator[Batch]:
         left = self.count
-        for images, labels in self.loader:
+        for batch in self.loader:
+            if (pair := as_pair(batch)) is None:  # the reader refuses it
+                yield batch
+                return
+            images, labels = pair
             yield images[:left], labels[:left]
             left -= len(labels)
             if left <= 0:
@@ -221,7 +222,7 @@ def take(data: Batches | Data, count: int | None) -> Any:
 
 def check_loader(data: Any, what: str) -> Any:
     """`data`, if it is a loader that can be read many times. Raises UserError for anything else."""
-    if isinstance(data, Tensor | Mapping | str | bytes) or not isinstance(data, Iterable):
+    if isinstance(data, Tensor | Mapping | Inputs | str | bytes) or not isinstance(data, Iterable):
         extra = "; wrap a Dataset in a DataLoader" if hasattr(data, "__getitem__") and hasattr(data, "__len__") else ""
         raise UserError(f"{what}: {ACCEPTED}, not {kind_of(data)}{extra}")
     if isinstance(data, torch.utils.data.Dataset) and not isinstance(data, torch.utils.data.IterableDataset):
@@ -234,12 +235,12 @@ def check_loader(data: Any, what: str) -> Any:
 def check_batch(batch: Any, what: str, targets: Targets = "classes") -> Batch:
     """A batch as (images, labels), labels of classes as int64. Raises UserError if it is not a batch."""
     if as_pair(batch) is None:
-        raise UserError(f"{what}: a batch must be (images, labels), two tensors, not {kind_of(batch)}")
+        raise UserError(f"{what}: {BATCH}, not {kind_of(batch)}")
     images, labels = as_pair(batch)
-    for tensor in (images, labels):
+    for tensor in (*(tensor for _, tensor in tensors_of(images)), labels):
         if tensor.is_nested or tensor.layout != torch.strided:
             raise UserError(f"{what}: dense tensors are expected, not nested or sparse ones; convert them")
-    if images.dim() < 2:
+    if isinstance(images, Tensor) and images.dim() < 2:
         raise UserError(f"{what}: images (N, ...) are expected, not a tensor of shape {tuple(images.shape)}")
     if labels.dim() == 0 or (labels.dim() != 1 and targets == "classes"):
         hint = "" if labels.dim() else "; give batches, as a DataLoader with a batch_size does"
@@ -280,7 +281,7 @@ def largest_label(labels: Tensor, targets: Targets = "classes") -> int:
 
 
 def check_outputs(
-    outputs: Any, images: Tensor, largest: int, what: str = "evaluate", metric: Metric | None = None
+    outputs: Any, images: Tensor | Inputs, largest: int, what: str = "evaluate", metric: Metric | None = None
 ) -> Any:
     """The network's outputs on a batch, (N, classes) unless a metric reads others. Raises UserError otherwise.
 
@@ -307,22 +308,27 @@ def check_outputs(
     return outputs
 
 
-def _digest(images: Tensor, labels: Tensor) -> int:
+def _digest(images: Tensor | Inputs, labels: Tensor) -> int:
     """The sum of the digests of each image with its label: independent of their order."""
-    total = 0
-    kind = f"{images.dtype}{tuple(images.shape[1:])}".encode()
-    rows = images.detach().cpu().contiguous().view(torch.uint8).view(len(images), -1).numpy() if images.numel() else ()
+    total, named = 0, tensors_of(images)
+    kind = "".join(f"{name}{tensor.dtype}{tuple(tensor.shape[1:])}" for name, tensor in named).encode()
+    parts = [_rows(tensor) for _, tensor in named if tensor.numel()]
+    rows = (b"".join(own) for own in zip(*parts, strict=True)) if len(parts) > 1 else parts[0] if parts else ()
     if labels.dim() == 1 and not labels.is_floating_point():
         keys: Iterable[bytes] = (b"%d" % label for label in labels.tolist())
     else:  # keys of 16 bytes
-        parts = labels.detach().cpu().contiguous().view(len(labels), -1).view(torch.uint8).numpy()
         kind += f"{labels.dtype}{tuple(labels.shape[1:])}".encode()
-        keys = (hashlib.blake2b(part.tobytes(), digest_size=16).digest() for part in parts)
+        keys = (hashlib.blake2b(part, digest_size=16).digest() for part in _rows(labels))
     for row, key in zip(rows, keys, strict=True):
         digest = hashlib.blake2b(row, digest_size=BITS // 8, key=key)
         digest.update(kind)
         total += int.from_bytes(digest.digest(), "little")
     return total
+
+
+def _rows(tensor: Tensor) -> Any:
+    """The bytes of each item of a tensor, (N, bytes) uint8."""
+    return tensor.detach().cpu().contiguous().view(len(tensor), -1).view(torch.uint8).numpy()
 
 
 def _hexadecimal(total: int) -> str:

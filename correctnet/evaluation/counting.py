@@ -146,7 +146,9 @@ def count(model: nn.Module, batches: Iterable[Batch], largest: int, metric: Metr
     for images, labels in batches:
         images, labels = images.to(device), labels.to(device)
         images_of += len(labels)
-        if images.dim() == 4:  # convolutions on a CPU are about 1.4 times faster in this memory order
+        if (
+            isinstance(images, Tensor) and images.dim() == 4
+        ):  # convolutions on a CPU are about 1.4 times faster in this memory order
             images = images.contiguous(memory_format=torch.channels_last)
         outputs = check_outputs(run(model, images), images, largest, metric=metric)
         if metric.is_accuracy:
@@ -199,6 +201,8 @@ def make_counter(
                     OutputWarning,
                     stacklevel=4,
                 )
+        elif not isinstance(few, Tensor):
+            reason = "it has more than one input"
         elif not data.uniform:
             reason = "the images have several shapes or types"
     automatic = setup.simulation.engine == "auto"

@@ -17,12 +17,13 @@ from torch.utils._pytree import tree_leaves
 from correctnet.crossbar.convert import programmed
 from correctnet.crossbar.layers import AnalogLayer, analog_layers, crossbar_layers
 from correctnet.crossbar.probe import Reads, address, change, left_alone, run, same, watching
+from correctnet.datasets.inputs import Inputs, as_inputs
 from correctnet.engine.engine import CHECK_TOLERANCE, Engine
 from correctnet.engine.trace import Unsupported
 from correctnet.errors import UserError
 
 
-def check_coverage(model: nn.Module, analog: nn.Module, inputs: Tensor, sample: int = 0) -> list[str]:
+def check_coverage(model: nn.Module, analog: nn.Module, inputs: Any, sample: int = 0) -> list[str]:
     """Check on real inputs that variation reaches each layer that should carry it, and no other.
 
     In evaluation mode and without gradients, as in `evaluate`, the outputs of `analog` with nominal weights must equal
@@ -32,7 +33,7 @@ def check_coverage(model: nn.Module, analog: nn.Module, inputs: Tensor, sample: 
     Args:
         model: the digital network.
         analog: the network that `correctnet.convert` made from it.
-        inputs: (N, ...), a batch.
+        inputs: (N, ...), a batch; or a dict or tuple of several tensors.
         sample: number of the chip.
 
     Returns:
@@ -41,6 +42,11 @@ def check_coverage(model: nn.Module, analog: nn.Module, inputs: Tensor, sample: 
     Raises:
         UserError: names the layers that fail, e.g. one whose nominal weights are used elsewhere in the network.
     """
+    given, inputs = inputs, as_inputs(inputs)
+    if inputs is None:
+        raise UserError(
+            f"check_coverage: inputs are a tensor, or a dict or tuple of them, not a {type(given).__name__}"
+        )
     devices = {p.device for p in model.parameters()}
     if devices and inputs.device not in devices:
         raise UserError("check_coverage: model and inputs are on different devices")
@@ -119,7 +125,7 @@ def _chip_weights(model: nn.Module, analog: nn.Module, names: dict[int, str], sa
             hook.remove()
 
 
-def _used(model: nn.Module, names: list[str], inputs: Tensor) -> set[str]:
+def _used(model: nn.Module, names: list[str], inputs: Tensor | Inputs) -> set[str]:
     """The names of layers of a digital model whose weights are read in its forward pass."""
     read: set[int] = set()
     with Reads(read.add):
@@ -127,7 +133,9 @@ def _used(model: nn.Module, names: list[str], inputs: Tensor) -> set[str]:
     return {name for name in names if address(model.get_submodule(name).weight) in read}
 
 
-def _first_difference(model: nn.Module, analog: nn.Module, names: dict[int, str], inputs: Tensor, sample: int) -> str:
+def _first_difference(
+    model: nn.Module, analog: nn.Module, names: dict[int, str], inputs: Tensor | Inputs, sample: int
+) -> str:
     """A description of the first module whose output differs from that of the digital model with the chip's weights."""
 
     def outputs(network: nn.Module) -> list[tuple[str, Any]]:
@@ -157,9 +165,9 @@ def _first_difference(model: nn.Module, analog: nn.Module, names: dict[int, str]
     return "the network does not compute with its chip's weights"
 
 
-def _check_engine(analog: nn.Module, inputs: Tensor, wanted: Any, sample: int) -> None:
+def _check_engine(analog: nn.Module, inputs: Tensor | Inputs, wanted: Any, sample: int) -> None:
     """Compare the outputs of the engine of `evaluate` with those of torch on the chip."""
-    if not isinstance(wanted, Tensor) or not wanted.isfinite().all():
+    if not isinstance(wanted, Tensor) or not isinstance(inputs, Tensor) or not wanted.isfinite().all():
         return
     with left_alone(analog), programmed(analog, sample):
         try:

@@ -18,13 +18,13 @@ from correctnet.datasets.base import Split
 from correctnet.datasets.batches import (
     Batches,
     Data,
-    as_pair,
     check_batch,
     check_loader,
     check_outputs,
     first_batch,
     largest_label,
 )
+from correctnet.datasets.inputs import Inputs, as_pair
 from correctnet.devices.base import Variation
 from correctnet.errors import UserError, whole
 from correctnet.evaluation.montecarlo import simulate
@@ -221,7 +221,7 @@ def train_compensators(
 def fit_compensators(
     model: nn.Module,
     filters: Mapping[str, int],
-    images: Tensor | Batches,
+    images: Any,
     labels: Tensor | None = None,
     variation: Variation | None = None,
     *,
@@ -243,7 +243,8 @@ def fit_compensators(
     Args:
         model: any network that `correctnet.convert` accepts, with outputs (N, classes).
         filters: generator filters by layer name, e.g. {"conv1": 16}, as `correctnet.search` finds them.
-        images: (N, ...) training inputs; or, without `labels`, a loader of batches (images, labels), each a step.
+        images: (N, ...) training inputs, or a dict or tuple of several; or, without `labels`, a loader of batches
+            (images, labels), each a step.
         labels: (N,) their classes, integers.
         variation: the device model to compensate.
         validation: images and labels for that comparison, tensors or a loader. None: a tenth of `images`, drawn with
@@ -280,7 +281,7 @@ def fit_compensators(
         raise UserError(f"{caller}: variation: a device model such as LogNormalVariation(0.5) is expected")
     device = next(model.parameters(), torch.empty(0)).device
     given: Any = images if labels is None else (images, labels)
-    if as_pair(given) is None and labels is None and not isinstance(images, Tensor):
+    if labels is None and as_pair(images) is None and not isinstance(images, Tensor):
         train: Batches = check_loader(given, caller)
         if validation is None:
             raise UserError(
@@ -326,7 +327,8 @@ def fit_compensators(
 
 def _pair_of_others(data: Any) -> bool:
     """Whether data is meant as a pair, of arrays instead of tensors, and not as two batches."""
-    return isinstance(data, tuple | list) and len(data) == 2 and not all(isinstance(x, tuple | list) for x in data)
+    batches = tuple | list | Mapping
+    return isinstance(data, tuple | list) and len(data) == 2 and not all(isinstance(x, batches) for x in data)
 
 
 def _labelled(data: Any, what: str, device: torch.device, metric: Metric) -> Split:
@@ -341,7 +343,7 @@ def _labelled(data: Any, what: str, device: torch.device, metric: Metric) -> Spl
 
 
 def check_calls(
-    model: nn.Module, images: Tensor, labels: Tensor, largest: int, what: str, metric: Metric = ACCURACY
+    model: nn.Module, images: Tensor | Inputs, labels: Tensor, largest: int, what: str, metric: Metric = ACCURACY
 ) -> None:
     """Raise UserError if a compensated network is not a classifier, or uses a compensated layer's weight itself.
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from correctnet.datasets.batches import Data, as_pair
+from correctnet.datasets.batches import Data
+from correctnet.datasets.inputs import as_pair, tensors_of
 from correctnet.devices.base import Variation
 from correctnet.errors import UserError
 from correctnet.evaluation.montecarlo import state_digest
@@ -52,12 +53,12 @@ def _text(part: Any) -> Any:
         return part.model_dump(mode="json")
     if isinstance(part, Variation) or callable(getattr(part, "describe", None)):
         return [type(part).__qualname__, part.describe()]
-    if isinstance(part, Mapping):
-        return {str(key): _text(value) for key, value in part.items()}
     if isinstance(part, Data):
         return part.digest
     if (pair := as_pair(part)) is not None:
-        return [_digest(tensor) for tensor in pair]
+        return [f"{name}{_digest(tensor)}" for values in pair for name, tensor in tensors_of(values)]
+    if isinstance(part, Mapping):
+        return {str(key): _text(value) for key, value in part.items()}
     if isinstance(part, list | tuple):
         return [_text(value) for value in part]
     if isinstance(part, Tensor):

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from correctnet.datasets.base import Split
-from correctnet.datasets.batches import Batches, as_pair, check_batch, check_loader, largest_label
+from correctnet.datasets.batches import Batches, check_batch, check_loader, largest_label
+from correctnet.datasets.inputs import Inputs, as_pair
 from correctnet.errors import UserError
 from correctnet.metrics import Targets
 from correctnet.noise import streams
@@ -28,7 +29,7 @@ WHAT = "training"
 class Step(NamedTuple):
     """A batch of a training."""
 
-    images: Tensor
+    images: Tensor | Inputs
     labels: Tensor
     largest: int
     """the largest label of the batch, or of all data; -1 where labels are no classes"""

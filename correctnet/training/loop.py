@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from correctnet.crossbar.probe import modes_kept, run
 from correctnet.datasets.batches import Batches, check_outputs
+from correctnet.datasets.inputs import Inputs, described
 from correctnet.datasets.transforms import augment, resize
 from correctnet.errors import UserError
 from correctnet.files import storage
@@ -225,7 +226,7 @@ def _set_mode(model: nn.Module, hooks: Hooks) -> None:
             m.train(hooks.update_batchnorm)
 
 
-def _outputs(model: nn.Module, images: Tensor, count: int | None) -> Any:
+def _outputs(model: nn.Module, images: Tensor | Inputs, count: int | None) -> Any:
     """The outputs on a batch of a data set of `count` images, where their number is known."""
     try:
         return run(model, images, "training")
@@ -287,12 +288,14 @@ def _epoch(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, settings.learning_rate, settings.warmup)
         if hooks.augment != "none":
-            if images.dim() != 4:
-                raise UserError(f"training: only images (N, C, H, W) can be augmented, not {tuple(images.shape)}")
+            if not isinstance(images, Tensor) or images.dim() != 4:
+                raise UserError(f"training: only images (N, C, H, W) can be augmented, not {described(images)}")
             images = augment(images, crops, flip=hooks.augment == "crop-flip")
         if epoch < len(hooks.sizes):
+            if not isinstance(images, Tensor):
+                raise UserError(f"training: only images (N, C, H, W) can be resized, not {described(images)}")
             images = resize(images, hooks.sizes[epoch])
-        if images.dim() == 4:
+        if isinstance(images, Tensor) and images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         optimizer.zero_grad(set_to_none=True)
         for draw in range(hooks.draws_per_batch):
