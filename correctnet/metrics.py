@@ -81,9 +81,9 @@ class Metric:
         return self.name == "accuracy"
 
     @property
-    def better(self) -> str:
-        """The direction in words, "at or above" or "at or below" a value."""
-        return "at or above" if self.higher else "at or below"
+    def reads_main(self) -> bool:
+        """Whether it is known to read `main_output` alone, as those of this module do."""
+        return self.function in (_correct, _squared, _absolute) or isinstance(self.function, _Within | _PerPixel)
 
     def __str__(self) -> str:
         return f"{self.name} (ignore {self.function.ignore})" if isinstance(self.function, _PerPixel) else self.name
@@ -184,20 +184,25 @@ def main_output(outputs: Any) -> Tensor:
     A tensor itself; `.logits` of an object; "logits" or "out" of a dict, or its only value; the first of a tuple or
     list. Raises UserError for anything else.
     """
-    found = outputs
-    if isinstance(outputs, Mapping):
-        names = [name for name in ("logits", "out") if name in outputs] or list(outputs)
-        found = outputs[names[0]] if len(names) == 1 or names[0] in ("logits", "out") else None
-    elif hasattr(outputs, "logits"):
-        found = outputs.logits
-    elif isinstance(outputs, tuple | list) and outputs:
-        found = outputs[0]
+    found = chosen(outputs)
     if not isinstance(found, Tensor):
         raise UserError(
             "the network must return one tensor, an object with .logits, a dict with 'logits' or 'out', or a tuple "
             f"whose first element is one, not {kind_of(outputs)}"
         )
     return found
+
+
+def chosen(outputs: Any) -> Any:
+    """What `main_output` returns, of any type; None where nothing can be chosen."""
+    if isinstance(outputs, Mapping):
+        names = [name for name in ("logits", "out") if name in outputs] or list(outputs)
+        return outputs[names[0]] if len(names) == 1 or names[0] in ("logits", "out") else None
+    if hasattr(outputs, "logits"):
+        return outputs.logits
+    if isinstance(outputs, tuple | list):
+        return outputs[0] if outputs else None
+    return outputs
 
 
 def floats(outputs: Any) -> list[Tensor]:

@@ -433,8 +433,8 @@ def test_coverage_of_a_network_with_a_dict_for_an_output():
     assert check_coverage(model, analog, x[:8]) == ["a", "b"]
     with torch.no_grad():
         wanted = [int((chip(analog, k)(x)["logits"].argmax(1) == y).sum()) for k in range(2)]
-    with pytest.warns(EngineWarning, match="more than one input or output"):
-        assert evaluate(analog, (x, y), 2, progress=False).table.correct.tolist() == wanted
+    for engine in ("auto", "torch"):
+        assert evaluate(analog, (x, y), 2, engine=engine, progress=False).table.correct.tolist() == wanted
 
 
 # ---- conversion -----------------------------------------------------------------------------------------------------

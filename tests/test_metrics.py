@@ -1,6 +1,7 @@
 """Metrics against scikit-learn and numpy in float64; evaluations, results and files with another metric."""
 
 import math
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import numpy as np
@@ -320,12 +321,13 @@ FORMS = {
     "nested": lambda h: (h, {"features": h.relu()}),
     "out": lambda h: {"aux": h + 1, "out": h},
     "logits": lambda h: {"loss": None, "logits": h},
+    "ordered": lambda h: OrderedDict(hidden=h.relu(), logits=h),
     "only": lambda h: {"prediction": h},
     "object": lambda h: SimpleNamespace(logits=h, hidden=None),
 }
 
 
-@pytest.mark.filterwarnings("ignore:everything runs through torch")
+@pytest.mark.filterwarnings("error:everything runs through torch")
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("form", FORMS)
 def test_outputs_that_are_not_one_tensor(form, engine):
@@ -349,7 +351,7 @@ def test_a_metric_reads_all_outputs():
     twice = Wrapped(regression(2), lambda h: {"a": h[:, 0], "b": h[:, 1]})
     images, targets = numbers(30, 12), numbers(30)
     analog = convert(twice, HALF)
-    with pytest.warns(EngineWarning, match="everything runs through torch"):
+    with pytest.warns(EngineWarning, match="everything runs through torch: it returns more than one tensor"):
         found = evaluate(analog, (images, targets), 2, metric=both, progress=False)
     with torch.no_grad():
         outputs = [chip(analog, k)(images) for k in range(2)]

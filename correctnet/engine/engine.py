@@ -39,6 +39,7 @@ from correctnet.engine.lowering import METHODS, Lowering, Method, PlanStep, Torc
 from correctnet.engine.report import Report, report_of
 from correctnet.engine.trace import Unsupported, call, in_place, trace
 from correctnet.errors import UserError
+from correctnet.metrics import chosen
 from correctnet.noise import device as gpu
 from correctnet.precision import Precision, full_float32
 
@@ -160,7 +161,7 @@ class Engine:
         """Return torch's outputs of the network on a chip, of the last of several passes."""
         with left_alone(model), programmed(model, sample, self._first_layer), full_float32(self._device):
             for _ in range(passes):  # each continues the random numbers of the one before
-                outputs = run(model, images, "engine")
+                outputs = chosen(run(model, images, "engine"))
             return outputs
 
     def _in_float64(self, images: Tensor, sample: int) -> Tensor | None:

@@ -17,6 +17,7 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from correctnet.crossbar.convert import programmed
 from correctnet.crossbar.layers import AnalogLayer, analog_layers
 from correctnet.errors import UserError, one_line
+from correctnet.metrics import chosen
 from correctnet.noise import core
 from correctnet.noise import device as gpu
 from correctnet.reloading import survives_reload
@@ -146,7 +147,8 @@ class Traced:
 
     Attributes:
         root: the graph, over copies of the network's modules that share its tensors.
-        input, output: the graph's first and last value.
+        input, output: the graph's first and last value. Of a network that returns several, the last is the one that
+            `correctnet.metrics.main_output` chooses.
         unused: names of the analog layers that the graph does not use.
     """
 
@@ -199,7 +201,7 @@ def _twin(model: nn.Module) -> nn.Module:
 def _traced(model: nn.Module, example: Tensor) -> Traced:
     # A root module is always traced through, which would lose the variation of an analog layer.
     root = nn.Sequential(model) if isinstance(model, AnalogLayer) or hooked(model) else model
-    graph = _Tracer(example).trace(_of_one_argument(root))
+    graph = _Tracer(example).trace(_of_one_value(root))
     nodes = list(graph.nodes)
     inputs = [n for n in nodes if n.op == "placeholder"]
     (last,) = (n for n in nodes if n.op == "output")
@@ -215,13 +217,18 @@ def _traced(model: nn.Module, example: Tensor) -> Traced:
     return Traced(module, inputs[0], last.args[0], unused)
 
 
-def _of_one_argument(root: nn.Module) -> nn.Module:
-    """Let a network whose `forward` has optional arguments be called with the first argument only."""
+def _of_one_value(root: nn.Module) -> nn.Module:
+    """Let a network be called with its first argument only, where others are optional, and return its main output."""
     first, *others = inspect.signature(root.forward).parameters.values()
     optional = all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in others)
-    if others and optional and first.kind in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
+    if optional and first.kind in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
         kind = type(root)
-        root.__class__ = type(kind.__name__, (kind,), {"forward": lambda self, x: kind.forward(self, x)})
+
+        def forward(self: nn.Module, x: Any) -> Any:
+            outputs = kind.forward(self, x)
+            return outputs if isinstance(outputs, fx.Proxy) else chosen(outputs)
+
+        root.__class__ = type(kind.__name__, (kind,), {"forward": forward})
     return root
 
 

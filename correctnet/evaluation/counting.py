@@ -203,6 +203,8 @@ def make_counter(
                 )
         elif not isinstance(few, Tensor):
             reason = "it has more than one input"
+        elif not isinstance(nominal, Tensor) and not metric.reads_main:
+            reason = "it returns more than one tensor, which the metric reads"
         elif not data.uniform:
             reason = "the images have several shapes or types"
     automatic = setup.simulation.engine == "auto"
