@@ -1,7 +1,9 @@
 """The whole method by other metrics than the accuracy: a regression on a table, and labels per pixel."""
 
 import math
+import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -303,3 +305,20 @@ def test_a_network_whose_outputs_do_not_fit_is_found_before_any_work(table, tmp_
         called(network, parts, metric=metrics.mean_squared_error(), work=tmp_path / "work")
     with pytest.raises(UserError, match=r"fit_compensators: mean squared error: outputs \(8, 3\) and targets \(8,\)"):
         fit_compensators(network, {"0": 2}, *parts[0], WIDE, metric=metrics.mean_squared_error(), quiet=True)
+
+
+def test_the_example_of_a_csv_file_runs(tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parents[1] / "docs/usage.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "read_csv" in block)
+    rng = np.random.default_rng(0)
+    columns = rng.normal(size=(1000, 5))
+    price = np.tanh(columns[:, 0]) + 0.5 * columns[:, 1] * columns[:, 2] + 0.1 * rng.normal(size=1000)
+    pd.DataFrame(columns, columns=list("abcde")).assign(price=price).to_csv(tmp_path / "houses.csv", index=False)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names = {}
+    exec(code, names)
+    table = names["found"].table.set_index("row")
+    assert table["mean"]["corrected"] < table["mean"]["unprotected"]
+    assert "mean squared error" in capsys.readouterr().out
+    assert (tmp_path / "report.html").stat().st_size > 10_000

@@ -7,7 +7,7 @@ import torch
 import torchvisions
 from torch import nn
 
-from correctnet import LogNormalVariation, check_coverage, convert, evaluate
+from correctnet import LogNormalVariation, check_coverage, chip, convert, evaluate, metrics
 from correctnet.crossbar.layers import CoverageWarning, analog_layers, crossbar_layers
 from correctnet.engine.engine import Engine
 from correctnet.evaluation.montecarlo import EngineWarning
@@ -135,3 +135,29 @@ def test_plans_compute_the_network(name):
     scale = exact.abs().max()
     torch_error, error = ((outputs.double() - exact).abs().max() / scale for outputs in (plain, found))
     assert error <= 4 * torch_error + 1e-5, (error, torch_error)
+
+
+def test_segmentation_with_outputs_in_a_dict():
+    torchvisions.models()
+    from torchvision.models import segmentation
+
+    torch.manual_seed(0)
+    options = {"weights": None, "weights_backbone": None, "num_classes": 4}
+    model = segmentation.lraspp_mobilenet_v3_large(**options).eval()
+    images, labels = torch.randn(4, 3, 64, 64), torch.randint(0, 4, (4, 64, 64))
+    with torch.no_grad():  # so that no class wins everywhere
+        model.classifier.low_classifier.bias -= model(images)["out"].mean((0, 2, 3))
+    analog = convert(model, LogNormalVariation(0.05))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = evaluate(analog, (images, labels), CHIPS, metric=metrics.mean_iou(), progress=False)
+    said = [str(w.message) for w in caught if issubclass(w.category, EngineWarning)]
+    assert len(said) == 1
+    assert "66 of 66 analog layers fused" in said[0]
+    for k, value in enumerate(found.values):
+        with torch.no_grad():
+            predicted = chip(analog, k)(images)["out"].argmax(1)
+        assert len(predicted.unique()) > 1
+        pairs = [((predicted == c) & (labels == c), (predicted == c) | (labels == c)) for c in range(4)]
+        wanted = sum(int(both.sum()) / int(either.sum()) for both, either in pairs) / 4
+        assert value == pytest.approx(wanted, abs=2e-3), "up to pixels with nearly equal outputs"

@@ -9,7 +9,8 @@ from torch import nn
 
 from correctnet.crossbar.convert import copy_model
 from correctnet.crossbar.layers import AnalogLayer
-from correctnet.datasets.batches import Batches
+from correctnet.crossbar.probe import left_alone
+from correctnet.datasets.batches import Batches, Data
 from correctnet.devices.base import Variation
 from correctnet.errors import UserError, whole
 from correctnet.evaluation.montecarlo import clean_value
@@ -87,7 +88,10 @@ def suppress(
         raise UserError("suppress: the network carries variation; give the one that was converted")
     if compensation_modules(network):
         raise UserError("suppress: the network is compensated already; suppress it first, then compensate it")
-    model = copy_model(network, "suppress")
+    model, shown = copy_model(network, "suppress"), None
+    if validation is not None:  # read once, not after each epoch
+        with left_alone(model):
+            shown = Data.of(validation, what="suppress: validation", targets=metric.targets)
     hooks = regularised(model, section, variation)
     hooks.loss, hooks.metric = loss, metric
     parts = {"network": network, "train": train, "variation": variation, "seed": seed, "loss": loss}
@@ -100,7 +104,7 @@ def suppress(
         seed,
         stage="suppress",
         hooks=hooks,
-        validate=None if validation is None else lambda: clean_value(model, validation, metric=metric),
+        validate=None if shown is None else lambda: clean_value(model, shown, metric=metric),
         checkpoint=folder.checkpoint(work, "suppress", text),
         title="suppress",
         quiet=not progress,
