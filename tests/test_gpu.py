@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from correctnet import LogNormalVariation, convert, evaluate
+from correctnet import LogNormalVariation, convert, evaluate, metrics
 from correctnet.crossbar import operators as ops
 from correctnet.crossbar.convert import program, programmed
 from correctnet.crossbar.layers import analog_layers
@@ -199,6 +199,16 @@ def test_counts_are_those_of_the_outputs(method: Any) -> None:
     labels = torch.arange(37) % 10
     outputs = engine.outputs(images, range(6))
     assert engine.count_correct(images, labels, range(6)) == (outputs.argmax(2).cpu() == labels).sum(1).tolist()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sums_of_a_metric_are_those_of_the_outputs(method: Any) -> None:
+    analog, images = made("lenet5")
+    analog, labels = analog.to(DEVICE), torch.arange(37) % 10
+    outputs = Engine(analog, images[:2].to(DEVICE), method=method).outputs(images, range(6)).cpu()
+    expected = [(o.topk(3).indices == labels[:, None]).any(1).double().mean().item() for o in outputs]
+    found = evaluate(analog, (images, labels), 6, gpu_method=method, metric=metrics.top_k(3), progress=False)
+    assert found.values.tolist() == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("first_layer", [0, 2])

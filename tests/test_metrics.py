@@ -281,6 +281,8 @@ def test_numbers_of_shipped_metrics():
         (segmentation, (30, 3, 8, 8), MASKS[:, 1:], metrics.mean_iou(), r"labels \(\d+, 7, 8\)"),
         (segmentation, (30, 3, 8, 8), MASKS * 0 - 100, metrics.mean_iou(), "mean IoU is nan; it counted nothing"),
         (segmentation, (30, 3, 8, 8), MASKS, None, "metric=correctnet.metrics.mean_iou"),
+        (segmentation, (30, 3, 8, 8), MASKS[:, 0, 0], None, "float32; for labels per pixel, give metric=correctnet"),
+        (regression, (30, 12), MASKS[:, 0, 0], None, "float32; for a regression, give metric=correctnet"),
         (classifier, (30, 12), torch.arange(30) % 9, metrics.mean_iou(), r"\(N, classes, height, width\)"),
         (classifier, (30, 12), torch.arange(30) % 9, metrics.top_k(9), "has 9 classes, so every image is among"),
         (classifier, (30, 12), torch.arange(30) % 10, metrics.top_k(3), "a label 9, and the network has 9 classes"),

@@ -73,7 +73,8 @@ def correct(
         network: a trained network that `correctnet.convert` accepts, with outputs (N, classes), or such that `metric`
             reads. It is left unchanged.
         train: training images (N, ...) and labels (N,): a pair of tensors, or a loader of such pairs, each of whose
-            batches is a step, with augmentation or not.
+            batches is a step, with augmentation or not. For several inputs, and labels that are no classes, see
+            `correctnet.evaluate`.
         validation: images and labels for every choice: a pair, or a loader that yields the same images in each pass.
         test: images and labels that the results are about, likewise. Nothing is chosen on them.
         variation: the device model; None: the paper's, `LogNormalVariation(0.5)`.

@@ -33,6 +33,7 @@ BATCH = (
     "dict with 'labels', or (inputs, labels)"
 )
 CHANGING = "other images in each pass, so that results cannot be compared"
+PIXELS = "; for labels per pixel, give metric=correctnet.metrics.mean_iou()"
 REGRESSION = "; for a regression, give metric=correctnet.metrics.mean_squared_error()"
 BITS = 128  # bits of a digest
 HEAD = 16  # images that a network is tried on
@@ -247,7 +248,7 @@ def check_batch(batch: Any, what: str, targets: Targets = "classes") -> Batch:
         if labels.dim() == 2:
             hint = "; squeeze the column" if labels.shape[1] == 1 else "; of one-hot rows take labels.argmax(1)"
         elif labels.dim() == 3:
-            hint = "; for labels per pixel, give metric=correctnet.metrics.mean_iou()"
+            hint = PIXELS
         raise UserError(f"{what}: labels (N,), one an image, are expected, not {tuple(labels.shape)}{hint}")
     if len(images) != len(labels):
         raise UserError(f"{what}: {len(images)} images and {len(labels)} labels")
@@ -299,9 +300,10 @@ def check_outputs(
     except UserError as error:
         raise UserError(f"{what}: {error}") from None
     if logits.dim() != 2 or len(logits) != len(images) or logits.shape[1] < 2 or not logits.is_floating_point():
+        hint = REGRESSION if logits.dim() == 1 or logits.shape[1:] == (1,) else PIXELS if logits.dim() == 4 else ""
         raise UserError(
             f"{what}: the network must return (N, classes) with 2 classes or more, floating point, for N = "
-            f"{len(images)} images, not {tuple(logits.shape)} {logits.dtype}".replace("torch.", "")
+            f"{len(images)} images, not {tuple(logits.shape)} {str(logits.dtype).removeprefix('torch.')}{hint}"
         )
     if largest >= logits.shape[1]:
         raise UserError(f"{what}: there is a label {largest}, and the network has {logits.shape[1]} classes")

@@ -146,9 +146,8 @@ def count(model: nn.Module, batches: Iterable[Batch], largest: int, metric: Metr
     for images, labels in batches:
         images, labels = images.to(device), labels.to(device)
         images_of += len(labels)
-        if (
-            isinstance(images, Tensor) and images.dim() == 4
-        ):  # convolutions on a CPU are about 1.4 times faster in this memory order
+        # Convolutions on a CPU are about 1.4 times faster in this memory order.
+        if isinstance(images, Tensor) and images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         outputs = check_outputs(run(model, images), images, largest, metric=metric)
         if metric.is_accuracy:

@@ -115,9 +115,11 @@ def evaluate(
         data: a `Split`, an (images, labels) pair of tensors, or a loader of such batches that can be iterated over
             many times and yields the same images each time. images (N, ...), labels (N,) classes; the network maps
             images to logits (N, classes), or to something that has them: an object with `.logits`, a dict with "logits"
-            or "out", a tuple whose first element they are. Another metric may read other labels and outputs. A loader
-            is read once for each chunk of chips where its batches do not fit `memory`. For a network that looks across
-            a batch, batches of a loader are kept as they are, and tensors are divided into batches of `batch` images.
+            or "out", a tuple whose first element they are. Another metric may read other labels and outputs. For a
+            network of several inputs, data and batches are (a, b, labels), ((a, b), labels), ({"a": a, "b": b}, labels)
+            or {"a": a, "b": b, "labels": labels}. A loader is read once for each chunk of chips where its batches do
+            not fit `memory`. For a network that looks across a batch, batches of a loader are kept as they are, and
+            tensors are divided into batches of `batch` images.
         chips: number of chip samples, >= 1.
         start: number of the first; chip 137 is the same chip whatever `start` and `chips` are.
         first_layer: layers of a smaller index stay nominal; all do for the last index + 1.

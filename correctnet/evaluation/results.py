@@ -55,6 +55,7 @@ class Result:
 
     table: pd.DataFrame
     metric: Metric = ACCURACY
+    """what the chips are judged by"""
 
     @property
     def values(self) -> np.ndarray:
