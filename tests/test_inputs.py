@@ -29,7 +29,6 @@ from correctnet.methods import work
 
 HALF = LogNormalVariation(0.5)
 ENGINES = ("auto", "torch")
-MANY = "everything runs through torch: it has more than one input"
 
 
 class Joined(nn.Module):
@@ -49,7 +48,8 @@ class Joined(nn.Module):
 
 class OfDict(Joined):
     def forward(self, batch):
-        batch["rows"] += 0.0  # in place, on a copy
+        batch["rows"] *= 2.0  # in place, on a copy
+        batch["rows"] /= 2.0
         return SimpleNamespace(logits=self.features(**batch), attentions=None)
 
 
@@ -114,7 +114,7 @@ def test_forms_of_several_inputs(form, engine):
     expected = counted(made(), (ROWS, TOKENS), LABELS)
     assert len(set(expected)) > 1
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=MANY)
+        warnings.filterwarnings("error", message="everything runs through torch")
         found = evaluate(convert(made(), HALF), FORMS[form], 4, engine=engine, progress=False)
         assert found.table.correct.tolist() == expected
         wrapped = made(OfDict) if "dict" in form or "pairs" in form else made(OfTuple)
@@ -123,10 +123,30 @@ def test_forms_of_several_inputs(form, engine):
     assert clean_accuracy(made(), FORMS[form]) == (made()(ROWS, TOKENS).argmax(1) == LABELS).double().mean()
 
 
+class Deciding(Joined):
+    def forward(self, rows, tokens):
+        return self.features(rows, tokens) if rows.sum() > -1e9 else self.features(-rows, tokens)
+
+
 @pytest.mark.filterwarnings("ignore::correctnet.crossbar.layers.CoverageWarning")
-def test_the_engine_says_that_it_is_not_used():
-    with pytest.warns(EngineWarning, match=MANY):
+def test_the_engine_says_what_it_runs():
+    with pytest.warns(EngineWarning, match="2 of 2 .* through torch: words .Embedding., mean .mean., add .add."):
         evaluate(convert(made(), HALF), FORMS["triple"], 1, progress=False)
+    with pytest.warns(EngineWarning, match="everything runs through torch: torch.fx cannot trace it"):
+        found = evaluate(convert(made(Deciding), HALF), FORMS["triple"], 4, progress=False)
+    assert found.table.correct.tolist() == counted(made(Deciding), (ROWS, TOKENS), LABELS)
+
+
+@pytest.mark.filterwarnings("ignore::correctnet.crossbar.layers.CoverageWarning")
+@pytest.mark.filterwarnings("ignore:not all of the network runs:correctnet.evaluation.montecarlo.EngineWarning")
+def test_more_items_than_the_engine_takes_at_once():
+    rows, tokens, labels = data(2100)
+    whole = {"tokens": tokens, "rows": rows, "y": labels}
+    parts = [{name: tensor[i : i + 300] for name, tensor in whole.items()} for i in range(0, 2100, 300)]
+    expected = counted(made(), (rows, tokens), labels)
+    for given in (parts, (rows, tokens, labels)):
+        found = evaluate(convert(made(), HALF), given, 4, progress=False).table.correct
+        assert (found - expected).abs().max() <= 1, "up to an image with nearly equal outputs"
 
 
 def test_one_input_in_a_dict_runs_in_the_engine():
@@ -264,7 +284,7 @@ def test_inputs_are_cut_copied_and_moved_together():
 def test_another_metric_of_several_inputs(engine):
     analog = convert(made(), HALF)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=MANY)
+        warnings.filterwarnings("error", message="everything runs through torch")
         how = {"engine": engine, "progress": False}
         found = evaluate(analog, FORMS["loader of dicts"], 2, metric=metrics.top_k(2), **how)
     with torch.no_grad():

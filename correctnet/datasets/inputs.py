@@ -63,14 +63,20 @@ class Inputs:
         """The device of the first tensor."""
         return next(iter(self.tensors.values())).device
 
-    def arguments(self, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments of the network: one each, or a single dict or tuple if it takes no more."""
-        values = tuple(self.tensors.values())
-        args, kwargs = ((), dict(self.tensors)) if self.named else (values, {})
+    def arguments(
+        self, model: nn.Module, values: Sequence[Any] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments of the network: one each, or a single dict or tuple if it takes no more.
+
+        `values` take the places of the tensors.
+        """
+        values = tuple(self.tensors.values() if values is None else values)
+        by_name = dict(zip(self.tensors, values, strict=True))
+        args, kwargs = ((), dict(by_name)) if self.named else (values, {})
         try:
             inspect.signature(model.forward).bind(*args, **kwargs)
         except TypeError:
-            return (dict(self.tensors) if self.named else values,), {}
+            return (by_name if self.named else values,), {}
         except ValueError:  # it has no signature
             pass
         return args, kwargs

@@ -34,10 +34,11 @@ from torch import Tensor, fx, nn
 from correctnet.crossbar.convert import chip_of, programmed
 from correctnet.crossbar.layers import AnalogLayer, analog_layers
 from correctnet.crossbar.probe import left_alone, run
+from correctnet.datasets.inputs import Inputs
 from correctnet.devices.base import kernel_noise
 from correctnet.engine.lowering import METHODS, Lowering, Method, PlanStep, TorchStep
 from correctnet.engine.report import Report, report_of
-from correctnet.engine.trace import Unsupported, call, in_place, trace
+from correctnet.engine.trace import Unsupported, argument, call, in_place, trace
 from correctnet.errors import UserError
 from correctnet.metrics import chosen
 from correctnet.noise import device as gpu
@@ -59,7 +60,7 @@ class Engine:
     Args:
         model: from `correctnet.convert`. The engine computes its outputs in evaluation mode, leaves it unchanged and
             shares its tensors.
-        example: inputs with the shape of those to evaluate, (N >= 1, C, H, W) or (N >= 1, features).
+        example: inputs with the shape of those to evaluate, (N >= 1, C, H, W) or (N >= 1, features), or several.
         first_layer: layers of a smaller index keep their nominal weights.
         precision: "float32", or "bfloat16" for weights and activations (sums are float32).
         memory: bytes that a run may take besides the images, about.
@@ -80,7 +81,7 @@ class Engine:
     def __init__(
         self,
         model: nn.Module,
-        example: Tensor,
+        example: Tensor | Inputs,
         first_layer: int = 0,
         precision: Precision = "float32",
         memory: int = MEMORY,
@@ -115,7 +116,7 @@ class Engine:
             sample = present[0] if isinstance(present, tuple) else present
         self._check(graph, example, sample)
 
-    def _check(self, graph: Lowering, example: Tensor, sample: int) -> None:
+    def _check(self, graph: Lowering, example: Tensor | Inputs, sample: int) -> None:
         """Compare with torch on one chip, so that a wrongly lowered network never gives an accuracy.
 
         Raises Unsupported where the outputs differ; torch's are correct by definition.
@@ -157,22 +158,23 @@ class Engine:
         )
 
     @torch.no_grad()
-    def _by_torch(self, model: nn.Module, images: Tensor, sample: int, passes: int = 1) -> Tensor:
+    def _by_torch(self, model: nn.Module, images: Tensor | Inputs, sample: int, passes: int = 1) -> Tensor:
         """Return torch's outputs of the network on a chip, of the last of several passes."""
         with left_alone(model), programmed(model, sample, self._first_layer), full_float32(self._device):
             for _ in range(passes):  # each continues the random numbers of the one before
                 outputs = chosen(run(model, images, "engine"))
             return outputs
 
-    def _in_float64(self, images: Tensor, sample: int) -> Tensor | None:
+    def _in_float64(self, images: Tensor | Inputs, sample: int) -> Tensor | None:
         """Return `_by_torch` in float64 with the same weights; None where the network's code requires float32."""
         try:
-            return self._by_torch(copy.deepcopy(self._model).double(), images.double(), sample)
+            doubled = images.double() if isinstance(images, Tensor) else images.each(_double)
+            return self._by_torch(copy.deepcopy(self._model).double(), doubled, sample)
         except UserError:
             return None
 
     @torch.no_grad()
-    def outputs(self, images: Tensor, samples: Sequence[int]) -> Tensor:
+    def outputs(self, images: Tensor | Inputs, samples: Sequence[int]) -> Tensor:
         """Return the network's outputs on each chip, (S, N, ...), float32."""
         _check_samples(samples)
         if len(images) == 0:
@@ -190,7 +192,7 @@ class Engine:
         return self.count(images, labels, samples)[0]
 
     @torch.no_grad()
-    def count(self, images: Tensor, labels: Tensor, samples: Sequence[int]) -> tuple[list[int], list[int]]:
+    def count(self, images: Tensor | Inputs, labels: Tensor, samples: Sequence[int]) -> tuple[list[int], list[int]]:
         """Count for each chip the correctly classified images, and those with an output that is not finite.
 
         An image with a NaN among its outputs is not correct. images (N, ...), labels (N,).
@@ -211,7 +213,7 @@ class Engine:
         return found[0], found[1]
 
     @torch.no_grad()
-    def each(self, images: Tensor, samples: Sequence[int]) -> Iterator[tuple[int, slice, Tensor]]:
+    def each(self, images: Tensor | Inputs, samples: Sequence[int]) -> Iterator[tuple[int, slice, Tensor]]:
         """Yield (index of the chip, images of the block, outputs (block, ...)), one pair of block and chip at a time.
 
         What `outputs` returns at once, in blocks of images and then chips, within the memory.
@@ -249,15 +251,15 @@ class Engine:
         blocks = math.ceil(images / size)
         return min(size, _up(math.ceil(images / blocks), 4 * LANES if size >= 4 * LANES else LANES))
 
-    def _run(self, images: Tensor, samples: Sequence[int]) -> Iterable[Tensor]:
+    def _run(self, images: Tensor | Inputs, samples: Sequence[int]) -> Iterable[Tensor]:
         """Yield the outputs of each chip. Values that are the same on all chips are computed once."""
         if self._whole:
             # The bits that several plans would give, with all chips in one call.
             yield from self._steps[0].run(images, self._chip.seed, samples, self._memory)
             return
-        if self.library and self._precision == "bfloat16" and images.dim() == 4:
+        if self.library and self._precision == "bfloat16" and isinstance(images, Tensor) and images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)  # the order of cuDNN's bfloat16 kernels
-        shared: dict[fx.Node, Any] = {self._input: images.clone()}  # the network may change its input in place
+        shared: dict[fx.Node, Any] = {self._input: argument(images)}
         with programmed(self._model, None), self._arithmetic():
             for step in self._steps:
                 if not step.sampled:
@@ -330,6 +332,10 @@ class Engine:
         return sum(c[0] for c in costs), sum(c[1] for c in costs), sum(c[2] for c in costs)
 
 
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
 def _kinds(outputs: Tensor) -> Tensor:
     """Classify each output: 0 finite, 1 NaN, 2 and 3 the infinities."""
     return outputs.isnan().int() + 2 * outputs.isposinf().int() + 3 * outputs.isneginf().int()
@@ -345,7 +351,7 @@ def classified(outputs: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([correct.sum(), (~outputs.isfinite()).any(1).sum()])
 
 
-def describe(model: nn.Module, example: Tensor, first_layer: int = 0) -> Report:
+def describe(model: nn.Module, example: Tensor | Inputs, first_layer: int = 0) -> Report:
     """Report which parts of a converted network the core would run, or the `reason` why it runs nothing."""
     try:
         return Engine(model, example, first_layer).report

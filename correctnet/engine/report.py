@@ -62,7 +62,10 @@ def report_of(graph: Lowering, steps: list[TorchStep], library: bool) -> Report:
     fused = {name for s in steps if isinstance(s, PlanStep) for name in s.layers}
     analog = {n: m for n, m in graph.root.named_modules() if isinstance(m, AnalogLayer)}
     names = sorted(analog, key=lambda n: analog[n].layer_index)
-    through = [s.node for s in steps if not isinstance(s, PlanStep) and "tensor_meta" in s.node.meta]
+    several = isinstance(graph.input.meta.get("tensor_meta"), tuple)  # whose parts are no operations
+    parts = set(graph.input.users) if several else set()
+    own = [s.node for s in steps if not isinstance(s, PlanStep) and s.node not in parts]
+    through = [node for node in own if "tensor_meta" in node.meta]
     return Report(
         fused=tuple(n for n in names if n in fused),
         unfused=tuple(n for n in names if n not in fused),

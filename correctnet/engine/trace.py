@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
+from torch.utils._pytree import tree_map
 
 from correctnet.crossbar.convert import programmed
 from correctnet.crossbar.layers import AnalogLayer, analog_layers
+from correctnet.datasets.inputs import Inputs, tensors_of
 from correctnet.errors import UserError, one_line
 from correctnet.metrics import chosen
 from correctnet.noise import core
@@ -48,10 +50,10 @@ class _Tracer(fx.Tracer):
     is that for `example`, if it does not depend on the number of images.
     """
 
-    def __init__(self, example: Tensor):
+    def __init__(self, example: Tensor | Inputs):
         super().__init__()
         self._recording = True
-        self._values = [_Values(example[:1].expand(n, *example.shape[1:])) for n in (2, 3)]
+        self._values = [_Values(_repeated(example, n)) for n in (2, 3)]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, AnalogLayer) or hooked(m) or super().is_leaf_module(m, module_qualified_name)
@@ -106,7 +108,7 @@ class _Proxy(fx.Proxy):
 class _Values:
     """Values of a graph that is being built, for some images."""
 
-    def __init__(self, images: Tensor):
+    def __init__(self, images: Tensor | Inputs):
         self._images, self._values = images, {}
 
     @torch.no_grad()
@@ -119,7 +121,7 @@ class _Values:
                 waiting += n.all_input_nodes
         for n in node.graph.nodes:
             if n in wanted:
-                self._values[n] = self._images.clone() if n.op == "placeholder" else call(root, n, self._values)
+                self._values[n] = argument(self._images) if n.op == "placeholder" else call(root, n, self._values)
         return self._values[node]
 
 
@@ -147,8 +149,8 @@ class Traced:
 
     Attributes:
         root: the graph, over copies of the network's modules that share its tensors.
-        input, output: the graph's first and last value. Of a network that returns several, the last is the one that
-            `correctnet.metrics.main_output` chooses.
+        input, output: the graph's first and last value. Several inputs are one tuple, whose parts are values. Of a
+            network that returns several, the last is the one that `correctnet.metrics.main_output` chooses.
         unused: names of the analog layers that the graph does not use.
     """
 
@@ -158,7 +160,19 @@ class Traced:
     unused: tuple[str, ...] = ()
 
 
-def trace(model: nn.Module, example: Tensor) -> Traced:
+def argument(images: Tensor | Inputs) -> Any:
+    """Return the value of a graph's input: a copy of the images, which the network may change in place."""
+    return images.clone() if isinstance(images, Tensor) else tuple(images.clone().tensors.values())
+
+
+def _repeated(example: Tensor | Inputs, count: int) -> Tensor | Inputs:
+    """Return `count` images, all the first of the example."""
+    if isinstance(example, Tensor):
+        return example[:1].expand(count, *example.shape[1:]).contiguous()
+    return example.each(lambda tensor: tensor[:1].expand(count, *tensor.shape[1:]).contiguous())
+
+
+def trace(model: nn.Module, example: Tensor | Inputs) -> Traced:
     """Trace a network with the shapes of `example`, (N >= 1, ...).
 
     Raises:
@@ -169,13 +183,15 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
         raise Unsupported("the C++ core was not built")
     if len(example) == 0:
         raise UserError("engine: no images")
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers(), example)}
+    inputs = [tensor for _, tensor in tensors_of(example)]
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers(), *inputs)}
     if len(devices) > 1:
         raise Unsupported(f"model and images are on several devices ({', '.join(sorted(map(str, devices)))})")
     (device,) = devices
     if device.type != "cpu" and not gpu.reaches(device):
         raise Unsupported(f"the model is on {device}, and {gpu.status().reason}")
-    if any(p.dtype != torch.float32 for p in model.parameters()) or example.dtype != torch.float32:
+    floats = [t for t in inputs if t.is_floating_point()]
+    if any(tensor.dtype != torch.float32 for tensor in (*model.parameters(), *floats)):
         raise Unsupported("its parameters or its inputs are not float32")
     try:
         with programmed(model, None):
@@ -198,10 +214,10 @@ def _twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, shared).eval()
 
 
-def _traced(model: nn.Module, example: Tensor) -> Traced:
+def _traced(model: nn.Module, example: Tensor | Inputs) -> Traced:
     # A root module is always traced through, which would lose the variation of an analog layer.
     root = nn.Sequential(model) if isinstance(model, AnalogLayer) or hooked(model) else model
-    graph = _Tracer(example).trace(_of_one_value(root))
+    graph = _Tracer(example).trace(_of_one_value(root, example))
     nodes = list(graph.nodes)
     inputs = [n for n in nodes if n.op == "placeholder"]
     (last,) = (n for n in nodes if n.op == "output")
@@ -211,24 +227,37 @@ def _traced(model: nn.Module, example: Tensor) -> Traced:
     _keep_layers(module, root)
     with torch.no_grad():
         # Two images, since a batch of 1 could not be told from a feature dimension of 1.
-        _Shapes(module).run(example[:1].expand(2, *example.shape[1:]).contiguous())
+        _Shapes(module).run(argument(_repeated(example, 2)))
     reached = set(analog_layers(module))
     unused = tuple(n for n, m in root.named_modules() if isinstance(m, AnalogLayer) and m not in reached)
     return Traced(module, inputs[0], last.args[0], unused)
 
 
-def _of_one_value(root: nn.Module) -> nn.Module:
-    """Let a network be called with its first argument only, where others are optional, and return its main output."""
+def _of_one_value(root: nn.Module, example: Tensor | Inputs) -> nn.Module:
+    """Let a network be called with its first argument only, where others are optional, and return its main output.
+
+    Of several inputs that argument is the tuple.
+    """
+    kind = type(root)
     first, *others = inspect.signature(root.forward).parameters.values()
     optional = all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in others)
-    if optional and first.kind in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
-        kind = type(root)
+    if isinstance(example, Inputs):
+        places = example.arguments(root, range(len(example.tensors)))
 
-        def forward(self: nn.Module, x: Any) -> Any:
-            outputs = kind.forward(self, x)
-            return outputs if isinstance(outputs, fx.Proxy) else chosen(outputs)
+        def outputs_of(self: nn.Module, x: Any) -> Any:
+            args, kwargs = tree_map(lambda i: x[i], places)
+            return kind.forward(self, *args, **kwargs)
 
-        root.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+    elif optional and first.kind in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
+        outputs_of = kind.forward
+    else:
+        return root
+
+    def forward(self: nn.Module, x: Any) -> Any:
+        outputs = outputs_of(self, x)
+        return outputs if isinstance(outputs, fx.Proxy) else chosen(outputs)
+
+    root.__class__ = type(kind.__name__, (kind,), {"forward": forward})
     return root
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from correctnet.crossbar.convert import keeping, programmed
 from correctnet.crossbar.probe import check_reached, run, same
 from correctnet.datasets.batches import Batch, Data, check_outputs, looks_across
+from correctnet.datasets.inputs import Inputs, joined
 from correctnet.engine.engine import BLOCK, GPU_BLOCK, Engine, Unsupported, classified
 from correctnet.errors import UserError
 from correctnet.evaluation.simulation import Simulation
@@ -103,7 +104,7 @@ class ChipSetup:
                 model.eval()
             yield
 
-    def engine(self, model: nn.Module, example: Tensor, sample: int) -> Engine:
+    def engine(self, model: nn.Module, example: Tensor | Inputs, sample: int) -> Engine:
         """An engine for the model's current weights, tried on chip `sample`. Raises Unsupported where there is none."""
         example, how = example.to(next(model.parameters()).device), self.simulation
         return Engine(model, example, self.first_layer, how.precision, how.memory, how.gpu_method, sample)
@@ -200,8 +201,6 @@ def make_counter(
                     OutputWarning,
                     stacklevel=4,
                 )
-        elif not isinstance(few, Tensor):
-            reason = "it has more than one input"
         elif not isinstance(nominal, Tensor) and not metric.reads_main:
             reason = "it returns more than one tensor, which the metric reads"
         elif not data.uniform:
@@ -260,7 +259,9 @@ def _prepared_counter(model: nn.Module, data: Data, setup: ChipSetup, metric: Me
     return counter
 
 
-def _by_engine(engine: Engine, images: Tensor, labels: Tensor, samples: Sequence[int], metric: Metric) -> list[Tally]:
+def _by_engine(
+    engine: Engine, images: Tensor | Inputs, labels: Tensor, samples: Sequence[int], metric: Metric
+) -> list[Tally]:
     """The sums of a metric over images on each chip, through an engine."""
     if metric.is_accuracy:
         counts = zip(*engine.count(images, labels, samples), strict=True)
@@ -322,7 +323,7 @@ def _blocks(batches: Data, size: int) -> Iterator[Batch]:
     for batch in batches:
         waiting.append(batch)
         if sum(len(labels) for _, labels in waiting) >= size:
-            yield torch.cat([x for x, _ in waiting]), torch.cat([y for _, y in waiting])
+            yield tuple(map(joined, zip(*waiting, strict=True)))
             waiting = []
     if waiting:
-        yield torch.cat([x for x, _ in waiting]), torch.cat([y for _, y in waiting])
+        yield tuple(map(joined, zip(*waiting, strict=True)))

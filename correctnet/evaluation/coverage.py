@@ -167,7 +167,7 @@ def _first_difference(
 
 def _check_engine(analog: nn.Module, inputs: Tensor | Inputs, wanted: Any, sample: int) -> None:
     """Compare the outputs of the engine of `evaluate` with those of torch on the chip."""
-    if not isinstance(wanted, Tensor) or not isinstance(inputs, Tensor) or not wanted.isfinite().all():
+    if not isinstance(wanted, Tensor) or not wanted.isfinite().all():
         return
     with left_alone(analog), programmed(analog, sample):
         try:
