@@ -1,8 +1,10 @@
 """The engine against float64 networks whose weights the specification made, and its choice of what runs where."""
 
 import copy
+import re
 import subprocess
 import sys
+import time
 import warnings
 from dataclasses import replace
 
@@ -22,6 +24,7 @@ from correctnet.devices.base import Variation
 from correctnet.engine.engine import Engine, describe
 from correctnet.engine.trace import Unsupported
 from correctnet.errors import UserError
+from correctnet.evaluation import counting
 from correctnet.evaluation.montecarlo import EngineWarning
 from correctnet.methods.compensation import compensate
 from correctnet.networks.lenet import lenet5
@@ -650,6 +653,36 @@ def test_no_layer_is_computed_twice_where_its_value_is_read_twice() -> None:
     with programmed(analog, 4), torch.no_grad():
         wanted = analog(x)
     torch.testing.assert_close(engine.outputs(x, [4])[0], wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("slow", ["engine", "torch"])
+def test_the_faster_of_engine_and_torch_is_taken_where_there_are_several_pieces(monkeypatch, slow) -> None:
+    torch.manual_seed(0)
+    analog = convert(nn.Sequential(_Residual(2), nn.Flatten(), nn.Linear(7 * 16, 3)).eval(), LogNormalVariation(0.3))
+    data = torch.randn(40, 7, 16), torch.arange(40) % 3
+    expected = evaluate(analog, data, 4, progress=False, engine="torch")
+    owner, name = {"engine": (Engine, "count"), "torch": (counting, "count")}[slow]
+    function, calls = getattr(owner, name), []
+
+    def delayed(*args):
+        calls.append(1)
+        time.sleep(2 * counting.WORTH if slow == "engine" else 0)
+        return function(*args)
+
+    monkeypatch.setattr(owner, name, delayed)
+    with pytest.warns(EngineWarning) as caught:
+        found = evaluate(analog, data, 4, progress=False)
+    (text,) = (str(warning.message) for warning in caught)
+    if slow == "engine":
+        assert re.fullmatch(
+            r"everything runs through torch: torch is faster \([\d.e-]+ s, the core 0\.\d+ s for 40 images on a chip\)",
+            text,
+        )
+        assert len(calls) == 3
+        assert found.table.equals(expected.table)
+    else:
+        assert text.startswith("not all of the network runs in the C++ core: 5 of 5 analog layers fused")
+        assert not calls, "not worth measuring"
 
 
 def test_evaluate_counts_what_torch_counts() -> None:

@@ -11,6 +11,7 @@ For the accuracy they are counts of correctly classified images.
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,6 +37,11 @@ from correctnet.metrics import Metric, main_output, not_finite
 CHUNK_FLOP, CALL_FLOP, CALL_SECONDS = 1e12, 1e10, 1.0
 GPU_THREADS = 256  # threads that a GPU counts for in these sizes, at least
 TRIED = 3  # chips whose outputs are compared with the nominal ones
+
+# Where a network is in several pieces, torch may be faster: both are measured on so many images of one chip, in turns,
+# and torch is taken if its time is less than FASTER of the engine's. Networks in one piece, and those that take the
+# engine less than WORTH seconds, are not measured: their results do not depend on how busy the machine is.
+MEASURED, FASTER, WORTH = 128, 0.9, 0.1
 
 # Chips that see a part of a loader before the next part is read, at least, where its batches do not fit the memory.
 TOGETHER = 16
@@ -284,6 +290,7 @@ def _engine_counter(model: nn.Module, data: Data, setup: ChipSetup, sample: int,
             EngineWarning,
             stacklevel=5,
         )
+    _check_faster(engine, model, data, setup, sample, metric)
     if (engine.report.unfused or engine.report.torch) and not engine.library:
         warnings.warn(f"not all of the network runs in the C++ core: {engine.report}", EngineWarning, stacklevel=5)
     if setup.prepare is not None:
@@ -315,6 +322,34 @@ def _engine_counter(model: nn.Module, data: Data, setup: ChipSetup, sample: int,
 
     size = chips(CHUNK_FLOP, data.images)
     return counter, size if data.kept else max(size, TOGETHER)
+
+
+def _check_faster(engine: Engine, model: nn.Module, data: Data, setup: ChipSetup, sample: int, metric: Metric) -> None:
+    """Measure the engine and torch on one chip. Raises Unsupported where torch is faster."""
+    chosen = setup.simulation.precision != "float32" or setup.prepare is not None
+    if engine.whole or engine.on_gpu or chosen:
+        return
+    images, labels = next(_blocks(data, MEASURED))
+    batch = images[:MEASURED], labels[:MEASURED]
+
+    def by_torch() -> None:
+        with setup.programmed(model, sample), keeping(model):
+            count(model, [batch], data.largest, metric)
+
+    ways = {"engine": lambda: _by_engine(engine, *batch, [sample], metric), "torch": by_torch}
+    seconds = dict.fromkeys(ways, math.inf)
+    for _ in range(3):  # the first turn warms up
+        for name, way in ways.items():
+            began = time.perf_counter()
+            way()
+            seconds[name] = min(seconds[name], time.perf_counter() - began)
+            if seconds["engine"] < WORTH:
+                return
+    if seconds["torch"] < FASTER * seconds["engine"]:
+        raise Unsupported(
+            f"torch is faster ({seconds['torch']:.2g} s, the core {seconds['engine']:.2g} s for {len(batch[1])} images "
+            "on a chip)"
+        )
 
 
 def _blocks(batches: Data, size: int) -> Iterator[Batch]:

@@ -16,7 +16,8 @@ class Simulation:
 
     Attributes:
         start: number of the first chip sample, in [0, 2^32).
-        engine: "auto": the C++ core, with torch for what the core cannot run; "torch": torch alone.
+        engine: "auto": the C++ core, with torch for what the core cannot run, or torch alone where a network is in
+            several pieces and that is faster; "torch": torch alone.
         precision: of weights and activations in the core, "float32" or "bfloat16" (sums are float32).
         gpu_method: where noisy weights are generated on a GPU, see `correctnet.engine.engine`; without effect on a CPU.
         memory: bytes that the core may use, approximately, >= 1.
