@@ -259,6 +259,20 @@ def test_a_loader_that_only_shuffles_is_read_anew_where_it_does_not_fit():
         assert found.table.correct.tolist() == wanted
 
 
+def test_pieces_of_a_loader_fit_the_memory():
+    (x, y), size = data(), 200 * (3 * 8 * 8 * 4 + 8)
+    loader = DataLoader(TensorDataset(x, y), batch_size=10)
+    (whole,) = Data(loader, memory=size).pieces()
+    assert len(whole) == 20
+    for memory, count in ((size - 1, 3), (size // 2, 4), (1, 20)):
+        pieces = list(Data(loader, memory=memory).pieces())
+        assert len(pieces) == count
+        assert torch.equal(torch.cat([images for piece in pieces for images, _ in piece]), x)
+        assert all(
+            sum(len(labels) for _, labels in piece) * size // 200 <= max(memory // 2, size // 20) for piece in pieces
+        )
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_images_of_several_sizes(engine):
     torch.manual_seed(0)

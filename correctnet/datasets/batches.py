@@ -143,7 +143,10 @@ class Data:
         return self._kept is not None
 
     def pieces(self) -> Iterator[list[Batch]]:
-        """One pass in pieces of consecutive batches, each of which fits the memory: a single one where all do."""
+        """One pass in pieces of consecutive batches, of which two fit the memory: a single one where all batches do.
+
+        The reader still holds a piece while the next is put together.
+        """
         if self._kept is not None:
             yield self._kept
             return
@@ -151,7 +154,7 @@ class Data:
         taken = 0
         for batch in self:
             size = sum(map(size_of, batch))
-            if piece and taken + size > self._memory:
+            if piece and taken + size > self._memory // 2:
                 yield piece
                 piece, taken = [], 0
             piece.append(batch)
