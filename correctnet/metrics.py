@@ -168,12 +168,14 @@ def checked(metric: Any, what: str) -> Metric:
 
 
 def loss_of(metric: Metric, loss: Loss | None, what: str) -> Loss | None:
-    """The loss of a training: the one given, else the metric's, else None for the cross entropy.
+    """The loss of a training: the one given, else the metric's, else None for the cross entropy of classes.
 
     Raises UserError, which begins with `what`, where labels are not such that the cross entropy can read them.
     """
     found = loss or metric.loss
-    if found is None and metric.targets not in ("classes", "pixels"):
+    if found is None and metric.targets == "pixels":
+        return _PixelLoss(-100)
+    if found is None and metric.targets != "classes":
         raise UserError(f"{what}: there is no loss for the {metric.name}; give one as loss")
     return found
 

@@ -240,6 +240,18 @@ def test_unlabelled_pixels_are_left_out_of_the_loss():
     assert (nothing.item(), scores.grad.abs().max().item()) == (0, 0)
 
 
+def test_the_loss_of_a_metric_of_pixels_of_one_s_own(masks):
+    network, (train, *_) = masks
+    own = Metric("hits", lambda o, t: ((o.argmax(1) == t).sum(), (t != 255).sum()), fraction=True, targets="pixels")
+    section = Training(epochs=1, batch=200, learning_rate=1e-9)
+    with pytest.raises(UserError, match=r"training: loss: there is a label 255, and the network has 3 classes; pixels"):
+        fit(network, train, section, seed=0, hooks=Hooks(metric=own), quiet=True)
+    known = train[1].long().masked_fill(train[1] == 255, -100)
+    (row,) = fit(network, (train[0], known), section, seed=0, hooks=Hooks(metric=own), quiet=True)
+    with torch.no_grad():
+        assert row["loss"] == pytest.approx(F.cross_entropy(network(train[0]), known).item(), rel=1e-4)
+
+
 class Both(nn.Module):
     """Two outputs in a dict, of which a loss of the user's own reads both."""
 
