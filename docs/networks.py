@@ -106,7 +106,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     machine = (torch.get_num_threads(), cpu_name(), torch.__version__)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file:
+    with args.out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         for name in args.networks:

@@ -81,7 +81,7 @@ void bench_conv(const Kernels& kernels, Type type, int size, int channels, int o
   job.panels = panels.data();
   job.panel_count = int(panels.size());
   job.packed = packed.data();
-  job.epilogue = {ones.data(), ones.data(), nullptr, nullptr, true, true};
+  job.epilogue = {ones.data(), ones.data(), nullptr, nullptr, Activation::relu, 0, 0, true};
   job.scratch = scratch.data();
   const double seconds = median_seconds(5, [&] { k.conv(job); });
   const double flop = 2 * inside * inside * channels * outputs * image_blocks * kLanes;
