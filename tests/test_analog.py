@@ -3,7 +3,6 @@ import math
 import pickle
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 
 from correctnet.crossbar import layers
 from correctnet.crossbar.convert import chip_of, convert, program, programmed
-from correctnet.crossbar.layers import AnalogConv2d, AnalogLinear, CoverageWarning, analog_layers, crossbar_layers
+from correctnet.crossbar.layers import AnalogConv2d, AnalogLinear, analog_layers, crossbar_layers
 from correctnet.devices.base import Variation
 from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.engine.engine import Engine
@@ -109,35 +108,6 @@ def test_a_single_layer_and_a_shared_layer():
     twice = convert(nn.Sequential(shared, nn.ReLU(), shared), HALF)
     assert twice[0] is twice[2]
     assert len(analog_layers(twice)) == 1
-
-
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.project = nn.Linear(4, 8)
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.recurrent = nn.LSTM(8, 8, batch_first=True)
-        self.norm = nn.LayerNorm(8)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x):
-        x = self.project(x)
-        x = self.norm(self.attention(x, x, x)[0])
-        return self.head(self.recurrent(x)[0][:, -1])
-
-
-def test_parameters_without_variation_are_named():
-    model = Attention().eval()
-    with pytest.warns(CoverageWarning) as caught:
-        analog = convert(model, HALF)
-    text = str(caught[0].message)
-    for name in ("attention.in_proj_weight", "attention.out_proj.weight", "recurrent.weight_ih_l0"):
-        assert name in text
-    assert "norm" not in text
-    assert check_coverage(model, analog, torch.randn(2, 5, 4)) == ["project", "head"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        convert(model, HALF, exclude=["attention", "recurrent"])
 
 
 class BehindItsBack(nn.Module):

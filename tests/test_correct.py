@@ -337,7 +337,7 @@ def test_data_that_are_refused_before_any_work(trained, parts, monkeypatch, chan
     [
         (lambda m: convert(m, HALF), "convert: the model carries variation already; convert the original one"),
         (lambda m: compensate(m, {"4": 2}), "correct: the network is compensated already; give the original one"),
-        (lambda m: nn.Flatten(), "convert: the model has no nn.Conv2d or nn.Linear layer left to convert"),
+        (lambda m: nn.Flatten(), "convert: the model has no layer left to convert"),
         (lambda m: "resnet18", "convert: a torch.nn.Module is expected, not a str"),
     ],
 )

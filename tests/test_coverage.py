@@ -19,7 +19,8 @@ from torch.nn.utils import prune
 
 from correctnet import LogNormalVariation, UserError, check_coverage, chip, convert, evaluate, program
 from correctnet.crossbar.convert import chip_of, keeping, programmed
-from correctnet.crossbar.layers import AnalogLayer, CoverageWarning, analog_layers, crossbar_layers
+from correctnet.crossbar.kinds import crossbars
+from correctnet.crossbar.layers import AnalogLayer, CoverageWarning, analog_layers
 from correctnet.devices.base import Variation
 from correctnet.evaluation.montecarlo import EngineWarning, clean_accuracy
 from correctnet.noise import core
@@ -45,14 +46,15 @@ def factors(layer: int, sample: int, weight: torch.Tensor) -> torch.Tensor:
 def oracle(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, exclude: tuple[str, ...] = ()) -> list[int]:
     """Correct images of each chip: the plain model, its weights replaced in place by the specification's."""
     counts = []
-    layers = [(i, n, m) for i, (n, m) in enumerate(crossbar_layers(model)) if n not in exclude]
-    kept = [m.weight.detach().clone() for _, _, m in layers]
+    places = [each for each in crossbars(model) if each.name not in exclude]
+    weights = [getattr(each.module, each.parameter) for each in places]
+    kept = [weight.detach().clone() for weight in weights]
     for sample in range(CHIPS):
-        for (i, _, layer), weight in zip(layers, kept, strict=True):
-            layer.weight.data = weight * factors(i, sample, weight)
+        for each, weight, nominal in zip(places, weights, kept, strict=True):
+            weight.data = nominal * factors(each.index, sample, nominal)
         counts.append(int((model(images.clone()).argmax(1) == labels).sum()))
-    for (_, _, layer), weight in zip(layers, kept, strict=True):
-        layer.weight.data = weight
+    for weight, nominal in zip(weights, kept, strict=True):
+        weight.data = nominal
     return counts
 
 
@@ -454,8 +456,8 @@ def test_layers_keep_their_identity():
     [
         (lambda: nn.Sequential(nn.LazyLinear(3)), "lazy"),
         (lambda: torch.jit.trace(Two().eval(), torch.randn(1, 20)), "TorchScript"),
-        (lambda: nn.Sequential(nn.Conv1d(1, 2, 3)), "Conv1d, which cannot"),
-        (lambda: nn.Sequential(nn.ReLU()), "no nn.Conv2d or nn.Linear"),
+        (lambda: nn.Sequential(nn.Embedding(4, 3)), "Embedding, which cannot"),
+        (lambda: nn.Sequential(nn.ReLU()), "no layer left to convert"),
         (lambda: nn.Sequential(nn.Linear(3, 2, device="meta")), "meta and has no weights yet"),
     ],
 )

@@ -8,7 +8,8 @@ import torchvisions
 from torch import nn
 
 from correctnet import LogNormalVariation, check_coverage, chip, convert, evaluate, metrics
-from correctnet.crossbar.layers import CoverageWarning, analog_layers, crossbar_layers
+from correctnet.crossbar.kinds import crossbars
+from correctnet.crossbar.layers import CoverageWarning, analog_layers
 from correctnet.engine.engine import Engine
 from correctnet.evaluation.montecarlo import EngineWarning
 from correctnet.noise import specification as reference
@@ -48,16 +49,17 @@ OPTIONS = {
 @torch.no_grad()
 def chips_by_hand(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """(CHIPS, N, classes): outputs of the plain network, its weights replaced by the specification's."""
-    layers = [layer for _, layer in crossbar_layers(network)]
-    nominal, outputs = [layer.weight.detach().clone() for layer in layers], []
+    held = crossbars(network)
+    parameters = [getattr(each.module, each.parameter) for each in held]
+    nominal, outputs = [parameter.detach().clone() for parameter in parameters], []
     for sample in range(CHIPS):
-        for index, (layer, weight) in enumerate(zip(layers, nominal, strict=True)):
+        for each, parameter, weight in zip(held, parameters, nominal, strict=True):
             out, channels, *kernel = weight.shape
-            factor = torch.from_numpy(reference.lognormal(0, index, sample, weight.numel(), 0.5))
-            layer.weight.data = weight * factor.view(out, *kernel, channels).movedim(-1, 1)
+            factor = torch.from_numpy(reference.lognormal(0, each.index, sample, weight.numel(), 0.5))
+            parameter.data = weight * factor.view(out, *kernel, channels).movedim(-1, 1)
         outputs.append(network(images))
-    for layer, weight in zip(layers, nominal, strict=True):
-        layer.weight.data = weight
+    for parameter, weight in zip(parameters, nominal, strict=True):
+        parameter.data = weight
     return torch.stack(outputs)
 
 
@@ -129,7 +131,9 @@ def test_plans_compute_the_network(name):
         analog = convert(network, HALF)
     engine = Engine(analog, images)
     report = engine.report
-    assert (report.plans, report.unfused, report.torch != ()) == (plans, (), rest)
+    attention = [n for n, m in network.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    through_torch = tuple(f"{name}.{part}" for name in attention for part in ("in_proj_weight", "out_proj"))
+    assert (report.plans, report.unfused, report.torch != ()) == (plans, through_torch, rest)
     found, plain = engine.outputs(images, range(CHIPS)), chips_by_hand(network, images)
     exact = chips_by_hand(network.double(), images.double())
     scale = exact.abs().max()

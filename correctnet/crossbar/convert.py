@@ -20,15 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from correctnet.crossbar.layers import (
-    ANALOG,
-    AnalogLayer,
-    Chip,
-    CoverageWarning,
-    analog_layers,
-    crossbar_layers,
-    make_analog,
+from correctnet.crossbar.chips import Chip
+from correctnet.crossbar.kinds import (
+    FIRST,
+    Crossbar,
+    check_parameter,
+    crossbars,
+    declare,
+    declared,
+    kind_of,
+    plain_type,
 )
+from correctnet.crossbar.layers import AnalogLayer, AnalogModule, CoverageWarning, analog_layers
+from correctnet.crossbar.modules import make_analog
 from correctnet.devices.base import Variation
 from correctnet.errors import UserError, one_line, whole
 
@@ -36,34 +40,48 @@ from correctnet.errors import UserError, one_line, whole
 DIGITAL = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.PReLU)
 
 
-def convert(model: nn.Module, variation: Variation, seed: int = 0, exclude: Iterable[str] | str = ()) -> nn.Module:
-    """Copy `model` with analog conv and linear layers. Its outputs do not change until a chip is programmed.
+def convert(
+    model: nn.Module,
+    variation: Variation,
+    seed: int = 0,
+    exclude: Iterable[str] | str = (),
+    analog: Iterable[str] | str = (),
+) -> nn.Module:
+    """Copy `model` with its weights on crossbars. Its outputs do not change until a chip is programmed.
 
     Args:
-        model: any module. `nn.Conv2d` and `nn.Linear` (not their subclasses) become analog; biases, normalisation and
-            embeddings stay digital.
+        model: any module. The weights of linear layers, of convolutions (also transposed ones) in one to three
+            dimensions, of `nn.Bilinear`, `nn.MultiheadAttention`, `nn.LSTM`, `nn.GRU`, `nn.RNN` and their cells become
+            analog, those of subclasses and with parametrizations as well; biases, normalisation and embeddings stay
+            digital.
         variation: the device model.
         seed: seed of the simulation; with the sample number it addresses a chip.
-        exclude: names of layers, or of modules that contain layers, that stay digital, and of parameters to leave out
-            of the `CoverageWarning`; a string is one name.
+        exclude: names of layers, of modules that contain layers, or of single weights of modules with several, that
+            stay digital, and of parameters to leave out of the `CoverageWarning`; a string is one name.
+        analog: names of further parameters, matrices (out, ...), that are on a crossbar, each on one of its own,
+            such as "head.weight" of a module of your own. A module whose attribute `analog_parameters` lists names of
+            its parameters says the same, to every function of this package.
 
     Warns:
-        CoverageWarning: lists the matrices that will not carry variation, e.g. attention's in_proj or an LSTM's.
+        CoverageWarning: lists the matrices that will not carry variation.
 
     Raises:
-        UserError: not a module or device model, nothing to convert, an unknown excluded name, a model that is already
-            converted, layers with attributes named like those of analog layers, or a model whose copy would still run
-            code of the original.
+        UserError: not a module or device model, nothing to convert, an unknown excluded name, an analog name that is no
+            matrix of the model, a model that is already converted, modules with attributes named like those of analog
+            ones, or a model whose copy would still run code of the original.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"convert: a torch.nn.Module is expected, not a {type(model).__name__}")
     if isinstance(variation, type) or not callable(getattr(variation, "sample", None)):
         raise UserError(f"convert: a device model such as LogNormalVariation(0.5) is expected, not {variation!r}")
-    if any(isinstance(module, AnalogLayer) for module in model.modules()):
+    if any(isinstance(module, AnalogModule) for module in model.modules()):
         raise UserError("convert: the model carries variation already; convert the original one")
     _check_convertible(model)
-    layers = dict(crossbar_layers(model))
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    named = (analog,) if isinstance(analog, str) else tuple(analog)
+    for name in (*named, *declared(model)):
+        if problem := check_parameter(model, name):
+            raise UserError(f"convert: analog: {problem}")
     # A layer in several places has several names; each of them excludes it.
     aliases: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -78,30 +96,33 @@ def convert(model: nn.Module, variation: Variation, seed: int = 0, exclude: Iter
     seed = whole(seed, "convert: the seed")
     if not 0 <= seed < 2**64:
         raise UserError(f"convert: seed must lie in [0, 2^64), not {seed}")
-    kept = {
-        name: i
-        for i, (name, layer) in enumerate(layers.items())
-        if not any(_within(alias, exclude) for alias in aliases[id(layer)])
-    }
+    copied, chip = copy_model(model), Chip(seed)
+    check_forwards(model, copied)
+    declare(copied, named)
+    originals = dict(model.named_modules())
+    names = {id(module): name for name, module in copied.named_modules()}
+    kept: dict[str, list[Crossbar]] = {}
+    for crossbar in crossbars(copied):
+        module = names[id(crossbar.module)]
+        own = () if crossbar.name == module else (crossbar.parameter,)  # several weights can be excluded one by one
+        places = [".".join(filter(None, (alias, *own))) for alias in aliases[id(originals[module])]]
+        if not any(_within(place, exclude) for place in places):
+            kept.setdefault(module, []).append(crossbar)
     if not kept:
-        raise UserError(f"convert: the model has no nn.Conv2d or nn.Linear layer left to convert{_instead(model)}")
-
-    for name in kept:
-        layer = layers[name]
+        raise UserError(f"convert: the model has no layer left to convert{_instead(model)}")
+    for name, found in kept.items():
+        layer = originals[name]
         if clash := sorted(_OWN & {*vars(layer), *layer._parameters, *layer._buffers, *layer._modules}):
             raise UserError(
                 f"convert: {name or 'the layer'} has an attribute {clash[0]!r}, as analog layers do; rename it"
             )
-    analog, chip = copy_model(model), Chip(seed)
-    check_forwards(model, analog)
-    for name, index in kept.items():
-        make_analog(analog.get_submodule(name), variation, index, chip, layers[name])
-    _warn_uncovered(analog, exclude)
-    return analog
+        make_analog(found[0].module, found, variation, chip, layer)
+    _warn_uncovered(copied, exclude)
+    return copied
 
 
 # Attributes of analog layers, which would hide those of the user's layer.
-_OWN = {"variation", "layer_index", "chip", "varies", "nominal", "chip_weight"}
+_OWN = {"variation", "layer_index", "chip", "parts", "plain", "varies", "nominal", "chip_weight"}
 
 
 def _within(name: str, parents: Iterable[str]) -> bool:
@@ -125,8 +146,7 @@ def _instead(model: nn.Module) -> str:
     kinds = {
         f"{type(m).__module__}.{type(m).__qualname__}"
         for m in model.modules()
-        if type(m) not in ANALOG
-        and (next(m.parameters(recurse=False), None) is not None or "quantized" in str(type(m)))
+        if kind_of(m) is None and (next(m.parameters(recurse=False), None) is not None or "quantized" in str(type(m)))
     }
     return f" (it holds {', '.join(sorted(kinds)[:4])}, which cannot carry variation)" if kinds else ""
 
@@ -186,10 +206,17 @@ def _held(function: Any) -> Iterator[nn.Module]:
 
 
 def _warn_uncovered(analog: nn.Module, exclude: tuple[str, ...]) -> None:
-    covered = {id(p) for layer in analog_layers(analog) for p in layer.parameters()}
+    modules = [m for m in analog.modules() if isinstance(m, AnalogModule)]
+    covered = {id(p) for m in modules if plain_type(m) in FIRST for p in m.parameters()}
+    covered |= {id(m._parameters.get(own.parameter)) for m in modules for own in m.crossbars()}
     for prefix, module in analog.named_modules():
         digital = getattr(module, "digital_children", ())
         covered |= {id(p) for name in digital for p in module.get_submodule(name).parameters()}
+        if isinstance(module, AnalogModule):  # the originals of derived weights
+            derived = getattr(module, "parametrizations", {})
+            names = [own.parameter for own in module.crossbars()]
+            covered |= {id(p) for name in names if name in derived for p in derived[name].parameters()}
+            covered |= {id(p) for n, p in module._parameters.items() for name in names if n.startswith(f"{name}_")}
         if isinstance(module, DIGITAL) or _within(prefix, exclude):
             covered |= {id(p) for p in module.parameters()}
     left = [
@@ -199,19 +226,23 @@ def _warn_uncovered(analog: nn.Module, exclude: tuple[str, ...]) -> None:
     ]
     if left:
         warnings.warn(
-            f"no variation on {', '.join(left)}: only nn.Conv2d and nn.Linear become analog; "
-            "name them, or their modules, in `exclude` if they are digital",
+            f"no variation on {', '.join(left)}: no layer of a known kind multiplies with them; name those that are on "
+            "crossbars in `analog`, and those that are digital, or their modules, in `exclude`",
             CoverageWarning,
             stacklevel=3,
         )
     # An embedding that shares a weight reads it as a table; any other module may multiply with it.
-    layers = {id(layer._parameters.get("weight")): layer for layer in analog_layers(analog)}
+    held = {(id(m), own.parameter) for m in modules for own in m.crossbars()}
+    weights = {id(m._parameters.get(own.parameter)) for m in modules for own in m.crossbars()}
     again = [
         f"{prefix}.{name}".lstrip(".")
         for prefix, module in analog.named_modules()
         if not isinstance(module, (AnalogLayer, *DIGITAL)) and not _within(prefix, exclude)
         for name, p in module._parameters.items()
-        if p is not None and id(p) in layers and not _within(f"{prefix}.{name}".lstrip("."), exclude)
+        if p is not None
+        and id(p) in weights
+        and (id(module), name) not in held
+        and not _within(f"{prefix}.{name}".lstrip("."), exclude)
     ]
     if again:
         warnings.warn(
@@ -226,7 +257,7 @@ def chip_of(model: nn.Module) -> Chip:
     """Return the chip of a converted model. Raises UserError for a model that was not converted, or in parts."""
     layers = analog_layers(model)
     if not layers:
-        if any(type(module).__module__ == AnalogLayer.__module__ for module in model.modules()):
+        if any(type(module).__module__ == AnalogModule.__module__ for module in model.modules()):
             raise UserError(
                 "correctnet.crossbar.layers was reloaded after the model was converted; restart Python, and convert"
             )

@@ -1,23 +1,24 @@
-"""Conv and linear layers whose weights carry device variation.
+"""Modules whose weights carry device variation.
 
-`correctnet.convert` makes a layer analog in place: its class changes but the object remains, so every reference to it
-(an attribute, a list, a dict) holds the analog layer. `weight` reads the weights on the programmed chip; `nominal`,
-`parameters()` and `state_dict()` give the trained, nominal weights.
+`correctnet.convert` makes a module analog in place: its class changes but the object remains, so every reference to it
+(an attribute, a list, a dict) holds the analog module. Its attribute `weight`, or those of the other weights that
+crossbars hold, read the weights on the programmed chip; `nominal`, `parameters()` and `state_dict()` give the trained,
+nominal weights.
 """
 
 from __future__ import annotations
 
 import copy
-import threading
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from correctnet.crossbar.chips import Chip, ChipWeight
+from correctnet.crossbar.kinds import crossbars
 from correctnet.crossbar.operators import noisy_conv2d, noisy_linear
 from correctnet.devices.base import KernelNoise, Variation, kernel_noise
 from correctnet.errors import UserError, one_line
@@ -29,170 +30,44 @@ class CoverageWarning(UserWarning):
     """Some parameters of the network cannot carry variation, or carry it without effect."""
 
 
-class Watcher(Protocol):
-    """Observer of every weight that a layer draws (`correctnet.crossbar.probe.Probe`)."""
-
-    def drawing(self, layer: AnalogLayer, draw: Callable[[], Tensor]) -> Tensor:
-        """Call `draw` and return its weights."""
-
-
 @survives_reload
-@dataclass
-class Chip:
-    """The chip sample that a converted network carries, shared by all of its layers.
-
-    Attributes:
-        seed: seed of the simulation.
-        sample: number of the chip, or numbers of the chips that share each batch; None for nominal weights.
-        first_layer: layers of a smaller index keep their nominal weights.
-        drawn: weights of the chip by layer index, cached between forward passes; None to draw them in each. Only
-            `keeping` sets it, for a block in which the nominal weights do not change.
-        watcher: observer of every weight that is drawn, or None.
-        running: whether this package runs the network, whose code then reads plain tensors.
-        lock: held while the network is programmed for a block of code, so that threads take turns.
-    """
-
-    seed: int
-    sample: int | tuple[int, ...] | None = None
-    first_layer: int = 0
-    drawn: dict[int, tuple[object, Tensor]] | None = None
-    watcher: Watcher | None = None
-    running: bool = False
-    lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A copy has the same address; locks, cached weights and watchers belong to the original.
-        return Chip, (self.seed, self.sample, self.first_layer)
-
-
-@survives_reload
-class ChipWeight(Tensor):
-    """The weights of a layer on a chip, as its attribute `weight` returns them.
-
-    Reads give the chip's weights. Changes in place (`mul_`, `[...] =`, `.data = `, also through `.data`, `detach()` and
-    views) go to the nominal weights, from which the chip's weights are drawn at each read.
-    """
-
-    _nominal: Tensor
-
-    @classmethod
-    def of(cls, drawn: Tensor, nominal: Tensor) -> ChipWeight:
-        """Wrap the weights `drawn` of a chip, whose nominal weights are `nominal`."""
-        weight = drawn.as_subclass(cls)
-        weight._nominal = nominal
-        return weight
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # Pickled as a plain tensor, which `torch.load` reads by default.
-        return self.as_subclass(Tensor).detach().__reduce_ex__(protocol)
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        target = args[0] if args and isinstance(args[0], ChipWeight) else None
-        change = _changes(func)
-        with torch._C.DisableTorchFunctionSubclass():
-            if change and not args:  # torch.nn.init passes its argument by name
-                return func(**{k: v._nominal if isinstance(v, ChipWeight) else v for k, v in kwargs.items()})
-            if "out" in kwargs and isinstance(kwargs["out"], ChipWeight):
-                return func(*args, **{**kwargs, "out": kwargs["out"]._nominal})
-            if target is None:
-                if change and isinstance(args[0], list | tuple):  # torch._foreach_mul_ and similar
-                    changed = [v._nominal if isinstance(v, ChipWeight) else v for v in args[0]]
-                    return func(changed, *args[1:], **kwargs)
-                return func(*args, **kwargs)
-            if change or _of_parameter(func):
-                return func(target._nominal, *args[1:], **kwargs)
-            result = func(*args, **kwargs)
-            if not _view(result, target):
-                return result
-            nominal = func(target._nominal, *args[1:], **kwargs)
-            if isinstance(result, Tensor):
-                return cls.of(result, nominal)
-            return type(result)(cls.of(*pair) for pair in zip(result, nominal, strict=True))
-
-
-_OPERATORS = ["add", "sub", "mul", "matmul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"]
-_CHANGING = {f"__i{name}__" for name in (*_OPERATORS, "lshift", "rshift")} | {"__setitem__", "__set__"}
-
-
-def _changes(func: Any) -> bool:
-    """Return whether a torch function changes its first argument in place."""
-    name = getattr(func, "__name__", "")
-    return (name.endswith("_") and not name.endswith("__")) or name in _CHANGING
-
-
-def _of_parameter(func: Any) -> bool:
-    """Return whether a function reads an attribute of the parameter itself, such as its gradient."""
-    if getattr(func, "__name__", "") != "__get__":
-        return False
-    return getattr(func.__self__, "__name__", "") in ("grad", "is_leaf", "requires_grad")
-
-
-def _view(result: Any, tensor: Tensor) -> bool:
-    """Return whether the result of an operation shares memory with a tensor."""
-    first = result[0] if isinstance(result, tuple | list) and result else result
-    if not isinstance(first, Tensor) or first.layout != torch.strided:
-        return False
-    return first.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
-
-
-@survives_reload
-class AnalogLayer(nn.Module):
-    """Base class of analog layers: the layer's address, and its weights on the programmed chip.
+class OnCrossbar:
+    """Weights on a crossbar: their address, and what they are on the programmed chip.
 
     Attributes:
         variation: the device model.
-        layer_index: index of the layer among all conv and linear layers of the network.
-        chip: the programmed chip, shared with the network's other layers.
+        layer_index: index of the crossbar, see `correctnet.crossbar.kinds.crossbars`.
+        chip: the programmed chip, shared with the network's other crossbars.
+        owner: the module that holds the weights.
+        parameter: the attribute of the module that gives them.
     """
 
     variation: Variation
     layer_index: int
     chip: Chip
-    # Weak references to the layers that this one is a copy of, and to their weights: code that still runs those carries
-    # no variation, which `correctnet.crossbar.probe` reports.
+    owner: AnalogModule
+    parameter: str = "weight"
+    # Weak references to the modules that the owner is a copy of, and to their weights: code that still runs those
+    # carries no variation, which `correctnet.crossbar.probe` reports.
     _copied_from: tuple[weakref.ref[Any], ...] = ()
 
     @property
     def varies(self) -> bool:
-        """Whether the layer carries variation at present."""
+        """Whether the weights carry variation at present."""
         return self.chip.sample is not None and self.layer_index >= self.chip.first_layer
 
     @property
     def nominal(self) -> Tensor:
-        """The trained weights: the parameter `weight`, or what pruning or weight normalisation derives from others."""
-        found = self._parameters.get("weight")
-        if found is None and "weight" not in self.__dict__:
-            raise UserError("a converted layer has lost its weight, as to a parametrization; parametrize, then convert")
-        return self.__dict__["weight"] if found is None else found
-
-    @property
-    def weight(self) -> Tensor:
-        """The weights on the programmed chip, in the shape of `nominal`; nominal where no chip is programmed.
-
-        Changes in place go to the nominal weights, see `ChipWeight`. Raises UserError where several chips are
-        programmed.
-        """
-        try:
-            if not self.varies or self.chip.running or torch.compiler.is_compiling():
-                return self.chip_weight()
-            return ChipWeight.of(self.chip_weight(), self.nominal)
-        except AttributeError as error:  # nn.Module would return the parameter instead
-            raise RuntimeError(f"the chip's weights cannot be drawn ({one_line(error)})") from error
-
-    @weight.setter
-    def weight(self, value: Any) -> None:
-        # Only derived weights are set here, by the hooks that compute them; nn.Module registers parameters itself.
-        self.__dict__["weight"] = value
+        """The trained weights: a parameter, or what pruning or a parametrization derives from others."""
+        return self.owner.nominal_of(self.parameter)
 
     def chip_weight(self) -> Tensor:
-        """See `weight`; a plain tensor."""
+        """The weights on the programmed chip, nominal where none is; a plain tensor.
+
+        Raises UserError where several chips are programmed.
+        """
         if not self.varies:
-            if self._parameters.get("weight") is None:
-                return self.nominal
-            # Through nn.Module, so that torch.fx sees the parameter being read.
-            return nn.Module.__getattr__(self, "weight")
+            return self.owner.nominal_of(self.parameter)
         if self._shares_batch:
             raise UserError(
                 "several chips are programmed, each with weights of its own; program one chip to read a layer's weight"
@@ -205,6 +80,177 @@ class AnalogLayer(nn.Module):
     def _shares_batch(self) -> bool:
         """Whether several chips share each batch that the layer is applied to."""
         return self.varies and isinstance(self.chip.sample, tuple)
+
+    def _draw(self) -> Tensor:
+        nominal, kept = self.nominal, self.chip.drawn
+        # The versions of inference tensors are not counted.
+        if kept is None or nominal.is_inference() or (nominal.requires_grad and torch.is_grad_enabled()):
+            return self._draw_chip(self.chip.sample, nominal)
+        key = (self.chip.seed, self.chip.sample, self.variation, nominal._version, nominal.data_ptr())
+        if self.layer_index not in kept or kept[self.layer_index][0] != key:
+            kept[self.layer_index] = key, self._draw_chip(self.chip.sample, nominal)
+        return kept[self.layer_index][1]
+
+    def _draw_chip(self, sample: int, nominal: Tensor | None = None) -> Tensor:
+        if torch.jit.is_tracing():  # it does not see the core fill the weights and would record uninitialised memory
+            raise UserError("torch.jit.trace cannot record a chip's weights; program(model, None) before it")
+        nominal = self.nominal if nominal is None else nominal
+        with torch.set_grad_enabled(torch.is_grad_enabled() and nominal.requires_grad):
+            return self.variation.sample(nominal, self.chip.seed, self.layer_index, sample)
+
+
+def reader(name: str) -> property:
+    """Return the attribute of an analog module that reads weights on the programmed chip, nominal where none is.
+
+    Changes in place go to the nominal weights, see `ChipWeight`. Reading raises UserError where several chips are
+    programmed.
+    """
+
+    def read(module: AnalogModule) -> Tensor:
+        return _read(module, name)
+
+    read.of_chip = True
+    return property(read, lambda module, value: _write(module, name, value))
+
+
+def is_reader(value: Any) -> bool:
+    return isinstance(value, property) and hasattr(value.fget, "of_chip")
+
+
+def _read(module: AnalogModule, name: str) -> Tensor:
+    try:
+        own = module.crossbar(name)
+        if own is None:
+            return module.nominal_of(name)
+        # What a parametrization derives is derived once a pass, as its training may count the passes.
+        derived = module._parameters.get(name) is None and name not in module.__dict__
+        if not own.varies or own.chip.running or derived or torch.compiler.is_compiling():
+            return own.chip_weight()
+        return ChipWeight.of(own.chip_weight(), own.nominal)
+    except AttributeError as error:  # nn.Module would return the parameter instead
+        raise RuntimeError(f"the chip's weights cannot be drawn ({one_line(error)})") from error
+
+
+def _write(module: AnalogModule, name: str, value: Any) -> None:
+    # Only derived weights are set here, by the hooks that compute them; nn.Module registers parameters itself.
+    inherited = module._inherited(name)
+    if inherited is None:
+        module.__dict__[name] = value
+    else:
+        inherited.__set__(module, value)
+
+
+@survives_reload
+class AnalogModule(nn.Module):
+    """Base class of modules with weights on crossbars; subclasses have a `reader` for each.
+
+    Attributes:
+        parts: the crossbars of the module by the parameter's name, apart from that which the module is itself
+            (`AnalogLayer`).
+        plain: the class of the module before its conversion.
+    """
+
+    parts: dict[str, Part]
+    plain: type[nn.Module]
+
+    def crossbar(self, name: str) -> OnCrossbar | None:
+        """Return the crossbar that holds a parameter, or None."""
+        return self.__dict__.get("parts", {}).get(name)
+
+    def crossbars(self) -> list[OnCrossbar]:
+        """Return all crossbars of the module."""
+        return list(self.__dict__.get("parts", {}).values())
+
+    def nominal_of(self, name: str) -> Tensor:
+        """Return trained weights: a parameter, or what pruning or a parametrization derives from others."""
+        if self._parameters.get(name) is not None:
+            # Through nn.Module, so that torch.fx sees the parameter being read.
+            return nn.Module.__getattr__(self, name)
+        if name in self.__dict__:
+            return self.__dict__[name]
+        inherited = self._inherited(name)
+        if inherited is None:
+            raise UserError(
+                f"a converted layer has lost its {name}, as to a parametrization; parametrize, then convert"
+            )
+        return inherited.__get__(self, type(self))
+
+    def _inherited(self, name: str) -> property | None:
+        """Return the property of the module's original class that derives a weight, or None."""
+        converted = False
+        for kind in type(self).__mro__:
+            found = vars(kind).get(name)
+            if is_reader(found):
+                converted = True
+            elif isinstance(found, property):
+                return found if converted else None
+        return None
+
+    def _check_readers(self) -> None:
+        """Raise UserError where a class that was given to the module after its conversion hides a `reader`."""
+        for crossbar in self.crossbars():
+            if not is_reader(getattr(type(self), crossbar.parameter)):
+                self.nominal_of(crossbar.parameter)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AnalogModule:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy({k: v for k, v in self.__dict__.items() if k != "_copied_from"}, memo))
+        return twin
+
+
+def traces(module: nn.Module, name: str) -> tuple[weakref.ref[Any], ...]:
+    """Return weak references to a module and its parameter."""
+    weight = module._parameters.get(name)
+    return (weakref.ref(module),) if weight is None else (weakref.ref(module), weakref.ref(weight))
+
+
+@survives_reload
+class Part(OnCrossbar):
+    """One of several weights of a module, each on a crossbar of its own."""
+
+    def __init__(
+        self,
+        owner: AnalogModule,
+        parameter: str,
+        variation: Variation,
+        index: int,
+        chip: Chip,
+        copied: tuple[weakref.ref[Any], ...] = (),
+    ):
+        self.owner, self.parameter, self.variation = owner, parameter, variation
+        self.layer_index, self.chip, self._copied_from = index, chip, copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Part:
+        owner, variation, chip = (copy.deepcopy(v, memo) for v in (self.owner, self.variation, self.chip))
+        copied = (*self._copied_from, *traces(self.owner, self.parameter))
+        return Part(owner, self.parameter, variation, self.layer_index, chip, copied)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_copied_from"}
+
+
+@survives_reload
+class AnalogLayer(OnCrossbar, AnalogModule):
+    """Base class of analog layers, whose attribute `weight` is on a crossbar: the layer is that crossbar itself.
+
+    Layers of kinds without a class of their own compute with the forward of their original class, which reads `weight`.
+    """
+
+    weight = reader("weight")
+
+    @property
+    def owner(self) -> AnalogModule:
+        """The layer itself."""
+        return self
+
+    def crossbar(self, name: str) -> OnCrossbar | None:
+        """See `AnalogModule.crossbar`."""
+        return self if name == "weight" else super().crossbar(name)
+
+    def crossbars(self) -> list[OnCrossbar]:
+        """See `AnalogModule.crossbars`."""
+        return [self, *super().crossbars()]
 
     def _on_chips(self, x: Tensor) -> Tensor:
         """Apply the layer on several chips, each to an equal part of the batch x (N, ...), in order."""
@@ -241,49 +287,20 @@ class AnalogLayer(nn.Module):
         """Apply the layer's operator to `parts` (S, N, ...), one of each of the S chips."""
         raise NotImplementedError
 
-    def _draw(self) -> Tensor:
-        nominal, kept = self.nominal, self.chip.drawn
-        # The versions of inference tensors are not counted.
-        if kept is None or nominal.is_inference() or (nominal.requires_grad and torch.is_grad_enabled()):
-            return self._draw_chip(self.chip.sample)
-        key = (self.chip.seed, self.chip.sample, self.variation, nominal._version, nominal.data_ptr())
-        if self.layer_index not in kept or kept[self.layer_index][0] != key:
-            kept[self.layer_index] = key, self._draw_chip(self.chip.sample)
-        return kept[self.layer_index][1]
-
-    def _draw_chip(self, sample: int) -> Tensor:
-        if torch.jit.is_tracing():  # it does not see the core fill the weights and would record uninitialised memory
-            raise UserError("torch.jit.trace cannot record a chip's weights; program(model, None) before it")
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.nominal.requires_grad):
-            return self.variation.sample(self.nominal, self.chip.seed, self.layer_index, sample)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> AnalogLayer:
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy({k: v for k, v in self.__dict__.items() if k != "_copied_from"}, memo))
-        twin.__dict__["_copied_from"] = (*self._copied_from, *_traces(self))
+        twin = super().__deepcopy__(memo)
+        twin.__dict__["_copied_from"] = (*self._copied_from, *traces(self, "weight"))
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_copied_from"}
-
-
-def make_analog(layer: nn.Module, variation: Variation, index: int, chip: Chip, original: nn.Module) -> None:
-    """Turn a plain layer, a copy of `original`, into an analog one in place."""
-    layer.__class__ = ANALOG[type(layer)]
-    layer.variation, layer.layer_index, layer.chip = variation, index, chip
-    layer._copied_from = _traces(original)
-
-
-def _traces(layer: nn.Module) -> tuple[weakref.ref[Any], ...]:
-    """Return weak references to a layer and its weight."""
-    weight = layer._parameters.get("weight")
-    return (weakref.ref(layer),) if weight is None else (weakref.ref(layer), weakref.ref(weight))
+        return {k: v for k, v in super().__getstate__().items() if k != "_copied_from"}
 
 
 @survives_reload
 class AnalogLinear(AnalogLayer, nn.Linear):
     """y = x W^T + b with W on the programmed chip and b digital. x (..., in), W (out, in), y (..., out)."""
+
+    plain = nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
@@ -304,6 +321,8 @@ class AnalogLinear(AnalogLayer, nn.Linear):
 class AnalogConv2d(AnalogLayer, nn.Conv2d):
     """y = x * W + b with W on the programmed chip and b digital. x (N, in, H, W), W (out, in / groups, kh, kw)."""
 
+    plain = nn.Conv2d
+
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         return self._on_chips(x) if self._shares_batch else self._apply_weight(x, self.chip_weight())
@@ -323,36 +342,34 @@ class AnalogConv2d(AnalogLayer, nn.Conv2d):
 
 
 ANALOG: dict[type[nn.Module], type[AnalogLayer]] = {nn.Linear: AnalogLinear, nn.Conv2d: AnalogConv2d}
+"""by class, the analog layers that compute several chips at once by the operators"""
 
 
 def crossbar_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (name, module) of every conv and linear layer of the original network, in order of registration.
+    """Yield (name, module) of every crossbar of the original network, see `correctnet.crossbar.kinds.crossbars`.
 
-    The position in this order is the layer index of the noise; excluded layers count as well. Layers that were added in
-    digital hardware (generators, compensators) are not part of the original network and do not count.
+    The position in this order is the layer index of the noise, apart from parameters that are named one by one;
+    excluded layers count as well. Layers that were added in digital hardware (generators, compensators) are not part of
+    the original network and do not count.
     """
-
-    def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-        # Exact types only: a subclass may use its weight in another way, or not at all.
-        if type(module) in ANALOG or isinstance(module, AnalogLayer):
-            yield prefix, module
-            return
-        digital = getattr(module, "digital_children", ())
-        for name, child in module.named_children():
-            if name not in digital:
-                yield from walk(child, f"{prefix}.{name}" if prefix else name)
-
-    seen: set[int] = set()
-    for name, module in walk(model, ""):
-        if id(module) not in seen:  # a layer used twice is one layer on one crossbar
-            seen.add(id(module))
-            yield name, module
+    for crossbar in crossbars(model):
+        yield crossbar.name, crossbar.module
 
 
-def analog_layers(model: nn.Module) -> list[AnalogLayer]:
-    """Return the layers that can carry variation, by layer index."""
-    layers = (m for m in model.modules() if isinstance(m, AnalogLayer))
-    return sorted(layers, key=lambda layer: layer.layer_index)
+def analog_layers(model: nn.Module) -> list[OnCrossbar]:
+    """Return the weights that can carry variation, by layer index; a layer with one weight is that weight's object."""
+    found = (own for m in model.modules() if isinstance(m, AnalogModule) for own in m.crossbars())
+    return sorted(found, key=lambda own: own.layer_index)
+
+
+def analog_names(model: nn.Module) -> dict[int, str]:
+    """Return the names of a converted network's weights that can carry variation, by identity, see `Crossbar.name`."""
+    return {
+        id(own): name if own is module else ".".join(filter(None, (name, own.parameter)))
+        for name, module in model.named_modules()
+        if isinstance(module, AnalogModule)
+        for own in module.crossbars()
+    }
 
 
 def nominal_weight(layer: nn.Module) -> Tensor:

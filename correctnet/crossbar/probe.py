@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from correctnet.crossbar.chips import Chip
 from correctnet.crossbar.convert import chip_of, programmed
-from correctnet.crossbar.layers import AnalogLayer, Chip, CoverageWarning, analog_layers
+from correctnet.crossbar.layers import AnalogModule, CoverageWarning, OnCrossbar, analog_layers, analog_names
 from correctnet.datasets.inputs import Inputs, called, described
 from correctnet.devices.base import kernel_noise
 from correctnet.errors import UserError, one_line
@@ -35,7 +36,7 @@ def left_alone(*models: nn.Module) -> Iterator[None]:
 
     Other threads that enter such a block with the same converted models wait.
     """
-    chips = {id(m.chip): m.chip for model in models for m in model.modules() if isinstance(m, AnalogLayer)}
+    chips = {id(m.chip): m.chip for model in models for m in model.modules() if isinstance(m, AnalogModule)}
     with ExitStack() as held:
         for _, chip in sorted(chips.items()):
             held.enter_context(chip.lock)
@@ -75,8 +76,8 @@ def modes_kept(*models: nn.Module) -> Iterator[None]:
 
 
 def names_of(model: nn.Module) -> dict[int, str]:
-    """Return the modules' names by identity."""
-    return {id(module): name or "the network itself" for name, module in model.named_modules()}
+    """Return the names of a converted network's weights that can carry variation, by identity."""
+    return {own: name or "the network itself" for own, name in analog_names(model).items()}
 
 
 class Probe(TorchDispatchMode):
@@ -89,7 +90,7 @@ class Probe(TorchDispatchMode):
             that it was copied from.
     """
 
-    def __init__(self, model: nn.Module, layers: Iterable[AnalogLayer]):
+    def __init__(self, model: nn.Module, layers: Iterable[OnCrossbar]):
         super().__init__()
         self.used: set[int] = set()
         self.leaked: dict[int, str] = {}
@@ -100,21 +101,21 @@ class Probe(TorchDispatchMode):
         self._nominal: dict[int, int] = {}
         for layer in layers:
             copies = [ref() for ref in layer._copied_from]
-            weights = [w.__dict__.get("_parameters", {}).get("weight") for w in copies if isinstance(w, nn.Module)]
+            modules = [w for w in copies if isinstance(w, nn.Module)]
+            weights = [w.__dict__.get("_parameters", {}).get(layer.parameter) for w in modules]
             weights += [w for w in copies if isinstance(w, Tensor)]
             for weight in (layer.nominal, *weights):
                 if weight is not None and (where := address(weight)) is not None:
                     self._nominal[where] = layer.layer_index
                     self._kept.append(weight)  # derived weights are recomputed in each forward pass
         # A digital module that shares a weight may read it.
-        varied = set(map(id, layers))
+        varied = {(id(layer.owner), layer.parameter) for layer in layers}
         for module in model.modules():
-            if id(module) not in varied:
-                for tensor in (*module._parameters.values(), *module._buffers.values()):
-                    if tensor is not None:
-                        self._nominal.pop(address(tensor), None)
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None and (id(module), name) not in varied:
+                    self._nominal.pop(address(tensor), None)
 
-    def drawing(self, layer: AnalogLayer, draw: Callable[[], Tensor]) -> Tensor:
+    def drawing(self, layer: OnCrossbar, draw: Callable[[], Tensor]) -> Tensor:
         """See `correctnet.crossbar.layers.Watcher`: drawing reads the nominal weights, which is not a leak."""
         self._drawing += 1
         try:
@@ -169,7 +170,7 @@ class Reads(TorchDispatchMode):
 
 
 @contextmanager
-def watching(model: nn.Module, layers: list[AnalogLayer]) -> Iterator[Probe]:
+def watching(model: nn.Module, layers: list[OnCrossbar]) -> Iterator[Probe]:
     """Observe the weights of `layers` in the forward passes of a block."""
     probe, chip = Probe(model, layers), chip_of(model)
     chip.watcher = probe
@@ -252,7 +253,7 @@ def check_reached(
         _check_effect(model, layers, images, nominal, samples, first_layer)
 
 
-def _check_device(layers: Iterable[AnalogLayer], sample: int) -> None:
+def _check_device(layers: Iterable[OnCrossbar], sample: int) -> None:
     """Check that a user's device model returns weights, the same at each call, and does not change the nominal ones."""
     for layer in layers:
         if kernel_noise(layer.variation) is not None:
@@ -277,12 +278,12 @@ def _check_device(layers: Iterable[AnalogLayer], sample: int) -> None:
             )
 
 
-def _device(layer: AnalogLayer) -> str:
+def _device(layer: OnCrossbar) -> str:
     return f"the device model {type(layer.variation).__name__}"
 
 
 def _check_effect(
-    model: nn.Module, layers: list[AnalogLayer], images: Tensor, nominal: Any, samples: list[int], first_layer: int
+    model: nn.Module, layers: list[OnCrossbar], images: Tensor, nominal: Any, samples: list[int], first_layer: int
 ) -> None:
     """Find out why a chip gives the nominal outputs: nominal weights, a network that ignores them, or a fault."""
     with programmed(model, samples[0], first_layer):
@@ -294,9 +295,11 @@ def _check_effect(
                 return
     overridden = {}
     with programmed(model, samples[0], first_layer):
-        for name, layer in model.named_modules():
-            if isinstance(layer, AnalogLayer) and layer.varies and layer._parameters.get("weight") is not None:
-                overridden[f"{name}.weight" if name else "weight"] = layer.chip_weight()
+        modules = {id(module): name for name, module in model.named_modules()}
+        for layer in analog_layers(model):
+            if layer.varies and layer.owner._parameters.get(layer.parameter) is not None:
+                place = filter(None, (modules[id(layer.owner)], layer.parameter))
+                overridden[".".join(place)] = layer.chip_weight()
     with programmed(model, None):
         args, kwargs = ((images.clone(),), {}) if isinstance(images, Tensor) else images.clone().arguments(model)
         wanted = torch.func.functional_call(model, overridden, args, kwargs, tie_weights=False)
@@ -311,7 +314,7 @@ def _check_effect(
     )
 
 
-def change(layer: AnalogLayer) -> float:
+def change(layer: OnCrossbar) -> float:
     """Return the largest relative change of a weight on the programmed chip."""
     nominal, weight = layer.nominal.detach(), layer.chip_weight().detach()
     change = ((weight - nominal).abs() / nominal.abs()).nan_to_num(0.0)

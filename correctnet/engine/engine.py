@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from correctnet.crossbar.convert import chip_of, programmed
-from correctnet.crossbar.layers import AnalogLayer, analog_layers
+from correctnet.crossbar.layers import OnCrossbar, analog_layers, analog_names
 from correctnet.crossbar.probe import left_alone, run
 from correctnet.datasets.inputs import Inputs
 from correctnet.devices.base import kernel_noise
@@ -106,6 +106,9 @@ class Engine:
         self._dead = _last_uses(self._steps, graph.output)
         self._layers = {s.node: graph.varied(s.node, first_layer) for s in self._steps} if self.library else {}
         self._nominal = {m: _nominal(m, precision) for own in self._layers.values() for m in own.values()}
+        for layer in self._nominal:
+            if layer.owner._parameters.get(layer.parameter) is None:
+                raise Unsupported("method 'library' cannot replace weights that pruning or a parametrization derives")
         self.report = report_of(graph, self._steps, self.library)
         self._whole = self._steps[0] if len(self._steps) == 1 and isinstance(self._steps[0], PlanStep) else None
         self.whole = self._whole is not None
@@ -273,7 +276,7 @@ class Engine:
                 output = self._on_chip(dict(shared), sample, weights)
             yield output.float() if self.library else output
 
-    def _on_chip(self, values: dict[fx.Node, Any], sample: int, weights: dict[AnalogLayer, Tensor]) -> Any:
+    def _on_chip(self, values: dict[fx.Node, Any], sample: int, weights: dict[OnCrossbar, Tensor]) -> Any:
         """Return the output on one chip, given the values that are the same on all."""
         for step in self._steps:
             if not step.sampled:
@@ -286,13 +289,11 @@ class Engine:
                 del values[n]
         return values[self._output]
 
-    def _step(
-        self, step: TorchStep, values: dict[fx.Node, Any], sample: int, weights: dict[AnalogLayer, Tensor]
-    ) -> Any:
+    def _step(self, step: TorchStep, values: dict[fx.Node, Any], sample: int, weights: dict[OnCrossbar, Tensor]) -> Any:
         if isinstance(step, PlanStep):
             return step.run(values[step.source], self._chip.seed, [sample], self._memory)[0]
         layers = self._layers.get(step.node, {}) if weights else {}
-        own = {f"{name}.weight" if name else "weight": weights[layer] for name, layer in layers.items()}
+        own = {name: weights[layer] for name, layer in layers.items()}
         return call(self._root, step.node, values, own)
 
     @contextmanager
@@ -309,7 +310,7 @@ class Engine:
         """Copy seed and chips to the device for the noise's kernel, once for all layers."""
         return gpu.on_device(self._chip.seed, self._device), gpu.on_device(samples, self._device).to(torch.uint32)
 
-    def _weights(self, seed: Tensor, chips: Tensor, i: int, sample: int) -> dict[AnalogLayer, Tensor]:
+    def _weights(self, seed: Tensor, chips: Tensor, i: int, sample: int) -> dict[OnCrossbar, Tensor]:
         """Draw the noisy weights of the `i`-th of the chips, `sample`, in the engine's precision."""
         dtype, found = torch.bfloat16 if self._precision == "bfloat16" else torch.float32, {}
         for layer, weight in self._nominal.items():
@@ -356,7 +357,7 @@ def describe(model: nn.Module, example: Tensor | Inputs, first_layer: int = 0) -
     try:
         return Engine(model, example, first_layer).report
     except Unsupported as error:
-        names = {id(m): n for n, m in model.named_modules()}
+        names = analog_names(model)
         return Report(unfused=tuple(names[id(layer)] for layer in analog_layers(model)), reason=str(error))
 
 
@@ -378,7 +379,7 @@ def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def _nominal(layer: AnalogLayer, precision: Precision) -> Tensor:
+def _nominal(layer: OnCrossbar, precision: Precision) -> Tensor:
     """Return a layer's weights in the order that a library prefers: channels_last in bfloat16."""
     weight = layer.nominal.detach().float()
     last = weight.dim() == 4 and precision == "bfloat16"

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from correctnet.crossbar.layers import AnalogLayer, nominal_weight
+from correctnet.crossbar.layers import AnalogModule, OnCrossbar, nominal_weight
 from correctnet.devices.base import kernel_noise
 from correctnet.engine import cuda
 from correctnet.engine.activations import RELU, Activation
@@ -262,18 +262,25 @@ class Lowering:
                 return node
         return sources[target]
 
-    def varied(self, node: fx.Node, first_layer: int) -> dict[str, AnalogLayer]:
-        """Return, by name within the module that a step calls, its layers whose weights differ from chip to chip.
+    def varied(self, node: fx.Node, first_layer: int) -> dict[str, OnCrossbar]:
+        """Return, by name within the module that a step calls, its weights that differ from chip to chip.
 
-        For a step that reads a layer's weight without calling it, that layer under the name "".
+        For a step that reads a weight without calling its module, that weight under the parameter's name.
         """
         if node.op == "get_attr":
             owner, _, name = node.target.rpartition(".")
-            layer = self.root.get_submodule(owner)
-            return {"": layer} if name == "weight" and _noise(layer, first_layer) else {}
+            module = self.root.get_submodule(owner)
+            own = module.crossbar(name) if isinstance(module, AnalogModule) else None
+            return {name: own} if own is not None and _noise(own, first_layer) else {}
         if node.op != "call_module":
             return {}
-        return {n: m for n, m in self.root.get_submodule(node.target).named_modules() if _noise(m, first_layer)}
+        return {
+            f"{name}.{own.parameter}" if name else own.parameter: own
+            for name, module in self.root.get_submodule(node.target).named_modules()
+            if isinstance(module, AnalogModule)
+            for own in module.crossbars()
+            if _noise(own, first_layer)
+        }
 
     def cost(self, node: fx.Node) -> tuple[float, int]:
         """Return (FLOP an image, weights) of a step that is one convolution or linear layer, otherwise zeros."""
@@ -426,9 +433,9 @@ def _bias(layer: nn.Module) -> np.ndarray | float:
     return 0.0 if layer.bias is None else layer.bias.detach().double().cpu().numpy()
 
 
-def _noise(layer: nn.Module, first_layer: int) -> Any:
+def _noise(layer: nn.Module | OnCrossbar, first_layer: int) -> Any:
     """Return the noise of a layer's weights, or a device model that the core cannot draw; None if nominal."""
-    if not isinstance(layer, AnalogLayer) or layer.layer_index < first_layer:
+    if not isinstance(layer, OnCrossbar) or layer.layer_index < first_layer:
         return None
     noise = kernel_noise(layer.variation)
     if noise is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from correctnet.crossbar.layers import AnalogLayer
+from correctnet.crossbar.layers import analog_layers, analog_names
 from correctnet.engine.lowering import Lowering, PlanStep, TorchStep
 
 
@@ -60,8 +60,8 @@ def _grouped(operations: tuple[str, ...]) -> list[str]:
 def report_of(graph: Lowering, steps: list[TorchStep], library: bool) -> Report:
     """Return the report on the steps that a network was lowered to."""
     fused = {name for s in steps if isinstance(s, PlanStep) for name in s.layers}
-    analog = {n: m for n, m in graph.root.named_modules() if isinstance(m, AnalogLayer)}
-    names = sorted(analog, key=lambda n: analog[n].layer_index)
+    named = analog_names(graph.root)
+    names = [named[id(own)] for own in analog_layers(graph.root)]
     several = isinstance(graph.input.meta.get("tensor_meta"), tuple)  # whose parts are no operations
     parts = set(graph.input.users) if several else set()
     own = [s.node for s in steps if not isinstance(s, PlanStep) and s.node not in parts]

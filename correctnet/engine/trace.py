@@ -16,7 +16,7 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils._pytree import tree_map
 
 from correctnet.crossbar.convert import programmed
-from correctnet.crossbar.layers import AnalogLayer, analog_layers
+from correctnet.crossbar.layers import AnalogModule, analog_layers, analog_names
 from correctnet.datasets.inputs import Inputs, tensors_of
 from correctnet.errors import UserError, one_line
 from correctnet.metrics import chosen
@@ -56,7 +56,7 @@ class _Tracer(fx.Tracer):
         self._values = [_Values(_repeated(example, n)) for n in (2, 3)]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, AnalogLayer) or hooked(m) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, AnalogModule) or hooked(m) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return super().call_module(m, forward, args, kwargs) if self._recording else forward(*args, **kwargs)
@@ -209,14 +209,15 @@ def _twin(model: nn.Module) -> nn.Module:
         for tensor in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
             if isinstance(tensor, Tensor):
                 shared[id(tensor)] = tensor
-        if isinstance(module, AnalogLayer):
-            shared |= {id(module.chip): module.chip, id(module.variation): module.variation}
+        if isinstance(module, AnalogModule):
+            shared |= {id(module.chip): module.chip}
+            shared |= {id(own.variation): own.variation for own in module.crossbars()}
     return copy.deepcopy(model, shared).eval()
 
 
 def _traced(model: nn.Module, example: Tensor | Inputs) -> Traced:
     # A root module is always traced through, which would lose the variation of an analog layer.
-    root = nn.Sequential(model) if isinstance(model, AnalogLayer) or hooked(model) else model
+    root = nn.Sequential(model) if isinstance(model, AnalogModule) or hooked(model) else model
     graph = _Tracer(example).trace(_of_one_value(root, example))
     nodes = list(graph.nodes)
     inputs = [n for n in nodes if n.op == "placeholder"]
@@ -228,8 +229,8 @@ def _traced(model: nn.Module, example: Tensor | Inputs) -> Traced:
     with torch.no_grad():
         # Two images, since a batch of 1 could not be told from a feature dimension of 1.
         _Shapes(module).run(argument(_repeated(example, 2)))
-    reached = set(analog_layers(module))
-    unused = tuple(n for n, m in root.named_modules() if isinstance(m, AnalogLayer) and m not in reached)
+    reached, names = set(map(id, analog_layers(module))), analog_names(root)
+    unused = tuple(names[id(own)] for own in analog_layers(root) if id(own) not in reached)
     return Traced(module, inputs[0], last.args[0], unused)
 
 
@@ -269,7 +270,7 @@ def _keep_layers(module: fx.GraphModule, root: nn.Module) -> None:
     for node in module.graph.nodes:
         name = node.target.rpartition(".")[0] if node.op == "get_attr" else ""
         layer = root.get_submodule(name) if name else None
-        if isinstance(layer, AnalogLayer):
+        if isinstance(layer, AnalogModule):
             parent, _, child = name.rpartition(".")
             module.get_submodule(parent)._modules[child] = layer
 
@@ -308,7 +309,7 @@ def call(root: nn.Module, node: fx.Node, values: dict[fx.Node, Any], weights: di
     if node.op == "call_method":
         return getattr(args[0], node.target)(*args[1:], **kwargs)
     if node.op == "get_attr":
-        return weights["weight"] if weights else operator.attrgetter(node.target)(root)
+        return next(iter(weights.values())) if weights else operator.attrgetter(node.target)(root)
     return node.target(*args, **kwargs)
 
 

@@ -6,8 +6,8 @@ and the same engine as `correctnet.evaluate`, which itself makes the cheaper che
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from correctnet.crossbar.convert import programmed
-from correctnet.crossbar.layers import AnalogLayer, analog_layers, crossbar_layers
+from correctnet.crossbar.kinds import Crossbar, crossbars
+from correctnet.crossbar.layers import AnalogModule, OnCrossbar, analog_layers, analog_names
 from correctnet.crossbar.probe import Reads, address, change, left_alone, run, same, watching
 from correctnet.datasets.inputs import Inputs, as_inputs
 from correctnet.engine.engine import CHECK_TOLERANCE, Engine
@@ -50,11 +51,10 @@ def check_coverage(model: nn.Module, analog: nn.Module, inputs: Any, sample: int
     devices = {p.device for p in model.parameters()}
     if devices and inputs.device not in devices:
         raise UserError("check_coverage: model and inputs are on different devices")
-    names = {id(module): name for name, module in analog.named_modules()}
-    layers = analog_layers(analog)
+    layers, names = analog_layers(analog), analog_names(analog)
     if not layers:
         raise UserError("check_coverage: the second model carries no variation; pass the one that convert() returned")
-    known = dict(model.named_modules())
+    known = _digital(model, analog)
     if foreign := [names[id(layer)] for layer in layers if names[id(layer)] not in known]:
         raise UserError(f"check_coverage: the first model has no layer {foreign[0]!r}; pass the one that was converted")
     with torch.no_grad(), left_alone(model, analog), programmed(analog, None):
@@ -65,9 +65,13 @@ def check_coverage(model: nn.Module, analog: nn.Module, inputs: Any, sample: int
             )
         if not same(wanted, run(analog, inputs, "check_coverage")):
             raise UserError("check_coverage: with nominal weights the two models differ")
-        with _chip_weights(model, analog, names, sample):
+        drawn = [
+            (known[names[id(own)]], own.variation.sample(known[names[id(own)]].weight.detach(), *_address(own, sample)))
+            for own in layers
+        ]
+        with _chip_weights(drawn):
             wanted = run(model, inputs, "check_coverage")
-            used = _used(model, [name for name, _ in crossbar_layers(model)], inputs)
+            used = _used(model, known.values(), inputs)
         with programmed(analog, sample), watching(analog, layers) as probe:
             run(analog, inputs, "check_coverage")
         bypassed = [names[id(layer)] for layer in layers if layer.layer_index in probe.leaked]
@@ -80,12 +84,23 @@ def check_coverage(model: nn.Module, analog: nn.Module, inputs: Any, sample: int
         with programmed(analog, sample):
             found = run(analog, inputs, "check_coverage")
         if not same(found, wanted):
-            raise UserError(f"check_coverage: {_first_difference(model, analog, names, inputs, sample)}")
+            raise UserError(f"check_coverage: {_first_difference(model, analog, drawn, inputs, sample)}")
     _check_engine(analog, inputs, found, sample)
     return reached if reached else [names[id(layer)] for layer in layers if names[id(layer)] in used]
 
 
-def _varies(layer: AnalogLayer, sample: int) -> bool:
+def _digital(model: nn.Module, analog: nn.Module) -> dict[str, Crossbar]:
+    """The crossbars of a digital model by name, also of parameters that were named when it was converted."""
+    found = {each.name: each for each in crossbars(model)}
+    modules = dict(model.named_modules())
+    for each in crossbars(analog):
+        module = modules.get(each.name.removesuffix(each.parameter).rstrip("."))
+        if each.name not in found and module is not None and module._parameters.get(each.parameter) is not None:
+            found[each.name] = each._replace(module=module)
+    return found
+
+
+def _varies(layer: OnCrossbar, sample: int) -> bool:
     before, layer.chip.sample = layer.chip.sample, sample
     try:
         return change(layer) > 0
@@ -93,48 +108,55 @@ def _varies(layer: AnalogLayer, sample: int) -> bool:
         layer.chip.sample = before
 
 
-def _drawn(model: nn.Module, analog: nn.Module, names: dict[int, str], sample: int) -> dict[str, Tensor]:
-    """The weights of a chip by layer name, drawn from their address and the digital model's weights."""
-    return {
-        names[id(layer)]: layer.variation.sample(
-            model.get_submodule(names[id(layer)]).weight.detach(), layer.chip.seed, layer.layer_index, sample
-        )
-        for layer in analog_layers(analog)
-    }
+def _address(layer: OnCrossbar, sample: int) -> tuple[int, int, int]:
+    return layer.chip.seed, layer.layer_index, sample
+
+
+class _Fixed(nn.Module):
+    """Takes the place of a parametrization that derives a weight."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self) -> Tensor:
+        """The weight."""
+        return self.weight
 
 
 @contextmanager
-def _chip_weights(model: nn.Module, analog: nn.Module, names: dict[int, str], sample: int) -> Iterator[None]:
-    """Give the digital model a chip's weights for the length of a block; derived weights are replaced by a hook."""
-    swapped: list[tuple[nn.Module, nn.Parameter]] = []
-    hooks = []
-    try:
-        for name, weight in _drawn(model, analog, names, sample).items():
-            layer = model.get_submodule(name)
-            own = layer._parameters.get("weight")
+def _chip_weights(drawn: Iterable[tuple[Crossbar, Tensor]]) -> Iterator[None]:
+    """Give a digital model a chip's weights for the length of a block; derived weights are replaced by a hook."""
+    with ExitStack() as put_back:
+        for place, weight in drawn:
+            module, name = place.module, place.parameter
+            own, derived = module._parameters.get(name), getattr(module, "parametrizations", {})
             if own is not None:
-                swapped.append((layer, own))
-                layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+                module._parameters[name] = nn.Parameter(weight, requires_grad=False)
+                put_back.callback(module._parameters.__setitem__, name, own)
+            elif name in derived:
+                put_back.callback(derived._modules.__setitem__, name, derived[name])
+                derived._modules[name] = _Fixed(weight)
             else:
-                hooks.append(layer.register_forward_pre_hook(lambda m, _args, w=weight: setattr(m, "weight", w)))
+                hook = module.register_forward_pre_hook(lambda m, _args, n=name, w=weight: setattr(m, n, w))
+                put_back.callback(hook.remove)
         yield
-    finally:
-        for layer, own in swapped:
-            layer._parameters["weight"] = own
-        for hook in hooks:
-            hook.remove()
 
 
-def _used(model: nn.Module, names: list[str], inputs: Tensor | Inputs) -> set[str]:
-    """The names of layers of a digital model whose weights are read in its forward pass."""
+def _used(model: nn.Module, places: Iterable[Crossbar], inputs: Tensor | Inputs) -> set[str]:
+    """The names of weights of a digital model that are read in its forward pass."""
     read: set[int] = set()
     with Reads(read.add):
         run(model, inputs, "check_coverage")
-    return {name for name in names if address(model.get_submodule(name).weight) in read}
+    return {place.name for place in places if address(place.weight) in read}
 
 
 def _first_difference(
-    model: nn.Module, analog: nn.Module, names: dict[int, str], inputs: Tensor | Inputs, sample: int
+    model: nn.Module,
+    analog: nn.Module,
+    drawn: list[tuple[Crossbar, Tensor]],
+    inputs: Tensor | Inputs,
+    sample: int,
 ) -> str:
     """A description of the first module whose output differs from that of the digital model with the chip's weights."""
 
@@ -153,13 +175,13 @@ def _first_difference(
                 hook.remove()
         return seen
 
-    with _chip_weights(model, analog, names, sample):
+    with _chip_weights(drawn):
         wanted = outputs(model)
     with programmed(analog, sample):
         found = outputs(analog)
     for (name, a), (other, b) in zip(wanted, found, strict=False):
         if name != other or not same(a, b):
-            if isinstance(analog.get_submodule(other), AnalogLayer):
+            if isinstance(analog.get_submodule(other), AnalogModule):
                 return f"{other} does not compute with its chip's weights"
             return f"{other} is digital, yet its output changes with the chip"
     return "the network does not compute with its chip's weights"

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from correctnet.crossbar.convert import chip_of, programmed
-from correctnet.crossbar.layers import AnalogLayer, analog_layers
+from correctnet.crossbar.layers import AnalogLayer, AnalogModule, analog_layers
 from correctnet.crossbar.probe import left_alone
 from correctnet.datasets.batches import Batches, Data
 from correctnet.engine.engine import MEMORY, Method
@@ -77,7 +77,7 @@ def clean_value(model: nn.Module, data: Batches, batch: int = 100, metric: Metri
         UserError: data that `evaluate` refuses, or a value that is not finite.
     """
     metric = checked(metric, "clean_value")
-    analog = any(isinstance(module, AnalogLayer) for module in model.modules())
+    analog = any(isinstance(module, AnalogModule) for module in model.modules())
     with programmed(model, None) if analog else contextlib.nullcontext():
         if metric.is_accuracy:
             correct, total = count_correct(model, data, batch)
@@ -280,6 +280,9 @@ def state_digest(model: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for name, module in model.named_modules():
         index = module.layer_index if isinstance(module, AnalogLayer) else ""
+        parts = module.__dict__.get("parts", {}) if isinstance(module, AnalogModule) else {}
+        index = " ".join(map(str, [index, *(f"{own.parameter}={own.layer_index}" for own in parts.values())]))
+        index += " ".join(("", *getattr(module, "analog_parameters", ())))
         settings = re.sub(r"0x[0-9a-fA-F]+", "", module.extra_repr())  # without addresses of objects
         digest.update(f"{name}:{type(module).__qualname__}:{index}:{settings};".encode())
     state = {**model.state_dict(), **dict(model.named_buffers())}  # buffers that are not persistent, too

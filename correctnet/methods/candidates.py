@@ -19,7 +19,9 @@ import torch
 from torch import nn
 
 from correctnet.crossbar.convert import convert, programmed
-from correctnet.crossbar.layers import ANALOG, analog_layers, crossbar_layers, nominal_weight
+from correctnet.crossbar.kinds import crossbars
+from correctnet.crossbar.layers import analog_layers
+from correctnet.crossbar.modules import hold_nominal
 from correctnet.crossbar.probe import Reads, address, left_alone, run
 from correctnet.datasets.batches import Batches, Data, first_batch
 from correctnet.devices.base import Variation
@@ -88,23 +90,29 @@ def executed(model: nn.Module, data: Batches, targets: Targets = "classes") -> l
     no effect.
     """
     images, _ = first_batch(data, "sweep", targets)
-    layers = dict(crossbar_layers(model))
+    layers = crossbars(model)
     device = next(model.parameters()).device
     order: dict[str, None] = {}
-    # Layers that share a weight are told apart by their calls alone.
-    places = {name: address(nominal_weight(layer)) for name, layer in layers.items()}
-    shared = Counter(places.values())
-    read = {place: name for name, place in places.items() if place is not None and shared[place] == 1}
-    hooks = [
-        layer.register_forward_hook(lambda *_, name=name: order.setdefault(name)) for name, layer in layers.items()
-    ]
-    try:
-        with torch.no_grad(), left_alone(model), Reads(lambda a: order.setdefault(read[a]) if a in read else None):
-            run(model, images[:2].to(device), "sweep")
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if never := [name for name in layers if name not in order]:
+    with torch.no_grad(), left_alone(model):
+        # Derived weights are other tensors in each forward pass, and layers that share a weight are told apart by their
+        # calls alone.
+        weights = {each.name: each.module._parameters.get(each.parameter) for each in layers}
+        places = {name: None if weight is None else address(weight) for name, weight in weights.items()}
+        shared = Counter(places.values())
+        read = {place: name for name, place in places.items() if place is not None and shared[place] == 1}
+        several = [each for each in layers if each.name in read.values() and each.name.endswith(each.parameter)]
+        hooks = [
+            each.module.register_forward_hook(lambda *_, name=each.name: order.setdefault(name))
+            for each in layers
+            if each not in several  # a module may not use all of its weights
+        ]
+        try:
+            with Reads(lambda a: order.setdefault(read[a]) if a in read else None):
+                run(model, images[:2].to(device), "sweep")
+        finally:
+            for hook in hooks:
+                hook.remove()
+    if never := [each.name for each in layers if each.name not in order]:
         raise UserError(f"{never[0]} is not used, so variation in it has no effect; remove it from the network")
     return list(order)
 
@@ -112,9 +120,9 @@ def executed(model: nn.Module, data: Batches, targets: Targets = "classes") -> l
 def _nominal(model: nn.Module, names: Collection[str]) -> nn.Module:
     """A copy of a converted model whose layers `names` carry no variation; all others keep their addresses."""
     model = copy.deepcopy(model)
-    for name, layer in crossbar_layers(model):
-        if name in names:
-            layer.__class__ = next(plain for plain, analog in ANALOG.items() if type(layer) is analog)
+    for each in crossbars(model):
+        if each.name in names:
+            hold_nominal(each.module, [each.parameter])
     return model
 
 
@@ -157,7 +165,8 @@ def sweep(
         )
     if not 0 < threshold <= 1:
         raise UserError(f"sweep: the threshold is a fraction in (0, 1] (0.95, not 95), not {threshold}")
-    registered = tuple(name for name, _ in crossbar_layers(model))
+    layers = crossbars(model)
+    registered = tuple(each.name for each in layers)
     if len(analog_layers(model)) != len(registered):
         raise UserError("sweep: every conv and linear layer must carry variation; convert the model without `exclude`")
     with programmed(model, None):
@@ -166,7 +175,7 @@ def sweep(
     for i in ProgressBar(range(len(names), 0, -1), desc="sweep", unit="layer", disable=not simulation.progress):
         in_order = names == registered
         varied = model if in_order else _nominal(model, names[: i - 1])
-        first_layer = i - 1 if in_order else 0
+        first_layer = layers[i - 1].index if in_order else 0
         options = {"first_layer": first_layer, "chunk": chips, "title": names[i - 1]}
         options |= {"save": None if save is None else save / f"{i}.csv", "metric": metric}
         results[i] = simulate(varied, data, chips, simulation, **options)
@@ -268,16 +277,18 @@ def sensitivity(
         UserError: as `correctnet.convert` and `correctnet.evaluate`, and for a layer that the network does not use.
     """
     simulation = simulation or Simulation(streams.chips("sensitivity", max(0, chips)).start, progress=progress)
-    layers, metric = dict(crossbar_layers(network)), checked(metric, "sensitivity")
+    metric = checked(metric, "sensitivity")
+    weights = {each.name: each.weight.numel() for each in crossbars(network)}
     with left_alone():
         data = Data.of(data, memory=simulation.memory, what="sensitivity", targets=metric.targets)
     names = executed(network, data)
     clean = clean_value(network, data, metric=metric)
+    analog = convert(network, variation, seed)
     parts = []
     for i, name in enumerate(
         ProgressBar(names, desc="sensitivity", unit="layer", disable=not simulation.progress), start=1
     ):
-        alone = convert(network, variation, seed, exclude=[other for other in names if other != name])
+        alone = _nominal(analog, [other for other in names if other != name])
         result = simulate(alone, data, chips, simulation, chunk=chips, metric=metric, title=name)
-        parts.append(result.table.assign(layer=i, name=name, weights=layers[name].weight.numel(), clean=clean))
+        parts.append(result.table.assign(layer=i, name=name, weights=weights[name], clean=clean))
     return pd.concat(parts, ignore_index=True)

@@ -11,8 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from correctnet.crossbar.layers import AnalogLayer, crossbar_layers, nominal_weight
+from correctnet.crossbar.kinds import FIRST, Crossbar, crossbars, plain_type
+from correctnet.crossbar.layers import AnalogModule
 from correctnet.devices.base import Variation
 from correctnet.errors import UserError
 from correctnet.networks.blocks import Block
@@ -37,9 +39,10 @@ def weight_matrix(weight: Tensor) -> Tensor:
     """The matrix W of a layer that maps its input x to x W.
 
     (out, in) becomes (in, out), and (out, in, kh, kw) becomes (in * kh * kw, out). A grouped convolution has one matrix
-    for each group: (groups, out / groups, in / groups, kh, kw) becomes (groups, in / groups * kh * kw, out / groups).
+    for each group: (groups, out / groups, in / groups, kh, kw) becomes (groups, in / groups * kh * kw, out / groups),
+    and so have other weights with several matrices, (maps, out, in).
     """
-    return weight.flatten(2).mT if weight.dim() == 5 else weight.flatten(1).t()
+    return weight.flatten(2).mT if weight.dim() in (3, 5) else weight.flatten(1).t()
 
 
 def penalty(weights: Iterable[Tensor], lam: float, form: Literal["orthogonal", "one-sided"] = "orthogonal") -> Tensor:
@@ -53,7 +56,7 @@ def penalty(weights: Iterable[Tensor], lam: float, form: Literal["orthogonal", "
 
     Args:
         weights: from `analog_weights`: (out, in), (out, in, kh, kw), or (groups, out / groups, in / groups, kh, kw) for
-            a grouped convolution, which has one matrix a group.
+            a grouped convolution, which has one matrix a group; (maps, out, in) for others with several.
         lam: lambda of (10).
         form: "orthogonal": (11) as printed, which pulls every singular value to lambda; "one-sided": only those above
             lambda, sum_j max(0, s_j^2 - lambda^2)^2, as (9) requires.
@@ -110,9 +113,19 @@ class _Orthogonal(torch.autograd.Function):
 
 
 def analog_weights(model: nn.Module, fold_batchnorm: bool | Mapping[str, nn.Module] = False) -> list[Tensor]:
-    """The nominal weights of all conv and linear layers, the set W of (11), in order of registration.
+    """The nominal weights of all crossbars, the set W of (11), by layer index.
 
-    The weight of a grouped convolution is split, (groups, out / groups, in / groups, kh, kw): each group is a matrix.
+    The weight of a grouped `nn.Conv2d` is split, (groups, out / groups, in / groups, kh, kw): each group is a matrix.
+    Those of `nn.Linear` and other `nn.Conv2d` are as they are. Others are given as the matrices that they multiply with
+    (`correctnet.crossbar.kinds.KINDS`), (out, in) or (maps, out, in):
+
+        nn.Conv1d, nn.Conv3d         a window to a pixel, (out, in * kernel); one map for each group
+        nn.ConvTranspose1d/2d/3d     a pixel to a window, (out * kernel, in); one map for each group
+        nn.Bilinear                  products of both inputs' elements to the output, (out, in1 * in2)
+        nn.MultiheadAttention        in_proj_weight: three maps, to queries, keys and values, (3, E, E)
+        nn.LSTM, nn.GRU, nn.RNN      of the input and of the state: one map for each gate, (gates, hidden, in); of a
+                                     projection, one
+        a parameter by its name      (first dimension, product of the others)
 
     Args:
         model: the network.
@@ -126,20 +139,35 @@ def analog_weights(model: nn.Module, fold_batchnorm: bool | Mapping[str, nn.Modu
     """
     norms = batchnorms(model) if fold_batchnorm is True else fold_batchnorm or {}
     weights = []
-    for name, layer in crossbar_layers(model):
-        weight = nominal_weight(layer)
-        if name in norms:
-            norm = norms[name]
+    for each in crossbars(model):
+        weight = each.weight
+        if each.name in norms:
+            norm = norms[each.name]
             scale = torch.rsqrt(norm.running_var + norm.eps)
             scale = scale if norm.weight is None else norm.weight * scale
-            weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
-        weights.append(_by_group(layer, weight))
+            weight = _scaled(each.module, weight, scale)
+        weights.append(_by_map(each, weight))
     return weights
 
 
-def _by_group(layer: nn.Module, weight: Tensor) -> Tensor:
-    groups = getattr(layer, "groups", 1)
+def _by_map(each: Crossbar, weight: Tensor) -> Tensor:
+    """Split a weight as `analog_weights` does."""
+    if plain_type(each.module) not in FIRST or each.parameter != "weight":
+        return each.matrices(weight)
+    groups = getattr(each.module, "groups", 1)
     return weight if groups == 1 else weight.unflatten(0, (groups, -1))
+
+
+def _scaled(layer: nn.Module, weight: Tensor, scale: Tensor) -> Tensor:
+    """Multiply the weights of each output of a layer by its `scale`."""
+    if isinstance(layer, _ConvTransposeNd):  # (in, out / groups, ...)
+        parts = weight.unflatten(0, (layer.groups, -1))
+        return (parts * scale.view(layer.groups, 1, -1, *[1] * (weight.dim() - 2))).flatten(0, 1)
+    return weight * scale.view(-1, *[1] * (weight.dim() - 1))
+
+
+def _outputs(layer: nn.Module) -> int:
+    return layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features
 
 
 def batchnorms(model: nn.Module) -> dict[str, nn.Module]:
@@ -153,22 +181,23 @@ def batchnorms(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         UserError: no layer has one.
     """
-    names = {id(layer): name for name, layer in crossbar_layers(model)}
+    kinds = (nn.Linear, nn.Bilinear, _ConvNd)
+    layers = {each.name: each.module for each in crossbars(model) if isinstance(each.module, kinds)}
+    names = {id(layer): name for name, layer in layers.items()}
     found = {names[id(m.layer)]: m.norm for m in model.modules() if _is_normalised(m) and id(m.layer) in names}
     nodes = _traced(model)
     pairs = _in_sequentials(model) if nodes is None else _in_graph(model, nodes)
     for layer, norm in pairs:
         if id(layer) in names:
             found.setdefault(names[id(layer)], norm)
-    layers = dict(crossbar_layers(model))
     found = {
         name: norm
         for name, norm in found.items()
-        if norm.running_var is not None and norm.num_features == layers[name].weight.shape[0]
+        if norm.running_var is not None and norm.num_features == _outputs(layers[name])
     }
     if not found:
         raise UserError("fold_batchnorm: no conv or linear layer of the network has a BatchNorm directly after it")
-    return {name: found[name] for name in layers if name in found}
+    return {each.name: found[each.name] for each in crossbars(model) if each.name in found}
 
 
 def _is_normalised(module: nn.Module) -> bool:
@@ -180,7 +209,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether `m` is one node of the graph."""
-        return isinstance(m, (AnalogLayer, _BatchNorm)) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (AnalogModule, _BatchNorm)) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _traced(model: nn.Module) -> list[fx.Node] | None:
@@ -218,10 +247,8 @@ def _in_sequentials(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 @torch.no_grad()
 def spectral_norms(model: nn.Module) -> dict[str, float]:
-    """The largest singular value of each layer's nominal weight matrix, by name; for convolutions over all groups."""
+    """The largest singular value of each crossbar's nominal weight matrix, by name; over all groups, gates or maps."""
     return {
-        name: torch.linalg.matrix_norm(weight_matrix(_by_group(layer, nominal_weight(layer))).float(), ord=2)
-        .max()
-        .item()
-        for name, layer in crossbar_layers(model)
+        each.name: torch.linalg.matrix_norm(weight_matrix(_by_map(each, each.weight)).float(), ord=2).max().item()
+        for each in crossbars(model)
     }

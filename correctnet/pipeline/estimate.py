@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from correctnet import devices
 from correctnet.crossbar.convert import convert, program, programmed
-from correctnet.crossbar.layers import crossbar_layers
+from correctnet.crossbar.kinds import crossbars
+from correctnet.crossbar.layers import analog_layers
 from correctnet.datasets import own
 from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.engine.engine import Engine, Unsupported
@@ -66,19 +67,21 @@ def costs(settings: Settings) -> Costs:
         F.cross_entropy(logits.float(), labels).backward()
 
     # One layer stands for all: the cost of sampling is proportional to the number of weights.
-    layer = min((m for _, m in crossbar_layers(model)), key=lambda m: abs(m.weight.numel() - 50000))
-    analog = convert(layer, devices.make(s.variation))
-    weights = sum(m.weight.numel() for _, m in crossbar_layers(model))
+    held = crossbars(model)
+    layer = min(held, key=lambda each: abs(each.weight.numel() - 50000))
+    analog = convert(layer.module, devices.make(s.variation))
+    drawn = next(own for own in analog_layers(analog) if own.parameter == layer.parameter)
+    weights = sum(each.weight.numel() for each in held)
 
     def sample() -> None:
         program(analog, 0)
-        analog.chip_weight()
+        drawn.chip_weight()
 
     network = convert(model.eval(), LogNormalVariation(max(s.variation.sigma, 0.1)))
     test = _test_seconds(network, images, s.montecarlo.precision)
     with torch.no_grad():
         sampling = _seconds(sample) * weights / layer.weight.numel()
-    return Costs(_seconds(step) / len(images), test, sampling, len(list(crossbar_layers(model))))
+    return Costs(_seconds(step) / len(images), test, sampling, len(held))
 
 
 def _test_seconds(analog: nn.Module, images: Tensor, precision: Precision) -> float:

@@ -11,7 +11,7 @@ from torch import nn
 
 from correctnet import devices
 from correctnet.crossbar.convert import convert
-from correctnet.crossbar.layers import analog_layers
+from correctnet.crossbar.layers import analog_layers, analog_names
 from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.engine.engine import describe
 from correctnet.errors import UserError
@@ -136,12 +136,12 @@ def describe_engine(path: Path) -> str:
     analog = convert(model, LogNormalVariation(0.5))
     example = torch.zeros(2, *image_shape(description["network"]))
     report = describe(analog, example)
-    names = {id(m): n for n, m in analog.named_modules()}
+    names = analog_names(analog)
     lines = [f"{path}: {network_name(description['network'])}, {report}"]
     for layer in analog_layers(analog):
         name = names[id(layer)]
         state = "fused" if name in report.fused else "unfused"
-        lines.append(f"  {layer.layer_index:2d} {name:24s} {state:8s} {' x '.join(map(str, layer.weight.shape))}")
+        lines.append(f"  {layer.layer_index:2d} {name:24s} {state:8s} {' x '.join(map(str, layer.nominal.shape))}")
     return "\n".join(lines)
 
 
