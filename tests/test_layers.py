@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -725,8 +726,14 @@ def test_weights_of_a_subclass_that_are_no_floating_point_numbers_stay_digital()
     assert [c.name for c in crossbars(analog)] == ["0"]
 
 
-def test_every_kind_of_the_table_is_tested():
+def test_every_kind_is_tested_and_documented():
     kinds = set()
     for make, _, _ in NETWORKS.values():
         kinds |= {kind.module for kind in KINDS for m in make().modules() if isinstance(m, kind.module)}
     assert kinds == {kind.module for kind in KINDS}
+    text = (Path(__file__).parents[1] / "docs/layers.md").read_text(encoding="utf-8")
+    for kind in KINDS:
+        layers = [m for m in vars(nn).values() if isinstance(m, type) and issubclass(m, kind.module)]
+        names = {m.__name__.removeprefix("Lazy") for m in layers} - {"RNNCellBase", "RNNBase"}
+        missing = [name for name in names if f"nn.{name}" not in text and f"`{name[-2:]}`" not in text]
+        assert not missing, missing

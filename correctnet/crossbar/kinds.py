@@ -1,7 +1,7 @@
 """Kinds of modules whose weights crossbars hold, and the crossbars of a network with their addresses.
 
-A new kind of layer is one line of `KINDS`. A parameter of any other module is on a crossbar where the attribute
-`analog_parameters` of the module names it.
+A new kind of layer is one line of `KINDS`, and one in docs/layers.md. A parameter of any other module is on
+a crossbar where the attribute `analog_parameters` of the module names it.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def noisy_linear(
         weight: nominal weights, (out, in), in the dtype and on the device of x, any memory order.
         bias: (out,), likewise, or None.
         seed: 64-bit seed of the simulation; or its bits as a 0-d int64 tensor, which torch.compile does not specialise.
-        layer: index among all conv and linear layers of the network, in [0, 2^32).
+        layer: index of the layer's crossbar among those of the network, in [0, 2^32).
         sigma: standard deviation of the logarithm of a factor (no unit), finite, >= 0.
         shift: mean of that logarithm, finite; -sigma^2 / 2 keeps the mean weight nominal.
         samples: numbers of the S >= 1 chips, each in [0, 2^32); as a tensor (S,) int64.

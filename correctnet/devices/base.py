@@ -40,9 +40,10 @@ class Variation(ABC):
         The result must be a function of the arguments: the same at each call.
 
         Args:
-            weight: nominal weights, (out, in) or (out, in / groups, kh, kw).
+            weight: nominal weights, of two or more dimensions: (out, in) or (out, in / groups, kh, kw), or as torch
+                has them for other kinds of layers.
             seed: 64-bit seed of the simulation.
-            layer: index of the layer among all conv and linear layers of the network.
+            layer: index of the crossbar among those of the network.
             sample: number of the chip, in [0, 2^32).
         """
 

@@ -84,7 +84,7 @@ class Sweep:
 
 
 def executed(model: nn.Module, data: Batches, targets: Targets = "classes") -> list[str]:
-    """Names of the conv and linear layers in the order in which `model` first calls them or reads their weights.
+    """Names of the crossbars in the order in which `model` first reads their weights or calls their layers.
 
     Observed on images of `data`, in evaluation mode. Raises UserError for a layer that is not used: variation in it has
     no effect.
@@ -168,7 +168,7 @@ def sweep(
     layers = crossbars(model)
     registered = tuple(each.name for each in layers)
     if len(analog_layers(model)) != len(registered):
-        raise UserError("sweep: every conv and linear layer must carry variation; convert the model without `exclude`")
+        raise UserError("sweep: every layer must carry variation; convert the model without `exclude`")
     with programmed(model, None):
         names = tuple(executed(model, data, metric.targets))
     results = {}

@@ -5,6 +5,9 @@ For a layer with l input and n output feature maps, input x and noisy output y:
     g = act( generator( concat( avg_pool(x), y ) ) )        m filters, 1 x 1 x (l + n)
     z = compensator( concat( y, g ) )                       n filters, 1 x 1 x (n + m)
 
+Convolutions in one and three dimensions have generators and compensators of these dimensions, linear layers have linear
+ones, applied to each token.
+
 z replaces y. Both are digital, hence free of variation. `correctnet.methods.compensation_training` trains them.
 """
 
@@ -12,14 +15,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-from correctnet.crossbar.layers import crossbar_layers
+from correctnet.crossbar.kinds import crossbars
 from correctnet.errors import UserError, whole
 from correctnet.networks.blocks import Block, parameter_count
 from correctnet.noise import streams
@@ -28,7 +32,8 @@ from correctnet.noise import streams
 class Compensated(nn.Module):
     """`original`, followed by a generator of `filters` filters and a compensator.
 
-    x (N, l, H, W) -> z (N, n, H', W') for a convolution, grouped or not; x (..., l) -> z (..., n) for a linear layer.
+    x (N, l, H, W) -> z (N, n, H', W') for a convolution, grouped or not, transposed or not, in one to three dimensions;
+    x (..., l) -> z (..., n) for a linear layer.
     The new layers have the dtype and device of the original layer. `weight` and `bias` are those of the original layer,
     for code that reads a layer's attributes; results that such code computes from them are not compensated.
 
@@ -41,7 +46,8 @@ class Compensated(nn.Module):
             and dilation, and 1 / (kh kw) as the weight of each pixel, padding included.
 
     Raises:
-        UserError: an unknown option, fewer than 1 filter, or a layer of another type.
+        UserError: an unknown option, fewer than 1 filter, a layer of another type, or pool="kernel" for a transposed
+            convolution or one with a forward of its own, whose window is not known.
     """
 
     digital_children = ("generator", "compensator")  # not part of the original network, never analog
@@ -73,8 +79,9 @@ class Compensated(nn.Module):
             self.generator: nn.Module = nn.Linear(inputs + outputs, filters, **drawn)
             self.compensator: nn.Module = nn.Linear(outputs + filters, outputs, **drawn)
         else:
-            self.generator = nn.Conv2d(inputs + outputs, filters, 1, **drawn)
-            self.compensator = nn.Conv2d(outputs + filters, outputs, 1, **drawn)
+            convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(layer.kernel_size) - 1]
+            self.generator = convolution(inputs + outputs, filters, 1, **drawn)
+            self.compensator = convolution(outputs + filters, outputs, 1, **drawn)
         self.activation = nn.ReLU() if activation == "relu" else nn.Identity()
         self.pool = "none" if isinstance(layer, nn.Linear) else pool
         if init == "identity":
@@ -108,21 +115,24 @@ class Compensated(nn.Module):
 
     @property
     def features(self) -> int:
-        """The dimension that holds the features: the last for a linear layer, the third last for a convolution."""
-        return -1 if isinstance(self.generator, nn.Linear) else -3
+        """The dimension that holds the features: the last for a linear layer, that before the pixels otherwise."""
+        return -1 if isinstance(self.generator, nn.Linear) else -1 - len(self.generator.kernel_size)
 
     def _pooled(self, x: Tensor, y: Tensor) -> Tensor:
         if self.pool == "none":
             return x
+        axes = len(self.generator.kernel_size)
         if self.pool == "adaptive":
-            return F.adaptive_avg_pool2d(x, y.shape[-2:])
+            return (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[axes - 1](x, y.shape[-axes:])
         layer = layer_of(self.original)
         if self.window is None:
-            return F.avg_pool2d(x, layer.kernel_size, layer.stride, layer.padding)
+            pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[axes - 1]
+            return pool(x, layer.kernel_size, layer.stride, layer.padding)
         padding = layer.padding
         if layer.padding_mode != "zeros":
             x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
-        return F.conv2d(x, self.window, None, layer.stride, padding, layer.dilation, layer.in_channels)
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[axes - 1]
+        return convolve(x, self.window, None, layer.stride, padding, layer.dilation, layer.in_channels)
 
 
 def _check_option(option: str, value: Any, known: tuple[str, ...]) -> None:
@@ -130,17 +140,19 @@ def _check_option(option: str, value: Any, known: tuple[str, ...]) -> None:
         raise UserError(f"compensate: {option} must be one of {', '.join(map(repr, known))}, not {value!r}")
 
 
-def _window(layer: nn.Conv2d) -> Tensor | None:
+def _window(layer: nn.Module) -> Tensor | None:
     """(l, 1, kh, kw): the kernel of a convolution that averages over the layer's window; None if torch can pool so.
 
     `F.avg_pool2d` supports neither dilation, nor padding by more than half a window, by name, or with non-zero values.
     """
+    if type(layer).forward not in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward):
+        raise UserError(f"compensate: pool 'kernel': the window of {type(layer).__name__} is not known; use 'adaptive'")
     if not isinstance(layer.padding, str):
         small = all(2 * p <= k for p, k in zip(layer.padding, layer.kernel_size, strict=True))
         if small and layer.padding_mode == "zeros" and set(layer.dilation) == {1}:
             return None
-    height, width = layer.kernel_size
-    return layer.weight.new_full((layer.in_channels, 1, height, width), 1 / (height * width)).detach()
+    size = tuple(layer.kernel_size)
+    return layer.weight.new_full((layer.in_channels, 1, *size), 1 / math.prod(size)).detach()
 
 
 def layer_of(module: nn.Module) -> nn.Module:
@@ -152,9 +164,30 @@ def layer_of(module: nn.Module) -> nn.Module:
 def _features(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, _ConvNd):
         return layer.in_channels, layer.out_channels
-    raise UserError(f"only nn.Conv2d and nn.Linear can be compensated, not {type(layer).__name__}")
+    raise UserError(f"only convolutions and linear layers can be compensated, not {type(layer).__name__}")
+
+
+def compensable(model: nn.Module) -> list[str]:
+    """Names of the layers that can be compensated: convolutions and linear layers that the network calls.
+
+    The output projection of `nn.MultiheadAttention` is none of them: attention multiplies with its weight itself.
+    """
+    inside = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    return [
+        each.name
+        for each in crossbars(model)
+        if each.parameter == "weight"
+        and isinstance(each.module, (nn.Linear, _ConvNd))
+        and id(each.module) not in inside
+    ]
+
+
+def outputs_of(model: nn.Module) -> dict[str, int]:
+    """n of each layer that can be compensated, by name."""
+    layers = {each.name: each.module for each in crossbars(model)}
+    return {name: _features(layers[name])[1] for name in compensable(model)}
 
 
 def cost(layer: nn.Module, filters: int) -> int:
@@ -173,7 +206,7 @@ def filters_of(model: nn.Module, ratios: Sequence[float]) -> dict[str, int]:
 
     Layers with S_i <= 0 are left out. Raises UserError for too many ratios, or one that is not finite.
     """
-    layers = list(crossbar_layers(model))
+    layers = [(each.name, each.module) for each in crossbars(model)]
     if len(ratios) > len(layers):
         raise UserError(f"{len(ratios)} ratios for a network of {len(layers)} layers")
     for ratio in ratios:
@@ -196,8 +229,8 @@ def overhead(model: nn.Module, filters: Mapping[str, int]) -> float:
         UserError: a layer that the network does not have.
     """
     check_filters(filters, "overhead")
-    layers = dict(crossbar_layers(model))
-    _check_names(layers, filters)
+    layers = {each.name: each.module for each in crossbars(model)}
+    _check_names(model, filters)
     return sum(cost(layers[name], m) for name, m in filters.items()) / parameter_count(model)
 
 
@@ -207,10 +240,16 @@ def check_filters(filters: Any, what: str) -> None:
         raise UserError(f"{what}: filters map names of layers to numbers of filters, not {filters!r}")
 
 
-def _check_names(layers: Iterable[str], filters: Mapping[str, int]) -> None:
+def _check_names(model: nn.Module, filters: Mapping[str, int]) -> None:
+    layers, known = compensable(model), {each.name: type(each.module).__name__ for each in crossbars(model)}
     for name in filters:
-        if name not in layers:
+        if name not in known:
             raise UserError(f"the network has no conv or linear layer {name!r} (layers: {', '.join(layers)})")
+        if name not in layers:
+            raise UserError(
+                f"compensate: {name or 'the network'} ({known[name]}) cannot be compensated: only convolutions and "
+                "linear layers that the network calls can"
+            )
 
 
 def compensate(
@@ -225,7 +264,7 @@ def compensate(
 
     Args:
         model: the original (digital) network.
-        filters: generator filters m by layer name, as in `correctnet.crossbar.layers.crossbar_layers`.
+        filters: generator filters m by layer name, as in `compensable`.
         place: "layer": directly after the analog layer; "block": after the BatchNorm and ReLU of its
             `correctnet.networks.blocks.Block`.
         seed: of the initial weights.
@@ -241,7 +280,7 @@ def compensate(
     seed = whole(seed, "compensate: the seed")
     for option in options:
         _check_option("an option", option, ("activation", "init", "pool"))
-    _check_names([name for name, _ in crossbar_layers(model)], filters)
+    _check_names(model, filters)
     compensated = copy.deepcopy(model)
     replaced: dict[int, Compensated] = {}
     for name, m in filters.items():
@@ -258,7 +297,14 @@ def compensate(
         for name, child in module._modules.items():
             if id(child) in replaced:  # a layer may have several names
                 module._modules[name] = replaced[id(child)]
+                _take_own_path(module)
     return compensated
+
+
+def _take_own_path(module: nn.Module) -> None:
+    """Let torch's transformer layer call its layers: its fused kernel reads the weights of those instead."""
+    if isinstance(module, nn.TransformerEncoderLayer):
+        module.activation_relu_or_gelu = 0  # the kernel is for those activations alone
 
 
 def _block_of(model: nn.Module, name: str) -> Block:

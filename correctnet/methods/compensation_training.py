@@ -48,7 +48,7 @@ LEAST_TO_SPLIT = 20
 
 
 class CompensationWarning(UserWarning):
-    """Trained compensators lost accuracy under variation and were replaced by the identity."""
+    """Trained compensators lost accuracy under variation and were replaced by the identity, or layers have none."""
 
 
 def trained_parameters(model: nn.Module, section: Compensate) -> list[nn.Parameter]:

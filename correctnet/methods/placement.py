@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from correctnet.crossbar.layers import crossbar_layers
+from correctnet.crossbar.kinds import crossbars
 from correctnet.crossbar.probe import left_alone
 from correctnet.datasets.batches import Batches, Data, take
 from correctnet.devices.base import Variation
@@ -106,7 +107,7 @@ def make_problem(
         loss: replaces the cross entropy.
         metric: what states are judged by.
     """
-    layers = dict(crossbar_layers(network))
+    outputs = compensation.outputs_of(network)
     section = section.model_copy(update={"epochs": settings.train_epochs})
     first = streams.chips("search", settings.chips).start
     read = functools.cache(data)
@@ -126,7 +127,7 @@ def make_problem(
         return result.mean, result.std
 
     return searching.Problem(
-        widths=tuple(layers[name].weight.shape[0] for name in candidates),
+        widths=tuple(outputs[name] for name in candidates),
         ratios=settings.ratios,
         limit=limit,
         overhead=lambda filters: compensation.overhead(network, named(candidates, filters)),
@@ -219,6 +220,9 @@ def search(
     Raises:
         UserError: data, outputs or a loss that are not those of a classifier, an unknown layer or setting, a layer
             named twice, a limit that is no fraction, or a network that is converted or compensated already.
+
+    Warns:
+        CompensationWarning: candidates that cannot be compensated, such as the weights of an LSTM, are left out.
     """
     section = validate(Compensate, dict(compensate or {}), "search: compensate")
     own = validate(Search, settings, "search")
@@ -226,7 +230,7 @@ def search(
         raise UserError("search: limits: one search has one; give it as limit")
     if "epochs" in (compensate or {}):
         raise UserError("search: compensate: epochs: those of a state are train_epochs")
-    candidates = check_candidates(network, candidates)
+    candidates = only_compensable(network, check_candidates(network, candidates), stacklevel=3)
     seed, metric = whole(seed, "search: the seed"), checked(metric, "search")
     check_limit(limit, "search: limit")
     simulation = simulation or Simulation(progress=progress)
@@ -258,7 +262,7 @@ def check_candidates(network: nn.Module, candidates: Any) -> tuple[str, ...]:
     """The names of candidate layers. Raises UserError unless they are layers of the network, each named once."""
     if isinstance(candidates, str) or not isinstance(candidates, Iterable):
         raise UserError(f"search: candidates are names of layers, a list, not {candidates!r}")
-    names, layers = tuple(candidates), [name for name, _ in crossbar_layers(network)]
+    names, layers = tuple(candidates), [each.name for each in crossbars(network)]
     if compensation.compensation_modules(network):
         raise UserError("search: the network is compensated already; give the one that was compensated")
     for name in names:
@@ -267,3 +271,16 @@ def check_candidates(network: nn.Module, candidates: Any) -> tuple[str, ...]:
         if names.count(name) > 1:
             raise UserError(f"search: candidates: {name} is named twice")
     return names
+
+
+def only_compensable(network: nn.Module, candidates: Sequence[str], stacklevel: int = 2) -> tuple[str, ...]:
+    """The candidates after which compensators can be placed. Warns of the others, see `CompensationWarning`."""
+    known = compensation.compensable(network)
+    if left := [name for name in candidates if name not in known]:
+        warnings.warn(
+            f"{', '.join(left)} cannot be compensated and left out of the search: only convolutions and linear layers "
+            "that the network calls can",
+            compensation_training.CompensationWarning,
+            stacklevel=stacklevel,
+        )
+    return tuple(name for name in candidates if name in known)

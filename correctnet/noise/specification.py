@@ -112,7 +112,7 @@ def words(seed: int, layer: int, sample: int, count: int, start: int = 0, purpos
 
     Args:
         seed: 64-bit seed; a negative int64 is read as its two's complement.
-        layer: index among all conv and linear layers of the network, in [0, 2^32).
+        layer: index of the layer's crossbar among those of the network, in [0, 2^32).
         sample: number of the chip, in [0, 2^32).
         count: how many, >= 0.
         start: the first element, >= 0; start + count <= 2^34.

@@ -122,7 +122,8 @@ def _search_problem(
     model, description = read_network(base, runtime.device)
     split_seed(s, description, base)  # mistakes are found before any work
     check_uncompensated("search", base, description)
-    names = _candidate_names(candidates, dict(crossbar_layers(model)))
+    found = _candidate_names(candidates, dict(crossbar_layers(model)))
+    names = list(placement.only_compensable(model, found))
 
     def read() -> tuple[Split, Split]:
         data = runtime.load(s, description, base)
