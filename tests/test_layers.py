@@ -19,6 +19,7 @@ from correctnet.crossbar.kinds import KINDS, crossbars
 from correctnet.crossbar.layers import AnalogModule, CoverageWarning, analog_layers, crossbar_layers
 from correctnet.crossbar.modules import hold_nominal
 from correctnet.crossbar.probe import left_alone
+from correctnet.engine.engine import Engine
 from correctnet.evaluation.montecarlo import EngineWarning
 
 HALF = LogNormalVariation(0.5)
@@ -655,6 +656,39 @@ def test_a_module_names_its_own_parameters():
     root = Named(6, 5).eval()  # the network itself
     analog = convert(root, HALF, SEED)
     assert check_coverage(root, analog, x[:3]) == ["weight"]
+
+
+class Holder(nn.Module):
+    """A network that holds a parameter on a crossbar beside its layers; the parameter is the first factor, or bare."""
+
+    analog_parameters = ("mix",)
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.spare, self.last = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 5)
+        self.mix, self.scale = nn.Parameter(torch.randn(8, 8) / 3), nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        return self.last(torch.relu(torch.relu(self.first(x)) @ self.mix) * self.scale)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_layers_beside_a_parameter_by_name_are_fused(inside):
+    torch.manual_seed(0)
+    network, x = Holder().eval(), images((6,))
+    network = chain(network, nn.ReLU()) if inside else network
+    before = "0." if inside else ""
+    report = Engine(convert(network, HALF), x).report
+    assert set(report.fused) == {f"{before}first", f"{before}last"}
+    assert report.unfused == (f"{before}mix",)
+    assert report.unused == (f"{before}spare",)
+    wanted = {f"{before}{n}": i for n, i in {"first.weight": 0, "last.weight": 2, "mix": 3}.items()}
+    with torch.no_grad():
+        labels = network(x).argmax(1)
+        counts = [int((noisy(network, wanted, k)(x).argmax(1) == labels).sum()) for k in range(4)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert evaluate(convert(network, HALF, SEED), (x, labels), 4, progress=False).table.correct.tolist() == counts
 
 
 class Listed(nn.Module):

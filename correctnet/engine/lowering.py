@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from correctnet.crossbar.layers import AnalogModule, OnCrossbar, nominal_weight
+from correctnet.crossbar.layers import OnCrossbar, nominal_weight
 from correctnet.devices.base import kernel_noise
 from correctnet.engine import cuda
 from correctnet.engine.activations import RELU, Activation
 from correctnet.engine.operations import Op, op_of
-from correctnet.engine.trace import Traced, changed_by, shape_of
+from correctnet.engine.trace import Traced, changed_by, read_by, shape_of
 from correctnet.noise import core
 from correctnet.noise import device as gpu
 from correctnet.precision import Precision
@@ -179,7 +179,7 @@ class Lowering:
 
     def __init__(self, traced: Traced):
         self.root, self.input, self.output = traced.root, traced.input, traced.output
-        self.unused = traced.unused
+        self.unused, self.prefix = traced.unused, traced.prefix
         self.device = next(self.root.parameters()).device
         self.ops: dict[fx.Node, Op] = {}
         self.sources: dict[fx.Node, fx.Node] = {}  # by a plan's value, the one value that the plan reads
@@ -263,24 +263,8 @@ class Lowering:
         return sources[target]
 
     def varied(self, node: fx.Node, first_layer: int) -> dict[str, OnCrossbar]:
-        """Return, by name within the module that a step calls, its weights that differ from chip to chip.
-
-        For a step that reads a weight without calling its module, that weight under the parameter's name.
-        """
-        if node.op == "get_attr":
-            owner, _, name = node.target.rpartition(".")
-            module = self.root.get_submodule(owner)
-            own = module.crossbar(name) if isinstance(module, AnalogModule) else None
-            return {name: own} if own is not None and _noise(own, first_layer) else {}
-        if node.op != "call_module":
-            return {}
-        return {
-            f"{name}.{own.parameter}" if name else own.parameter: own
-            for name, module in self.root.get_submodule(node.target).named_modules()
-            if isinstance(module, AnalogModule)
-            for own in module.crossbars()
-            if _noise(own, first_layer)
-        }
+        """Return the weights that a step reads and that differ from chip to chip, by name, see `read_by`."""
+        return {name: own for name, own in read_by(self.root, node).items() if _noise(own, first_layer)}
 
     def cost(self, node: fx.Node) -> tuple[float, int]:
         """Return (FLOP an image, weights) of a step that is one convolution or linear layer, otherwise zeros."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from correctnet.crossbar.layers import AnalogConv2d, AnalogLayer, AnalogLinear, nominal_weight
+from correctnet.crossbar.layers import AnalogConv2d, AnalogLayer, AnalogLinear, AnalogModule, nominal_weight
 from correctnet.devices.base import kernel_noise
 from correctnet.engine.activations import ACTIVATIONS, function_activation, module_activation
 from correctnet.engine.trace import bind, changed_by, hooked, shape_of
@@ -287,9 +287,9 @@ def _constant(root: nn.Module, node: Any) -> Tensor | None:
     """Return a digital float32 parameter or buffer that a node reads; None for any other node."""
     if not isinstance(node, fx.Node) or node.op != "get_attr":
         return None
-    owner, _, _ = node.target.rpartition(".")
-    tensor = operator.attrgetter(node.target)(root)
-    digital = not isinstance(root.get_submodule(owner), AnalogLayer)
+    owner, _, name = node.target.rpartition(".")
+    tensor, module = operator.attrgetter(node.target)(root), root.get_submodule(owner)
+    digital = not isinstance(module, AnalogModule) or module.crossbar(name) is None
     return tensor if digital and isinstance(tensor, Tensor) and tensor.dtype == torch.float32 else None
 
 

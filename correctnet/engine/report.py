@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from correctnet.crossbar.layers import analog_layers, analog_names
+from correctnet.crossbar.layers import analog_names
 from correctnet.engine.lowering import Lowering, PlanStep, TorchStep
+from correctnet.engine.trace import read_by
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,12 @@ def _grouped(operations: tuple[str, ...]) -> list[str]:
 
 def report_of(graph: Lowering, steps: list[TorchStep], library: bool) -> Report:
     """Return the report on the steps that a network was lowered to."""
-    fused = {name for s in steps if isinstance(s, PlanStep) for name in s.layers}
-    named = analog_names(graph.root)
-    names = [named[id(own)] for own in analog_layers(graph.root)]
+    named, reached = analog_names(graph.root), {}
+    for node in graph.root.graph.nodes:
+        reached |= {id(held): held for held in read_by(graph.root, node).values()}
+    in_order = sorted(reached.values(), key=lambda held: held.layer_index)
+    fused = {name.removeprefix(graph.prefix) for s in steps if isinstance(s, PlanStep) for name in s.layers}
+    names = [named[id(held)].removeprefix(graph.prefix) for held in in_order]
     several = isinstance(graph.input.meta.get("tensor_meta"), tuple)  # whose parts are no operations
     parts = set(graph.input.users) if several else set()
     own = [s.node for s in steps if not isinstance(s, PlanStep) and s.node not in parts]

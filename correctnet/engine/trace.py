@@ -16,7 +16,8 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils._pytree import tree_map
 
 from correctnet.crossbar.convert import programmed
-from correctnet.crossbar.layers import AnalogModule, analog_layers, analog_names
+from correctnet.crossbar.kinds import kind_of
+from correctnet.crossbar.layers import AnalogModule, OnCrossbar, analog_layers, analog_names
 from correctnet.datasets.inputs import Inputs, tensors_of
 from correctnet.errors import UserError, one_line
 from correctnet.metrics import chosen
@@ -56,7 +57,8 @@ class _Tracer(fx.Tracer):
         self._values = [_Values(_repeated(example, n)) for n in (2, 3)]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, AnalogModule) or hooked(m) or super().is_leaf_module(m, module_qualified_name)
+        analog = isinstance(m, AnalogModule) and kind_of(m) is not None  # others only hold parameters on crossbars
+        return analog or hooked(m) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return super().call_module(m, forward, args, kwargs) if self._recording else forward(*args, **kwargs)
@@ -152,12 +154,14 @@ class Traced:
         input, output: the graph's first and last value. Several inputs are one tuple, whose parts are values. Of a
             network that returns several, the last is the one that `correctnet.metrics.main_output` chooses.
         unused: names of the analog layers that the graph does not use.
+        prefix: of the names that the modules have in the graph.
     """
 
     root: fx.GraphModule
     input: fx.Node
     output: fx.Node
     unused: tuple[str, ...] = ()
+    prefix: str = ""
 
 
 def argument(images: Tensor | Inputs) -> Any:
@@ -217,7 +221,8 @@ def _twin(model: nn.Module) -> nn.Module:
 
 def _traced(model: nn.Module, example: Tensor | Inputs) -> Traced:
     # A root module is always traced through, which would lose the variation of an analog layer.
-    root = nn.Sequential(model) if isinstance(model, AnalogModule) or hooked(model) else model
+    wrapped = isinstance(model, AnalogModule) or hooked(model)
+    root = nn.Sequential(model) if wrapped else model
     graph = _Tracer(example).trace(_of_one_value(root, example))
     nodes = list(graph.nodes)
     inputs = [n for n in nodes if n.op == "placeholder"]
@@ -229,9 +234,9 @@ def _traced(model: nn.Module, example: Tensor | Inputs) -> Traced:
     with torch.no_grad():
         # Two images, since a batch of 1 could not be told from a feature dimension of 1.
         _Shapes(module).run(argument(_repeated(example, 2)))
-    reached, names = set(map(id, analog_layers(module))), analog_names(root)
-    unused = tuple(names[id(own)] for own in analog_layers(root) if id(own) not in reached)
-    return Traced(module, inputs[0], last.args[0], unused)
+    reached, names = {id(own) for node in graph.nodes for own in read_by(module, node).values()}, analog_names(model)
+    unused = tuple(names[id(own)] for own in analog_layers(model) if id(own) not in reached)
+    return Traced(module, inputs[0], last.args[0], unused, "0." if wrapped else "")
 
 
 def _of_one_value(root: nn.Module, example: Tensor | Inputs) -> nn.Module:
@@ -273,6 +278,26 @@ def _keep_layers(module: fx.GraphModule, root: nn.Module) -> None:
         if isinstance(layer, AnalogModule):
             parent, _, child = name.rpartition(".")
             module.get_submodule(parent)._modules[child] = layer
+
+
+def read_by(root: nn.Module, node: fx.Node) -> dict[str, OnCrossbar]:
+    """Return, by name within the module that a node calls, the weights on crossbars that it reads.
+
+    For a node that reads a weight without calling its module, that weight under the parameter's name.
+    """
+    if node.op == "get_attr":
+        owner, _, name = node.target.rpartition(".")
+        module = root.get_submodule(owner)
+        own = module.crossbar(name) if isinstance(module, AnalogModule) else None
+        return {} if own is None else {name: own}
+    if node.op != "call_module":
+        return {}
+    return {
+        f"{name}.{own.parameter}" if name else own.parameter: own
+        for name, module in root.get_submodule(node.target).named_modules()
+        if isinstance(module, AnalogModule)
+        for own in module.crossbars()
+    }
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
