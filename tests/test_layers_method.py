@@ -1,5 +1,6 @@
 """Suppression, compensation and sweep on every kind of layer."""
 
+import copy
 import itertools
 import warnings
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from correctnet import (
     LogNormalVariation,
@@ -378,6 +379,37 @@ def test_the_sweep_varies_from_layer_i_on_in_the_order_of_execution(quiet):
         assert found.results[i].table["correct"].tolist() == counts, i
 
 
+def test_the_sweep_in_order_of_registration_with_parameters_by_name(quiet):
+    """The index of a named parameter is not its position, by which `first_layer` would leave it out."""
+
+    class Mixing(nn.Module):
+        analog_parameters = ("mix",)
+
+        def __init__(self):
+            super().__init__()
+            self.scale, self.mix = nn.Parameter(torch.ones(6)), nn.Parameter(torch.randn(6, 6))
+
+        def forward(self, x):
+            return torch.relu(x @ self.mix) * self.scale
+
+    torch.manual_seed(1)
+    network, x = nn.Sequential(nn.Linear(6, 6), Mixing(), Mixing()).eval(), torch.randn(50, 6)
+    index = {c.name: c.index for c in crossbars(network)}
+    assert index == {"0": 0, "1.mix": 1 + 3, "2.mix": 1 + 5}
+    with torch.no_grad():
+        labels = network(x).argmax(1)
+    found = find_candidates(network, (x, labels), HALF, chips=3, progress=False)
+    for i, result in found.results.items():
+        counts = []
+        for sample in result.table["sample"]:
+            twin = copy.deepcopy(network)
+            with torch.no_grad():
+                for each in crossbars(twin)[i - 1 :]:
+                    each.weight.copy_(HALF.sample(each.weight.detach().clone(), 0, each.index, int(sample)))
+                counts.append(int((twin(x).argmax(1) == labels).sum()))
+        assert result.table["correct"].tolist() == counts, i
+
+
 def test_the_sensitivity_of_each_weight_alone(quiet):
     network, data = tagger()
     table = sensitivity(network, data, HALF, chips=2, progress=False)
@@ -395,6 +427,32 @@ def test_suppression_lowers_the_norms_of_every_kind(quiet):
     falling = [name for name, norm in before.items() if norm > 1]
     assert len(falling) > 4
     assert all(after[name] < before[name] for name in falling), (before, after)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lambda m, name: prune.l1_unstructured(m, name, amount=0.3),
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+    ],
+)
+def test_suppression_of_derived_weights(derive, quiet):
+    network, data = tagger()
+    for name, own in (("conv", "weight"), ("recurrent", "weight_hh_l0"), ("attention", "in_proj_weight")):
+        derive(network.get_submodule(name), own)
+    with torch.no_grad():
+        network(data[0])
+    hand = {c.name: suppression.penalty([c.matrices(c.weight)], 0.34).item() for c in crossbars(network)}
+    trained = suppress(network, data, HALF, epochs=3, beta=0.05, learning_rate=0.01, progress=False)
+    after = {c.name: suppression.penalty([c.matrices(c.weight)], 0.34).item() for c in crossbars(trained)}
+    assert sum(after.values()) < 0.9 * sum(hand.values())
+    whole = fit_compensators(trained, {"conv": 2, "head": 1}, *data, HALF, epochs=1, quiet=True)
+    analog = convert(whole, HALF)
+    assert len(check_coverage(whole, analog, data[0][:4])) == len(ORDER)
 
 
 def test_the_search_leaves_out_what_cannot_be_compensated(quiet):

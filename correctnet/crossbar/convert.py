@@ -159,7 +159,8 @@ def copy_model(model: nn.Module, what: str = "convert") -> nn.Module:
     derived = {
         id(value): value.detach().clone()
         for module in model.modules()
-        for value in vars(module).values()
+        for held in vars(module).values()
+        for value in (held if isinstance(held, list) else [held])  # recurrent layers list their weights
         if isinstance(value, Tensor) and not value.is_leaf
     }
     try:

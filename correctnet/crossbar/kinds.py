@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 # The layers that were analog first: the addresses of their noise do not depend on other kinds.
 FIRST = (nn.Linear, nn.Conv2d)
@@ -112,6 +115,8 @@ class Crossbar(NamedTuple):
     @property
     def weight(self) -> Tensor:
         """The trained weights, also those that a parametrization derives, whichever chip is programmed."""
+        if (derived := _derived(self.module, self.parameter)) is not None:
+            return derived
         read = getattr(self.module, "nominal_of", None)
         return getattr(self.module, self.parameter) if read is None else read(self.parameter)
 
@@ -120,6 +125,18 @@ class Crossbar(NamedTuple):
         kind = kind_of(self.module)
         known = kind is not None and self.parameter in kind.parameters(self.module)
         return (kind.matrices if known else _rows)(self.module, self.parameter, weight)
+
+
+def _derived(module: nn.Module, name: str) -> Tensor | None:
+    """Derive a weight anew as torch's old functions do before each pass, whose weight belongs to the pass; or None."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name:
+            return hook.apply_mask(module)
+        if isinstance(hook, WeightNorm) and hook.name == name:
+            return hook.compute_weight(module)
+        if isinstance(hook, SpectralNorm) and hook.name == name:
+            return hook.compute_weight(module, do_power_iteration=False)
+    return None
 
 
 def crossbars(model: nn.Module) -> list[Crossbar]:

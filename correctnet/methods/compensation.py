@@ -13,7 +13,6 @@ z replaces y. Both are digital, hence free of variation. `correctnet.methods.com
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from correctnet.crossbar.convert import copy_model
 from correctnet.crossbar.kinds import crossbars
 from correctnet.errors import UserError, whole
 from correctnet.networks.blocks import Block, parameter_count
@@ -281,7 +281,7 @@ def compensate(
     for option in options:
         _check_option("an option", option, ("activation", "init", "pool"))
     _check_names(model, filters)
-    compensated = copy.deepcopy(model)
+    compensated = copy_model(model, "compensate")
     replaced: dict[int, Compensated] = {}
     for name, m in filters.items():
         original = compensated.get_submodule(name)
