@@ -70,6 +70,29 @@ def fails():
     raise RuntimeError("first line\\nsecond line")
 
 
+class Reader(nn.Module):
+    """Reads the rows of an image as words, by layers of several weights."""
+
+    analog_parameters = ("mix",)
+
+    def __init__(self, classes, channels, width):
+        super().__init__()
+        self.conv = nn.Conv1d(channels * width, 8, 3, padding=1)
+        self.mix = nn.Parameter(torch.eye(8) + torch.randn(8, 8) / 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.rows = nn.LSTM(8, 6, batch_first=True)
+        self.head = nn.Linear(6, classes)
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x.transpose(2, 3).flatten(1, 2))).transpose(1, 2) @ self.mix
+        x = x + self.attention(x, x, x)[0]
+        return self.head(self.rows(x)[0].mean(1))
+
+
+def reader(classes, channels, shape):
+    return Reader(classes, channels, shape[2])
+
+
 class Pair(Net):
     def forward(self, x):
         return super().forward(x), x
@@ -267,6 +290,29 @@ def test_all_stages_of_a_network_and_data_of_ones_own(study):
     for option in ((), ("--npz", "images.npz")):
         line = run("evaluate", "--model", "p", *option, "--chips", 1, "--out", "e5.csv", refused=True)
         assert line.startswith("error: images.npz: has changed (digest ")
+
+
+def test_all_stages_of_a_network_of_other_layers(study):
+    config_of(study, network={"factory": "own_network:reader"})
+    how = ("--config", "config.yaml", "--pair", "own", "--row", "correctnet", "--threads", 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run("pretrain", *how, "--out", "p")
+        run("suppress", *how, "--pretrained", "p", "--out", "s")
+        run("sweep", *how, "--pretrained", "p", "--base", "s", "--out", "w")
+        run("search", *how, "--base", "s", "--candidates", "w/candidates.json", "--limit", 0.5, "--out", "f")
+        run("compensate", *how, "--base", "s", "--found", "f/best.json", "--out", "c")
+        run("evaluate", *how, "--model", "c", "--chips", 3, "--out", "e.csv")
+        run("sensitivity", *how, "--model", "s", "--out", "sens.csv")
+    order = ["conv", "mix", "attention.in_proj_weight", "attention.out_proj"]
+    order += ["rows.weight_ih_l0", "rows.weight_hh_l0", "head"]
+    assert list(json.loads((study / "w" / "candidates.json").read_text())["accuracy"]) == order
+    assert set(json.loads((study / "f" / "best.json").read_text())["filters"]) <= {"conv", "head"}
+    assert list(dict.fromkeys(pd.read_csv(study / "sens.csv")["name"])) == order
+    listed = run("info", "s")
+    assert re.search(r"0 head +fused +3 x 6\n", listed)
+    assert re.search(r"5 rows\.weight_hh_l0 +unfused +24 x 6\n", listed)
+    assert re.search(r"6 mix +unfused +8 x 8", listed)
 
 
 def test_weights_are_not_trained_again(study):
