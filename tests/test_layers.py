@@ -691,6 +691,35 @@ def test_the_layers_beside_a_parameter_by_name_are_fused(inside):
         assert evaluate(convert(network, HALF, SEED), (x, labels), 4, progress=False).table.correct.tolist() == counts
 
 
+class Owned(nn.Conv1d):
+    """Has methods and attributes of its own, some under names that analog layers use."""
+
+    def __init__(self, name=None):
+        super().__init__(1, 2, 3)
+        if name:
+            setattr(self, name, "mine")
+
+    def margin(self):
+        return self.padding
+
+
+class Parted(Owned):
+    def crossbars(self):
+        return []
+
+
+@pytest.mark.parametrize("name", ["owner", "parameter", "chip", "variation", "nominal", "batch_axis", "parts"])
+def test_names_of_analog_layers_are_theirs(name):
+    assert convert(Owned("other"), HALF).margin() == (0,)
+    with pytest.raises(UserError, match=f"convert: the layer has an attribute '{name}', as analog layers do; rename"):
+        convert(Owned(name), HALF)
+    with pytest.raises(UserError, match=r"convert: 0 has an attribute 'crossbars', as analog layers do"):
+        convert(chain(Parted()), HALF)
+    holder = Holder()
+    holder.variation = holder.owner = "mine"  # modules that only hold a parameter have few names
+    assert convert(holder, HALF).owner == "mine"
+
+
 class Listed(nn.Module):
     def __init__(self):
         super().__init__()

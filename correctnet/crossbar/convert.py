@@ -111,18 +111,12 @@ def convert(
     if not kept:
         raise UserError(f"convert: the model has no layer left to convert{_instead(model)}")
     for name, found in kept.items():
-        layer = originals[name]
-        if clash := sorted(_OWN & {*vars(layer), *layer._parameters, *layer._buffers, *layer._modules}):
+        if clash := make_analog(found[0].module, found, variation, chip, originals[name]):
             raise UserError(
-                f"convert: {name or 'the layer'} has an attribute {clash[0]!r}, as analog layers do; rename it"
+                f"convert: {name or 'the layer'} has an attribute {clash!r}, as analog layers do; rename it"
             )
-        make_analog(found[0].module, found, variation, chip, layer)
     _warn_uncovered(copied, exclude)
     return copied
-
-
-# Attributes of analog layers, which would hide those of the user's layer.
-_OWN = {"variation", "layer_index", "chip", "parts", "plain", "varies", "nominal", "chip_weight"}
 
 
 def _within(name: str, parents: Iterable[str]) -> bool:

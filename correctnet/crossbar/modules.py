@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from correctnet.crossbar.chips import Chip
 from correctnet.crossbar.kinds import Crossbar, kind_of, plain_type
-from correctnet.crossbar.layers import ANALOG, AnalogLayer, AnalogModule, Part, is_reader, reader, traces
+from correctnet.crossbar.layers import ANALOG, AnalogLayer, AnalogModule, OnCrossbar, Part, is_reader, reader, traces
 from correctnet.devices.base import Variation
 from correctnet.errors import UserError
 from correctnet.reloading import survives_reload
@@ -188,16 +188,22 @@ def _remade(plain: type[nn.Module], readers: tuple[str, ...], single: bool) -> n
 
 def make_analog(
     module: nn.Module, crossbars: list[Crossbar], variation: Variation, chip: Chip, original: nn.Module
-) -> None:
-    """Turn a plain module, a copy of `original`, into an analog one in place, with these of its parameters."""
+) -> str | None:
+    """Turn a plain module, a copy of `original`, into an analog one in place, with these of its parameters.
+
+    Returns an attribute of the module that one of analog modules would hide, or that would hide one; None: there is
+    none. With one the module is left as it is.
+    """
     kind = kind_of(module)
     single = kind is not None and kind.parameters(module) == ("weight",)
     single = single and any(each.parameter == "weight" for each in crossbars)
     parts = [each for each in crossbars if not (single and each.parameter == "weight")]
     # A parametrization makes a class for each module, not to be kept for longer than that.
     make = analog_type.__wrapped__ if parametrize.is_parametrized(module) else analog_type
-    module.__class__ = make(type(module), tuple(each.parameter for each in parts), single)
-    module.chip = chip
+    analog = make(type(module), tuple(each.parameter for each in parts), single)
+    if clash := _own_names(analog) & _names(original):
+        return min(clash)
+    module.__class__, module.chip = analog, chip
     if single:
         module.variation, module._copied_from = variation, traces(original, "weight")
         (module.layer_index,) = (each.index for each in crossbars if each.parameter == "weight")
@@ -206,10 +212,26 @@ def make_analog(
             each.parameter: Part(module, each.parameter, variation, each.index, chip, traces(original, each.parameter))
             for each in parts
         }
+    return None
 
 
 OWN = ("variation", "layer_index", "chip", "parts", "_copied_from")
 """attributes of analog modules"""
+
+
+def _own_names(analog: type[AnalogModule]) -> set[str]:
+    """Return the names of what an analog class adds to its plain class, apart from what it replaces on purpose."""
+    kinds = [k for k in analog.__mro__ if issubclass(k, OnCrossbar | AnalogModule) and not issubclass(k, analog.plain)]
+    names = {name for kind in kinds for name in vars(kind) if not name.startswith("__")} | {"chip", "parts", "plain"}
+    names |= {"variation", "layer_index"} if issubclass(analog, OnCrossbar) else set()
+    return names - {"forward", "weight", "_update_flat_weights"}
+
+
+def _names(module: nn.Module) -> set[str]:
+    """Return the names of a module's attributes, and of those of its class that are the user's."""
+    kinds = [kind for kind in type(module).__mro__ if not kind.__module__.startswith("torch.") and kind is not object]
+    own = {*vars(module), *module._parameters, *module._buffers, *module._modules}
+    return own | {name for kind in kinds for name in vars(kind) if not name.startswith("__")}
 
 
 def make_plain(module: AnalogModule) -> None:
