@@ -105,7 +105,7 @@ PLANS = {
     "inception_v3": (96, 1, False),
     "googlenet": (35, 1, False),
     "convnext_tiny": (32, 1, False),
-    "VisionTransformer": (32, 7, True),
+    "VisionTransformer": (32, 5, True),
 }
 
 
@@ -116,7 +116,8 @@ PLANS = {
 def test_plans_compute_the_network(name):
     side, plans, rest = PLANS[name]
     torch.manual_seed(0)
-    options = OPTIONS | {"googlenet": {"init_weights": False, "aux_logits": False}}
+    # Without the heads that are for training: the images are too small for inception_v3's.
+    options = OPTIONS | {key: {"init_weights": False, "aux_logits": False} for key in ("googlenet", "inception_v3")}
     network = getattr(torchvisions.models(), name)(num_classes=10, **options.get(name, {}))
     if name == "VisionTransformer":  # its head is made of zeros
         nn.init.normal_(network.heads.head.weight, std=0.05)
