@@ -10,6 +10,9 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "LogNormalVariation": "devices.lognormal",
     "Variation": "devices.base",
+    "GaussianVariation": "devices.gaussian",
+    "Device": "devices.device",
+    "Protected": "devices.protected",
     "convert": "crossbar.convert",
     "chip": "crossbar.plain",
     "program": "crossbar.convert",

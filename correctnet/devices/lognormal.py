@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from correctnet.devices.base import KernelNoise, Variation
+from correctnet.devices.base import KernelNoise, Moments, Variation
 from correctnet.noise import draw, specification
 
 
@@ -67,6 +67,21 @@ class LogNormalVariation(Variation):
         """See `Variation.factor_moments`."""
         deviation = math.sqrt(math.expm1(self.sigma**2) * math.exp(self.sigma**2)) * math.exp(self.shift)
         return self.mean, deviation
+
+    def moments(self, weight: Tensor) -> Moments:
+        """See `Variation.moments`."""
+        mean, deviation = self.factor_moments()
+        w = weight.double()
+        return Moments(w * mean, w.abs() * deviation)
+
+    @property
+    def level(self) -> float:
+        """See `Variation.level`: sigma."""
+        return self.sigma
+
+    def at(self, level: float) -> LogNormalVariation:
+        """See `Variation.at`."""
+        return replace(self, sigma=level)
 
     @classmethod
     def from_settings(cls, settings: Any) -> LogNormalVariation:

@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from correctnet.noise import core, device, specification
+from correctnet.noise import arrays, core, device, specification
+from correctnet.noise.arrays import ArrayNoise
 
 
 def lognormal(
@@ -114,6 +115,29 @@ def noisy_weight(
         threads=torch.get_num_threads(),
     )
     return result.to(dtype)
+
+
+def programmed(noise: ArrayNoise, seed: int, layer: int, sample: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Draw a chip's weights whose noise arrays describe, rounded once from float32.
+
+    The fast twin of `correctnet.noise.arrays.programmed`. The result carries no gradient.
+
+    Args:
+        noise: of the layer.
+        seed, layer, sample: see `specification.words`.
+        dtype: of the result.
+
+    Returns:
+        The shape and device of `noise.mean`, contiguous.
+
+    Raises:
+        ValueError, UserError: an argument is outside its range, and see `core.status`.
+    """
+    core.checked()
+    drawn = torch.from_numpy(arrays.programmed(noise, seed, layer, sample)).to(noise.mean.device)
+    if dtype == torch.bfloat16:  # as the core rounds: subnormal numbers are zeros
+        drawn = torch.where(drawn.abs() < torch.finfo(torch.float32).tiny, 0 * drawn, drawn)
+    return drawn.movedim(-1, 1).to(dtype).contiguous()
 
 
 def _checked_noise(
