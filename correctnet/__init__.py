@@ -17,6 +17,7 @@ _PUBLIC = {
     "chip": "crossbar.plain",
     "program": "crossbar.convert",
     "programmed": "crossbar.convert",
+    "protect": "crossbar.protection",
     "noisy_linear": "crossbar.operators",
     "noisy_conv2d": "crossbar.operators",
     "check_coverage": "evaluation.coverage",

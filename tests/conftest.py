@@ -2,12 +2,14 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
+from instruction_sets import ISAS
 from torch import nn
 from workflows import prepare, snakemake
 
@@ -72,6 +74,23 @@ def _one_thread() -> None:
     # Before each test: a command that ran in this process leaves as many threads as the machine has cores. Two pools of
     # threads on two cores are slower than none, and one thread's sums are reproducible.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["numpy", *ISAS])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each set of instructions in turn, and the functions as they are without the core."""
+    if request.param == "numpy":
+        monkeypatch.setattr(core, "extension", None)
+        yield request.param
+        return
+    if not core.status().built:
+        pytest.skip("the C++ core was not built")
+    if request.param not in core.status().available:
+        pytest.skip(f"this machine has no {request.param}")
+    before = core.status().isa
+    core.extension.select_isa(request.param)
+    yield request.param
+    core.extension.select_isa(before)
 
 
 @pytest.fixture

@@ -174,6 +174,10 @@ def test_rows_of_a_work(measured, tmp_path):
             # The best loop is that against which the engine wins by least.
             least = min(by_pair[precision, against]["ratio"] for against in ("bf16", "float32"))
             assert by_pair[precision, "best"]["ratio"] == least
+    kinds = {row["kind"]: row for row in read["rows"] if row["work"] == "noise kinds"}
+    assert list(kinds) == ["lognormal", "lognormal, protected", "Gaussian", "Gaussian, stuck devices"]
+    for row in kinds.values():
+        assert row["relative_time"] == pytest.approx(kinds["lognormal"]["weights_per_s"] / row["weights_per_s"])
     for row in read["rows"]:
         if row["work"] == "tiny":
             assert row["chips"] == 3
@@ -207,6 +211,7 @@ def test_table_and_plots(measured, tmp_path):
     text = report.table(measured)
     assert "tiny: 3 chips × 70 images" in text
     assert "noise" in text
+    assert "Gaussian, stuck devices" in text
     assert max(map(len, text.splitlines())) <= 130
     report.check_plot(tmp_path / "p.svg")
     assert report.plot(measured, tmp_path / "p.svg") == [tmp_path / "p.svg", tmp_path / "p-scaling.svg"]

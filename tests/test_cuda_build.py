@@ -58,6 +58,7 @@ def dynamic_shared(tmp_path: Path) -> dict[str, int]:
     lines = [f'std::printf("conv<%s,{n}> %zu\\n", type, conv_shared_bytes({n}, kStages));' for n in (16, 64)]
     lines.append('std::printf("noisy_weight_in_order<%s> %zu\\n", type, in_order_shared_bytes());')
     most = "transposed_shared_bytes(kMostTile, kMostTile)"
+    lines.append('std::printf("array_weight<%s> %zu\\n", type, in_order_shared_bytes());')
     lines.append(f'std::printf("noisy_weight_transposed<%s> %zu\\n", type, {most});')
     body = "\n".join(f"    {line}" for line in lines)
     source.write_text(
@@ -163,7 +164,7 @@ def test_python_on_a_modelled_device(tmp_path: Path) -> None:
         dirs_exist_ok=True,
     )
     tests = ["test_gpu.py", "test_gpu_tensors.py"]
-    for name in (*tests, "conftest.py", "workflows.py"):
+    for name in (*tests, "conftest.py", "instruction_sets.py", "workflows.py"):
         shutil.copy(ROOT / "tests" / name, tmp_path)
     code = NOT_EDITABLE + f"import pytest; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', *{tests}]))"
     output = run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)})

@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from correctnet import LogNormalVariation, convert, evaluate, metrics
+from correctnet import LogNormalVariation, convert, evaluate, metrics, protect
 from correctnet.crossbar import operators as ops
 from correctnet.crossbar.convert import program, programmed
 from correctnet.crossbar.layers import analog_layers
 from correctnet.datasets.base import Split
 from correctnet.devices.base import Variation
+from correctnet.devices.device import Device, Gain
 from correctnet.engine import cuda
 from correctnet.engine.engine import Engine
 from correctnet.engine.lowering import METHODS
@@ -31,8 +32,8 @@ from correctnet.errors import UserError
 from correctnet.evaluation.montecarlo import EngineWarning
 from correctnet.methods import compensation
 from correctnet.networks.building import build
+from correctnet.noise import arrays, draw
 from correctnet.noise import device as gpu
-from correctnet.noise import draw
 from correctnet.precision import full_float32
 from correctnet.settings import Training
 from correctnet.training.loop import fit
@@ -472,3 +473,37 @@ def test_dropout_is_a_function_of_the_seed_and_the_global_generators_are_left() 
         found.append([p.detach().cpu() for p in model.parameters()])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
+
+
+# ---- devices of which moments are known -----------------------------------------------------------------------------
+
+
+def measured() -> Device:
+    return Device.preset("rram-wan-2022", gain=Gain(0.03, 0.02)).stuck(0.05, 0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(16, 6, 5, 5), (9, 33), (3, 1, 1, 1)])
+def test_weights_from_arrays_have_the_bits_of_the_cpu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    noise = measured().array_noise(normal(*shape).to(DEVICE), 2)
+    wanted = torch.from_numpy(arrays.programmed(noise, 5, 2, 7)).movedim(-1, 1).to(dtype)
+    assert torch.equal(draw.programmed(noise, 5, 2, 7, dtype).cpu(), wanted)
+    several = gpu.programmed(noise, gpu.on_device(5, DEVICE), torch.tensor([1, 7]), 2).cpu()
+    assert torch.equal(several[1], draw.programmed(noise, 5, 2, 7).cpu())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("protected", [False, True])
+def test_networks_on_measured_devices(method: str, protected: bool) -> None:
+    """All methods give the outputs of torch with the same chip."""
+    model, x = build("lenet5", 10, 1, seed=1).eval(), normal(5, 1, 32, 32)
+    analog = convert(model, LogNormalVariation(SIGMA) if protected else measured(), SEED).to(DEVICE)
+    if protected:
+        layers = {n: m.nominal for n, m in analog.named_modules() if m in analog_layers(analog)}
+        protect(analog, {name: weight.abs() > 0.05 for name, weight in layers.items()})
+    engine = Engine(analog, x[:2].to(DEVICE), method=method)
+    assert engine.on_gpu
+    found = engine.outputs(x.to(DEVICE), [3, 9])[1].cpu()
+    with programmed(analog, 9), torch.no_grad():
+        wanted = analog(x.to(DEVICE)).cpu()
+    assert (found - wanted).abs().max() <= 2e-5 * wanted.abs().max()

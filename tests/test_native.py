@@ -10,7 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from hypothesis_profile import examples
+from instruction_sets import ISAS
 from isolated import NOT_EDITABLE
 from scipy import stats
 from scipy.special import ndtri
@@ -33,7 +34,6 @@ from correctnet.noise import core, draw, specification
 
 _native = core.extension
 
-ISAS = ["portable", "avx2", "avx512", "avx512bf16", "amx"]
 PACKAGE = Path(core.__file__).parents[1]
 
 needs_core = pytest.mark.skipif(not core.status().built, reason="the C++ core was not built")
@@ -44,23 +44,6 @@ SIGMAS = -ndtri(0.5e-6)
 seeds = st.integers(-(2**63), 2**64 - 1)
 indices = st.integers(0, 2**32 - 1)
 once_per_isa = examples(60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture(params=["numpy", *ISAS])
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each set of instructions in turn, and the functions as they are without the core."""
-    if request.param == "numpy":
-        monkeypatch.setattr(core, "extension", None)
-        yield request.param
-        return
-    if not core.status().built:
-        pytest.skip("the C++ core was not built")
-    if request.param not in core.status().available:
-        pytest.skip(f"this machine has no {request.param}")
-    before = core.status().isa
-    core.extension.select_isa(request.param)
-    yield request.param
-    core.extension.select_isa(before)
 
 
 def expected_factor(shape: tuple[int, ...], *address: int, sigma: float, shift: float) -> torch.Tensor:
@@ -295,6 +278,13 @@ def truncated(noise: object, seed: int, sample: int, weight: int, out: int, chan
     np.ctypeslib.as_array(ctypes.cast(out, ctypes.POINTER(ctypes.c_uint16)), (channels,))[:] = words >> 16
 
 
+def array_bit_off(*arguments: object, out: int, channels: int, spread: int = 0, **options: object) -> None:
+    _native.noisy_weight(*arguments, out=out, channels=channels, spread=spread, **options)
+    if spread:
+        bits = np.ctypeslib.as_array(ctypes.cast(out, ctypes.POINTER(ctypes.c_uint32)), (channels,))
+        bits[channels // 2] ^= 1
+
+
 class WithoutNan:
     def __init__(self, *arguments: object) -> None:
         self.plan = _native.Plan(*arguments)
@@ -310,6 +300,7 @@ class WithoutNan:
 WRONG = {
     "factors": ("lognormal", one_bit_off),
     "rounding to bfloat16": ("noisy_weight", truncated),
+    "gaussian weights": ("noisy_weight", array_bit_off),
     "NaN and infinity": ("Plan", WithoutNan),
 }
 

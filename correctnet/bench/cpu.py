@@ -41,16 +41,19 @@ from correctnet.bench.workloads import (
     why_not_compiled,
 )
 from correctnet.crossbar.convert import convert
+from correctnet.devices.device import Faults
 from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.engine.engine import Engine
 from correctnet.errors import UserError
 from correctnet.evaluation.montecarlo import evaluate
 from correctnet.machine import cpu_name
-from correctnet.noise import core, draw, streams
+from correctnet.noise import arrays, core, draw, streams
+from correctnet.noise.arrays import ArrayNoise, FaultTable
 from correctnet.precision import Precision
 
 BATCHES = (64, 250, 1000, 2000)
 NOISE_WEIGHTS = 1 << 22
+KIND_WEIGHTS = 1 << 18
 PLAIN_SECONDS = 10.0  # time of a baseline in each round, about, unless all chips are requested
 
 
@@ -115,6 +118,29 @@ def noise_rates(rounds: int, weights: int = NOISE_WEIGHTS, seconds: float = 0.1)
     return {key: nominal.numel() / median(turn[key] for turn in taken) for key in ways}
 
 
+def kind_rates(rounds: int, weights: int = KIND_WEIGHTS, seconds: float = 0.1) -> dict[str, float]:
+    """Return the weights drawn a second on one thread by kind of noise, in float32, medians over `rounds`.
+
+    The kinds take turns, on arrays that stay in a cache.
+    """
+    weight = torch.randn(weights // 256, 256, generator=streams.torch_generator(0, "benchmark", "noise rates"))
+    mean, spread = arrays.rounded(weight, weight.abs() / 4)
+    outcomes = Faults(0.01, 0.002).outcomes("pair")
+    faults = {"faults": FaultTable.of(*outcomes), "reach": weight.abs().amax(1)}
+    given = {
+        "lognormal, protected": ArrayNoise(mean, torch.ones_like(mean), SIGMA),
+        "Gaussian": ArrayNoise(mean, spread),
+        "Gaussian, stuck devices": ArrayNoise(mean, spread, **faults),
+    }
+    ways: dict[str, Callable[[], object]] = {"lognormal": lambda: draw.noisy_weight(weight, 0, 0, 0, SIGMA)}
+    ways |= {kind: (lambda noise=noise: draw.programmed(noise, 0, 0, 0)) for kind, noise in given.items()}  # type: ignore[misc]
+    with torch.inference_mode(), torch_threads(1):
+        for way in ways.values():
+            way()
+        taken = [{key: seconds_of(way, seconds) for key, way in ways.items()} for _ in range(rounds)]
+    return {key: weights / median(turn[key] for turn in taken) for key in ways}
+
+
 # ---- the measurements -----------------------------------------------------------------------------------------------
 
 
@@ -162,7 +188,7 @@ def measure(
     sampler = noise_rates(rounds)
     machine = Machine(threads, {name: sampler[name, "core"] for name in PRECISIONS})
     alone = {name: peak(precision, 1) for name, precision in PRECISIONS.items()}
-    rows = _noise_rows(sampler, rounds) if noise else []
+    rows = _noise_rows(sampler, rounds) + _kind_rows(kind_rates(rounds), rounds) if noise else []
     reason = None
     if compiles and workloads:
         reason = why_not_compiled()
@@ -309,6 +335,15 @@ def _noise_rows(rates: dict[tuple[str, str], float], rounds: int) -> list[Row]:
         }
         for p in PRECISIONS
         for against in ("best", *PRECISIONS)
+    ]
+
+
+def _kind_rows(rates: dict[str, float], rounds: int) -> list[Row]:
+    """Return a row for each kind of noise: weights_per_s on one thread, and its time relative to the lognormal's."""
+    about = {"work": "noise kinds", "precision": "float32", "threads": 1, "rounds": rounds}
+    return [
+        {**about, "kind": kind, "weights_per_s": rate, "relative_time": rates["lognormal"] / rate}
+        for kind, rate in rates.items()
     ]
 
 

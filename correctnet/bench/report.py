@@ -30,7 +30,8 @@ def table(measured: dict[str, Any]) -> str:
     for row in measured["rows"]:
         of_work.setdefault(row["work"], []).append(row)
     for name, rows in of_work.items():
-        shown = {"noise": _noise_table, "scaling": _scaling_table}.get(name, _work_table)
+        tables = {"noise": _noise_table, "noise kinds": _kinds_table, "scaling": _scaling_table}
+        shown = tables.get(name, _work_table)
         lines += ["", *shown(rows)]
     if any("limit_images_per_s" in row for row in measured["rows"]):
         lines += [
@@ -77,6 +78,14 @@ def _noise_table(rows: list[Row]) -> list[str]:
     ]
 
 
+def _kinds_table(rows: list[Row]) -> list[str]:
+    return [
+        "kinds of noise: millions of weights a second on one thread, float32 in a cache",
+        f"  {'':<26}{'core':>8}{'time':>8}",
+        *(f"  {row['kind']:<26}{row['weights_per_s'] / 1e6:>8,.0f}{row['relative_time']:>7.2f}×" for row in rows),
+    ]
+
+
 def _scaling_table(rows: list[Row]) -> list[str]:
     return [
         "scaling: LeNet-5 in bf16",
@@ -107,7 +116,7 @@ def plot(measured: dict[str, Any], path: Path) -> list[Path]:
 
     written = []
     scaling = [row for row in measured["rows"] if row["work"] == "scaling"]
-    rates = [row for row in measured["rows"] if row["work"] != "scaling"]
+    rates = [row for row in measured["rows"] if row["work"] not in ("scaling", "noise kinds")]
     with plt.rc_context(figures.STYLE):
         for rows, draw, to in (
             (rates, _draw_rates, path),

@@ -23,7 +23,7 @@ from correctnet.crossbar.chips import Chip
 from correctnet.crossbar.convert import chip_of, programmed
 from correctnet.crossbar.layers import AnalogModule, CoverageWarning, OnCrossbar, analog_layers, analog_names
 from correctnet.datasets.inputs import Inputs, called, described
-from correctnet.devices.base import kernel_noise
+from correctnet.devices.base import drawn_by_kernels
 from correctnet.errors import UserError, one_line
 
 # Where a chip changes no weight by more than this fraction, its outputs may round to the nominal ones.
@@ -256,7 +256,7 @@ def check_reached(
 def _check_device(layers: Iterable[OnCrossbar], sample: int) -> None:
     """Check that a user's device model returns weights, the same at each call, and does not change the nominal ones."""
     for layer in layers:
-        if kernel_noise(layer.variation) is not None:
+        if drawn_by_kernels(layer.variation):
             continue
         kept, found = layer.nominal.detach().clone(), []
         for _ in range(2):

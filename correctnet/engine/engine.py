@@ -35,7 +35,7 @@ from correctnet.crossbar.convert import chip_of, programmed
 from correctnet.crossbar.layers import OnCrossbar, analog_layers, analog_names
 from correctnet.crossbar.probe import left_alone, run
 from correctnet.datasets.inputs import Inputs
-from correctnet.devices.base import kernel_noise
+from correctnet.devices.base import has_arrays, kernel_noise
 from correctnet.engine.lowering import METHODS, Lowering, Method, PlanStep, TorchStep
 from correctnet.engine.report import Report, report_of
 from correctnet.engine.trace import Unsupported, argument, call, in_place, trace
@@ -109,6 +109,11 @@ class Engine:
         for layer in self._nominal:
             if layer.owner._parameters.get(layer.parameter) is None:
                 raise Unsupported("method 'library' cannot replace weights that pruning or a parametrization derives")
+        self._arrays = {
+            m: m.variation.array_noise(weight, m.layer_index)
+            for m, weight in self._nominal.items()
+            if has_arrays(m.variation)
+        }
         self.report = report_of(graph, self._steps, self.library)
         self._whole = self._steps[0] if len(self._steps) == 1 and isinstance(self._steps[0], PlanStep) else None
         self.whole = self._whole is not None
@@ -314,12 +319,13 @@ class Engine:
         """Draw the noisy weights of the `i`-th of the chips, `sample`, in the engine's precision."""
         dtype, found = torch.bfloat16 if self._precision == "bfloat16" else torch.float32, {}
         for layer, weight in self._nominal.items():
-            noise = kernel_noise(layer.variation)
-            if noise is None:
-                found[layer] = layer.variation.sample(weight, self._chip.seed, layer.layer_index, sample)
-            else:
-                address = seed, chips[i : i + 1], layer.layer_index
+            noise, address = kernel_noise(layer.variation), (seed, chips[i : i + 1], layer.layer_index)
+            if noise is not None:
                 found[layer] = gpu.noisy_weight(weight, *address, *noise, dtype=dtype)[0]
+            elif layer in self._arrays:
+                found[layer] = gpu.programmed(self._arrays[layer], *address, dtype)[0]
+            else:
+                found[layer] = layer.variation.sample(weight, self._chip.seed, layer.layer_index, sample)
         return found
 
     @property

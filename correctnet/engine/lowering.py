@@ -23,6 +23,7 @@ from correctnet.engine.operations import Op, op_of
 from correctnet.engine.trace import Traced, changed_by, read_by, shape_of
 from correctnet.noise import core
 from correctnet.noise import device as gpu
+from correctnet.noise.arrays import in_order
 from correctnet.precision import Precision
 from correctnet.reloading import survives_reload
 
@@ -264,7 +265,7 @@ class Lowering:
 
     def varied(self, node: fx.Node, first_layer: int) -> dict[str, OnCrossbar]:
         """Return the weights that a step reads and that differ from chip to chip, by name, see `read_by`."""
-        return {name: own for name, own in read_by(self.root, node).items() if _noise(own, first_layer)}
+        return {name: own for name, own in read_by(self.root, node).items() if _varies(own, first_layer)}
 
     def cost(self, node: fx.Node) -> tuple[float, int]:
         """Return (FLOP an image, weights) of a step that is one convolution or linear layer, otherwise zeros."""
@@ -350,23 +351,23 @@ class Lowering:
             chain.shift = chain.shift + chain.scale * _bias(layer)
             return plan.conv(
                 x[0],
-                nominal_weight(layer).detach().permute(0, 2, 3, 1).contiguous().cpu().numpy(),
                 stride=layer.stride,
                 padding=padding,
                 dilation=layer.dilation,
                 groups=layer.groups,
-                noise=_noise(layer, first_layer),
                 pointwise=chain.pointwise(),
                 pool=pool,
+                **_weights(layer, first_layer),
             )
         if op.kind == "linear":
             layer = op.detail
             chain.shift = chain.shift + chain.scale * _bias(layer)
-            weight = nominal_weight(layer).detach().contiguous().cpu().numpy()
-            maps = {"noise": _noise(layer, first_layer), "pointwise": chain.pointwise()}
-            if op.last:  # on each token
-                return plan.conv(x[0], weight[:, None, None], **maps)
-            return plan.linear(x[0], weight, **maps)
+            weights = _weights(layer, first_layer)
+            if not op.last:
+                return plan.linear(x[0], pointwise=chain.pointwise(), **weights)
+            for name in {"weight", "spread"} & set(weights):  # on each token
+                weights[name] = weights[name][:, None, None]
+            return plan.conv(x[0], pointwise=chain.pointwise(), **weights)
         if op.kind in ("layer_norm", "group_norm"):
             *how, chain.scale, chain.shift = op.detail
             return getattr(plan, op.kind)(x[0], *how, chain.pointwise())
@@ -417,11 +418,26 @@ def _bias(layer: nn.Module) -> np.ndarray | float:
     return 0.0 if layer.bias is None else layer.bias.detach().double().cpu().numpy()
 
 
-def _noise(layer: nn.Module | OnCrossbar, first_layer: int) -> Any:
-    """Return the noise of a layer's weights, or a device model that the core cannot draw; None if nominal."""
+def _varies(layer: nn.Module | OnCrossbar, first_layer: int) -> bool:
+    """Return whether the layer's weights differ from chip to chip."""
     if not isinstance(layer, OnCrossbar) or layer.layer_index < first_layer:
-        return None
+        return False
     noise = kernel_noise(layer.variation)
-    if noise is None:
-        return layer.variation
-    return core.layer_noise(layer.layer_index, *noise) if any(noise) else None
+    return noise is None or any(noise)
+
+
+def _weights(layer: nn.Module, first_layer: int) -> dict[str, Any]:
+    """Return the arguments of a plan's layer that say what its weights are, in the order (out, *kernel, in)."""
+
+    def array(tensor: Tensor) -> np.ndarray:
+        return in_order(tensor.detach()).cpu().numpy()
+
+    weight = nominal_weight(layer)
+    if not _varies(layer, first_layer):
+        return {"weight": array(weight)}
+    index, noise = layer.layer_index, kernel_noise(layer.variation)
+    if noise is not None:
+        return {"weight": array(weight), "noise": core.layer_noise(index, *noise)}
+    arrays = layer.variation.array_noise(weight, index)
+    found = {"weight": array(arrays.mean), "noise": core.array_noise(index, arrays), "spread": array(arrays.spread)}
+    return found if arrays.reach is None else {**found, "reach": arrays.reach.cpu().numpy()}

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from correctnet.crossbar.layers import AnalogConv2d, AnalogLayer, AnalogLinear, AnalogModule, nominal_weight
-from correctnet.devices.base import kernel_noise
+from correctnet.devices.base import drawn_by_kernels
 from correctnet.engine.activations import ACTIVATIONS, function_activation, module_activation
 from correctnet.engine.trace import bind, changed_by, hooked, shape_of
 from correctnet.reloading import survives_reload
@@ -82,7 +82,7 @@ def _module_op(node: fx.Node, module: nn.Module) -> Op | None:
         return None
     x, kind = node.args[0], type(module)
     shape = shape_of(x)
-    if isinstance(module, AnalogLayer) and kernel_noise(module.variation) is None:
+    if isinstance(module, AnalogLayer) and not drawn_by_kernels(module.variation):
         return None
     if kind in (nn.Conv2d, AnalogConv2d, nn.Linear, AnalogLinear) and nominal_weight(module).numel() == 0:
         return None

@@ -19,10 +19,15 @@ from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from correctnet.errors import UserError
+
+if TYPE_CHECKING:
+    from correctnet.noise.arrays import ArrayNoise
 
 
 def keeps_subnormals() -> bool:
@@ -48,6 +53,22 @@ KNOWN_FACTORS = (
         0x0395088F,
     ),
 )
+# Known answers of noise that arrays describe: (kind, whether there are faults), and the CRC-32 of the bits that a chip
+# has of the weights of `array_question`.
+KNOWN_ARRAYS = {
+    ("gaussian", False): 0x70A77C13,
+    ("gaussian", True): 0xD9EF61CD,
+    ("lognormal", False): 0x43B4CC45,
+    ("lognormal", True): 0x2CEEA910,
+}
+KNOWN_FAULTS = {
+    "thresholds": (-1, 300000000, 700000000, 1000000000, 1400000000),
+    "keep": (1.0, 0.0, 0.0, 0.0, 0.5, 1.0),
+    "move": (0.0, 0.0, 1.0, -1.0, 0.5, 0.0),
+    "signed": True,
+    "chip_gain": 0.0625,
+    "column_gain": 0.125,
+}
 # float32 bits and the bfloat16 bits that they round to: ties to even, overflow to infinity, subnormal numbers to zero.
 _ROUNDED = {
     0x3F808000: 0x3F80,
@@ -163,6 +184,9 @@ def _wrong_answer(core: ModuleType, isa: str) -> str | None:
     )
     if rounded[:-1].tolist() != list(_ROUNDED.values()) or rounded[-1] & 0x7FFF <= 0x7F80:
         return f"rounding to bfloat16, {isa}"
+    for (kind, faults), crc in KNOWN_ARRAYS.items():
+        if _array_answer(core, kind, faults) != crc:
+            return f"{kind} weights, {isa}"
     plan = core.Plan("float32", 1, 2, 2)
     value = plan.conv(0, np.ones((1, 1, 1, 1), np.float32), pointwise=core.Pointwise(activation="relu"), pool=True)
     plan.finish(value)
@@ -171,6 +195,30 @@ def _wrong_answer(core: ModuleType, isa: str) -> str | None:
     if not np.array_equal(outputs, np.array([np.nan, 0, 4], np.float32), equal_nan=True):
         return f"NaN and infinity, {isa}"
     return None
+
+
+def array_question(kind: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return mean and spread of the weights that `KNOWN_ARRAYS` is about, one row."""
+    i = np.arange(333, dtype=np.float32)
+    mean, spread = (i - 166) / 64, i % 7 / 8
+    if kind == "lognormal":
+        spread = (spread > 0).astype(np.float32)
+    return mean, np.where(i % 11 == 0, np.float32(-0.0), spread)
+
+
+def _array_answer(core: ModuleType, kind: str, faults: bool) -> int:
+    """The CRC-32 of the core's answer to `array_question`."""
+    (mean, spread), reach = array_question(kind), np.full(1, 1.5, np.float32)
+    drawn = np.zeros(len(mean), np.float32)
+    given = core.Faults(**KNOWN_FAULTS) if faults else None
+    noise = core.Noise.gaussian(3, given) if kind == "gaussian" else core.Noise.spread(3, 0.5, -0.125, given)
+    addresses = {"weight": mean, "out": drawn, "spread": spread, "reach": reach}
+    core.noisy_weight(
+        *(noise, 42, 7),
+        **{"rows": 1, "taps": 1, "channels": len(mean), "channels_last": True, "threads": 1, "bfloat16": False},
+        **{name: array.ctypes.data for name, array in addresses.items()},
+    )
+    return zlib.crc32(drawn.astype("<f4").tobytes())
 
 
 def loaded() -> ModuleType | None:
@@ -186,6 +234,16 @@ def loaded() -> ModuleType | None:
     except RuntimeError as error:
         raise UserError(str(error)) from None
     return extension
+
+
+def array_noise(layer: int, noise: ArrayNoise) -> object:
+    """Make the extension's description of one layer's noise that reads arrays, without the arrays."""
+    faults, t = None, noise.faults
+    if t is not None:
+        faults = extension.Faults(t.thresholds, t.keep, t.move, t.signed, t.chip_gain, t.column_gain)
+    if noise.sigma is None:
+        return extension.Noise.gaussian(layer, faults)
+    return extension.Noise.spread(layer, noise.sigma, noise.shift, faults)
 
 
 def layer_noise(layer: int, sigma: float, shift: float) -> object:

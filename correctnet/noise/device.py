@@ -23,6 +23,7 @@ from torch import Tensor
 
 from correctnet.errors import UserError
 from correctnet.noise import core, specification
+from correctnet.noise.arrays import ArrayNoise, in_order
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,51 @@ def noisy_weight(
         stream=stream(weight.device),
     )
     return result.movedim(-1, 2) if last else result
+
+
+def programmed(
+    noise: ArrayNoise, seed: Tensor, samples: Tensor, layer: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Draw each chip's weights from arrays: the twin of `draw.programmed` for tensors on the device.
+
+    Args:
+        noise: of the layer, on the device.
+        seed, samples: () and (S,) int64, on any device.
+        layer: see `draw.programmed`.
+        dtype: of the result, float32 or bfloat16.
+
+    Returns:
+        (S, *noise.mean.shape), rounded once from float32.
+
+    Raises:
+        UserError: the device runs out of memory.
+    """
+    place = noise.mean.device
+    chips = on_device(samples, place).to(torch.uint32)
+    seed = on_device(seed, place)
+    with memory_errors("noisy weights", f"memory left for those of {len(chips)} chips"):
+        mean, spread = in_order(noise.mean), in_order(noise.spread)
+        result = torch.empty((len(chips), *mean.shape), dtype=dtype, device=place)
+    rows, *kernel, channels = mean.shape
+    reach = None if noise.reach is None else noise.reach.contiguous()
+    kernels().noisy_weight(
+        weight=mean.data_ptr(),
+        out=result.data_ptr(),
+        bfloat16=dtype == torch.bfloat16,
+        rows=rows,
+        taps=math.prod(kernel),
+        channels=channels,
+        channels_last=True,
+        seed=seed.data_ptr(),
+        samples=chips.data_ptr(),
+        sample_count=len(chips),
+        noise=core.array_noise(layer, noise),
+        device=number(place),
+        stream=stream(place),
+        spread=spread.data_ptr(),
+        reach=0 if reach is None else reach.data_ptr(),
+    )
+    return result.movedim(-1, 2)
 
 
 def on_device(numbers: int | Sequence[int] | Tensor, device: torch.device) -> Tensor:

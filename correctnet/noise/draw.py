@@ -5,6 +5,7 @@ All three compute the bits of `correctnet.noise.specification`.
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import Literal
 
@@ -133,11 +134,39 @@ def programmed(noise: ArrayNoise, seed: int, layer: int, sample: int, dtype: tor
     Raises:
         ValueError, UserError: an argument is outside its range, and see `core.status`.
     """
-    core.checked()
-    drawn = torch.from_numpy(arrays.programmed(noise, seed, layer, sample)).to(noise.mean.device)
-    if dtype == torch.bfloat16:  # as the core rounds: subnormal numbers are zeros
-        drawn = torch.where(drawn.abs() < torch.finfo(torch.float32).tiny, 0 * drawn, drawn)
-    return drawn.movedim(-1, 1).to(dtype).contiguous()
+    extension, place = core.checked(), noise.mean.device
+    specification.address(seed, layer, sample, noise.mean.numel(), 0, 0)
+    bfloat16 = dtype == torch.bfloat16
+    if noise.mean.numel() == 0:
+        return noise.mean.to(dtype)
+    if place.type != "cpu" and device.reaches(place):
+        address = device.on_device(seed, place), device.on_device([sample], place), layer
+        drawn = device.programmed(noise, *address, torch.bfloat16 if bfloat16 else torch.float32)[0]
+        return drawn.to(dtype).contiguous()
+    if extension is None or place.type != "cpu":
+        drawn = torch.from_numpy(arrays.programmed(noise, seed, layer, sample)).to(place)
+        if bfloat16:  # as the core rounds: subnormal numbers are zeros
+            drawn = torch.where(drawn.abs() < torch.finfo(torch.float32).tiny, 0 * drawn, drawn)
+        return drawn.movedim(-1, 1).to(dtype).contiguous()
+    mean, spread = arrays.in_order(noise.mean), arrays.in_order(noise.spread)
+    out = torch.empty(mean.shape, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+    rows, *kernel, channels = mean.shape
+    extension.noisy_weight(
+        core.array_noise(layer, noise),
+        seed & 0xFFFFFFFFFFFFFFFF,
+        sample,
+        rows=rows,
+        taps=math.prod(kernel),
+        channels=channels,
+        channels_last=True,
+        weight=mean.data_ptr(),
+        out=out.data_ptr(),
+        bfloat16=bfloat16,
+        threads=torch.get_num_threads(),
+        spread=spread.data_ptr(),
+        reach=0 if noise.reach is None else noise.reach.contiguous().data_ptr(),
+    )
+    return out.movedim(-1, 1).to(dtype).contiguous()
 
 
 def _checked_noise(

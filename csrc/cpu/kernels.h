@@ -89,6 +89,8 @@ struct PackJob {
   const Panel* panels;
   int panel_count;
   char* packed;  // as in ConvJob
+  const float* spread = nullptr;  // of each weight and of each output, where the noise's kind reads them (`Nominal`)
+  const float* reach = nullptr;
 };
 
 // Max- or average-pool: y[i][j] is taken over rows[i].first <= h < rows[i].last and the columns likewise.

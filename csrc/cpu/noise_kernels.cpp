@@ -1,6 +1,7 @@
 #include "cpu/noise_kernels.h"
 
 #include <algorithm>
+#include <stdexcept>
 #include <type_traits>
 #include <vector>
 
@@ -45,19 +46,26 @@ void lognormal(const Noise& noise, int64_t first, int64_t count, float* out, int
 }
 
 template <class T>
-void noisy_weight(const Noise& noise, const WeightShape& shape, const float* weight, T* out, int threads) {
+void noisy_weight(const Noise& noise, const WeightShape& shape, Nominal nominal, T* out, int threads) {
   const NoiseKernels& kernels = noise_kernels(selected_isa());
   const int64_t row = std::max<int64_t>(1, shape.taps * shape.channels), grain = (kThreadWork + row - 1) / row;
+  nominal.row = row;
+  if (noise.kind != NoiseKind::factor) {
+    if (!shape.channels_last && shape.taps > 1 && shape.channels > 1)
+      throw std::invalid_argument("noisy_weight: noise that is no factor needs channels last");
+    if (!nominal.spread || (noise.faults.any && !nominal.reach))
+      throw std::invalid_argument("noisy_weight: an array that the noise reads is missing");
+  }
   share(shape.rows, grain, threads, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(shape.channels_last ? 0 : 2 * row);
     if constexpr (std::is_same_v<T, float>)
-      kernels.noisy_float32(noise, shape, begin, end, weight, out, scratch.data());
+      kernels.noisy_float32(noise, shape, begin, end, nominal, out, scratch.data());
     else
-      kernels.noisy_bfloat16(noise, shape, begin, end, weight, out, scratch.data());
+      kernels.noisy_bfloat16(noise, shape, begin, end, nominal, out, scratch.data());
   });
 }
 
-template void noisy_weight(const Noise&, const WeightShape&, const float*, float*, int);
-template void noisy_weight(const Noise&, const WeightShape&, const float*, uint16_t*, int);
+template void noisy_weight(const Noise&, const WeightShape&, Nominal, float*, int);
+template void noisy_weight(const Noise&, const WeightShape&, Nominal, uint16_t*, int);
 
 }  // namespace correctnet

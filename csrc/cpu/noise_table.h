@@ -23,17 +23,17 @@ void multiply(const float* weight, const float* factor, int64_t count, T* out) {
 }
 
 template <class T>
-void noisy(const Noise& noise, const WeightShape& shape, int64_t first_row, int64_t last_row, const float* weight, T* out,
-           float* scratch) {
+void noisy(const Noise& noise, const WeightShape& shape, int64_t first_row, int64_t last_row, const Nominal& nominal,
+           T* out, float* scratch) {
   const int64_t taps = shape.taps, channels = shape.channels, size = taps * channels;
   if (shape.channels_last || taps == 1 || channels == 1)
-    return noise_fill(weight, first_row * size, (last_row - first_row) * size, noise, out + first_row * size);
+    return noise_fill(nominal, first_row * size, (last_row - first_row) * size, noise, out + first_row * size);
   float* in_memory_order = scratch + size;
   for (int64_t row = first_row; row < last_row; ++row) {
     noise_fill(nullptr, row * size, size, noise, scratch);
     for (int64_t t = 0; t < taps; ++t)
       for (int64_t c = 0; c < channels; ++c) in_memory_order[c * taps + t] = scratch[t * channels + c];
-    multiply(weight + row * size, in_memory_order, size, out + row * size);
+    multiply(nominal.weight + row * size, in_memory_order, size, out + row * size);
   }
 }
 

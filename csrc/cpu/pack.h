@@ -38,16 +38,22 @@ CN_INLINE Order order_of(const ConvShape& shape, const Panel& panel, int output,
   return {shape.kernel_w, channels, shape.kernel_w * tap, tap, conv_group * channels - panel.slot * slot_channels};
 }
 
+CN_INLINE Nominal nominal_of(const PackJob& job) {
+  const ConvShape& shape = *job.shape;
+  const int64_t row = int64_t(shape.kernel_h) * shape.kernel_w * (shape.channels / shape.conv_groups);
+  return {job.weight, job.spread, job.reach, row};
+}
+
 CN_INLINE void draw(const PackJob& job, int64_t first, int count, float* out) {
   if (job.noise)
-    noise_fill(job.weight, first, count, *job.noise, out);
+    noise_fill(nominal_of(job), first, count, *job.noise, out);
   else
     memcpy(out, job.weight + first, count * sizeof(float));
 }
 
 CN_INLINE void draw(const PackJob& job, int64_t first, int count, uint16_t* out) {
   if (job.noise) {
-    noise_fill(job.weight, first, count, *job.noise, out);
+    noise_fill(nominal_of(job), first, count, *job.noise, out);
   } else {
     for (int i = 0; i < count; ++i) out[i] = noise::bfloat16(job.weight[first + i]);
   }

@@ -203,6 +203,14 @@ void make_noisy(const NoisyWeights& job, cudaStream_t stream) {
   p.out = job.out;
   p.shape = job.shape;
   const auto [rows, taps, channels, channels_last] = job.shape;
+  if (job.noise.kind != NoiseKind::factor) {
+    const int64_t row = taps * channels, size = rows * row;
+    const ArrayWeightArguments a = {job.noise, job.chips, job.weight, job.spread, job.reach, job.out, size, row};
+    const dim3 grid = {unsigned(std::clamp<int64_t>(divide_up(size, 4 * kWeightThreads), 1, 1 << 12)),
+                       unsigned(job.chips.count)};
+    check(launch(array_weight<T>, grid, kWeightThreads, in_order_shared_bytes(), stream, a), "noisy weights");
+    return;
+  }
   if (channels_last || taps == 1) {
     const int64_t size = rows * taps * channels;
     const dim3 grid = {unsigned(std::clamp<int64_t>(divide_up(size, 4 * kWeightThreads), 1, 1 << 12)),
@@ -225,6 +233,12 @@ void noisy_weight(const NoisyWeights& job) {
   const OnDevice current(job.device);
   const int64_t size = job.shape.rows * job.shape.taps * job.shape.channels, most = Device(job.device).most_samples;
   if (!size) return;
+  if (job.noise.kind != NoiseKind::factor) {
+    if (!job.shape.channels_last && job.shape.taps > 1 && job.shape.channels > 1)
+      throw std::invalid_argument("noisy_weight: noise that is no factor needs channels last");
+    if (!job.weight || !job.spread || (job.noise.faults.any && !job.reach))
+      throw std::invalid_argument("noisy_weight: an array that the noise reads is missing");
+  }
   const auto stream = static_cast<cudaStream_t>(job.stream);
   for (int64_t first = 0; first < job.chips.count; first += most) {
     NoisyWeights part = job;
@@ -238,6 +252,7 @@ void noisy_weight(const NoisyWeights& job) {
 }
 
 void convolve(const LayerRun& run) {
+  if (run.noise.kind != NoiseKind::factor) throw std::invalid_argument("conv: the noise of a single layer is a factor");
   const auto out = [](int in, int kernel, int stride, int padding, int dilation) {
     return (in + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
   };
@@ -297,7 +312,7 @@ namespace {
 
 // Arrays of an operation on the device.
 struct Arrays {
-  Memory weight, scale, shift, after_scale, after_shift, rows, cols;
+  Memory weight, spread, reach, scale, shift, after_scale, after_shift, rows, cols;
   Channelwise epilogue = {};
 };
 
@@ -342,6 +357,13 @@ int origin(const std::vector<Taps>& taps, int stride, int dilation) {
 
 }  // namespace
 
+namespace {
+
+// Whether the noisy weights of an operation are written to memory; those of noise that is no factor always are.
+bool materialised(const Operation& op, bool asked) { return asked || op.noise->kind != NoiseKind::factor; }
+
+}  // namespace
+
 Engine::Impl::Impl(const Plan::Impl& plan, int number)
     : device(number), type(plan.type), values(plan.values), output(plan.output) {
   if (output < 0) throw std::invalid_argument("cuda: the plan is not finished");
@@ -366,6 +388,8 @@ Engine::Impl::Impl(const Plan::Impl& plan, int number)
            in.width,    s.out_h,    s.out_w,    s.kernel_h,
            s.kernel_w,  s.stride_h, s.stride_w, origin(source->rows, s.stride_h, s.dilation_h),
            origin(source->cols, s.stride_w, s.dilation_w), s.dilation_h, s.dilation_w};
+      a.spread = upload(source->spread);
+      a.reach = upload(source->reach);
       if (op.noise || type == Type::float32) {
         a.weight = upload(source->weight);
       } else {
@@ -433,17 +457,15 @@ Places Engine::Impl::places(int64_t count, int64_t samples, bool materialise) co
       taken[at] = {bytes, end[i]};
       for (auto it = taken.begin(); it != taken.end();) it = it->second.second <= i ? taken.erase(it) : std::next(it);
     }
-  if (materialise) {
-    places.weights = places.bytes;
-    size_t most = 0;
-    for (int i = 0; i < n; ++i)
-      if (operations[i].noise) {
-        const Geometry& g = geometry[i];
-        const size_t weights = size_t(g.outputs) * g.kernel_h * g.kernel_w * (g.channels / g.groups);
-        most = std::max(most, aligned(samples * weights * (type == Type::float32 ? 4 : 2)));
-      }
-    places.bytes += most;
-  }
+  places.weights = places.bytes;
+  size_t most = 0;
+  for (int i = 0; i < n; ++i)
+    if (operations[i].noise && materialised(operations[i], materialise)) {
+      const Geometry& g = geometry[i];
+      const size_t weights = size_t(g.outputs) * g.kernel_h * g.kernel_w * (g.channels / g.groups);
+      most = std::max(most, aligned(samples * weights * (type == Type::float32 ? 4 : 2)));
+    }
+  places.bytes += most;
   return places;
 }
 
@@ -528,15 +550,19 @@ void Engine::Impl::run_operation(const Step& step, int index) const {
       p.y_stride = stride(index);
       p.float_out = out.float_out;
       p.epilogue = a.epilogue;
-      set_weights<T>(p, a.weight.get(), op.noise && !step.run.materialise, true);
+      const bool written = op.noise && materialised(op, step.run.materialise);
+      set_weights<T>(p, a.weight.get(), op.noise && !written, true);
       if (op.noise) {
         p.noise = *op.noise;
         p.chips = step.chips;
-        if (step.run.materialise) {
+        if (written) {
           void* const weights = static_cast<char*>(step.run.workspace) + step.places.weights;
           const WeightShape shape = {geometry[index].outputs, p.taps, p.in, true};
-          make_noisy<T>({static_cast<const float*>(a.weight.get()), weights, sizeof(T) == 2, shape, step.chips, *op.noise},
-                        step.stream);
+          NoisyWeights job = {static_cast<const float*>(a.weight.get()), weights, sizeof(T) == 2, shape, step.chips,
+                              *op.noise};
+          job.spread = static_cast<const float*>(a.spread.get());
+          job.reach = static_cast<const float*>(a.reach.get());
+          make_noisy<T>(job, step.stream);
           p.weight = weights;
           p.weight_stride = int64_t(geometry[index].outputs) * p.k;
         }

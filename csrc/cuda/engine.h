@@ -39,7 +39,8 @@ struct DeviceRun {
   int64_t* nonfinite = nullptr;     // (samples): number of images with a NaN or infinite output, only with `correct`
   void* workspace = nullptr;        // 256-byte aligned
   size_t workspace_bytes = 0;       // with less than `workspace(count, samples)`, fewer samples at a time
-  bool materialise = false;         // write noisy weights to memory first instead of drawing them while loading
+  bool materialise = false;         // write noisy weights to memory first instead of drawing them while loading; those
+                                    // of noise that is no factor always are
   void* stream = nullptr;
 };
 
@@ -60,7 +61,8 @@ class Engine {
   std::unique_ptr<Impl> impl_;
 };
 
-// Writes the noisy weights of many samples as a tensor (samples, ...).
+// Writes the noisy weights of many samples as a tensor (samples, ...). Noise that is no factor (`NoiseKind`) also reads
+// `spread`, in the shape of the weight, and where devices are stuck `reach` (rows); its weights have channels last.
 struct NoisyWeights {
   const float* weight;  // null: the factors alone
   void* out;
@@ -70,6 +72,7 @@ struct NoisyWeights {
   Noise noise;
   int device = 0;
   void* stream = nullptr;
+  const float *spread = nullptr, *reach = nullptr;
 };
 void noisy_weight(const NoisyWeights& job);
 
@@ -88,7 +91,7 @@ struct LayerRun {
       dilation_w, groups;
   const float* shift = nullptr;  // (outputs): the bias; not backward
   Chips chips;
-  Noise noise;
+  Noise noise;  // a factor
   bool backward = false;
   int device = 0;
   void* stream = nullptr;

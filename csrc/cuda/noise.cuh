@@ -132,5 +132,45 @@ CN_KERNEL(kWeightThreads, 2) noisy_weight_transposed(CN_ARGUMENTS(NoisyWeightArg
   }
 }
 
+struct ArrayWeightArguments {
+  Noise noise;
+  Chips chips;
+  const float *weight, *spread, *reach;  // (rows, row), (rows, row) and, where devices are stuck, (rows)
+  void* out;                             // (samples, rows, row)
+  int64_t size, row;
+};
+
+// The weights of noise that is no factor, in the order of elements; a thread computes those of a Philox block. The kind
+// is the same for all threads. Grid: (blocks, samples).
+template <class T>
+CN_KERNEL(kWeightThreads, 2) array_weight(CN_ARGUMENTS(ArrayWeightArguments) p) {
+  float* table = reinterpret_cast<float*>(shared_memory());
+  copy_normal_table(table, kWeightThreads);
+  __syncthreads();
+  const int sample = int(blockIdx.y);
+  const Noise noise = on_chip(p.noise, p.chips, sample);
+  const bool gains = noise.faults.chip_gain != 0 || noise.faults.column_gain != 0;
+  T* const out = static_cast<T*>(p.out) + sample * p.size;
+  for (int64_t block = int64_t(blockIdx.x) * kWeightThreads + threadIdx.x; 4 * block < p.size;
+       block += int64_t(gridDim.x) * kWeightThreads) {
+    const noise::Block words = noise::words(noise, uint32_t(block));
+    noise::Block fault = {};
+    if (noise.faults.any) fault = noise::words(noise::for_purpose(noise, kFault), uint32_t(block));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t e = 4 * block + i;
+      if (e >= p.size) continue;
+      const float weight = p.weight[e], spread = p.spread[e];
+      float value = noise::spread_weight(noise::normal(words.word[i], table), weight, spread, noise);
+      if (noise.faults.any) {
+        const int64_t output = e / p.row;
+        const float gain = gains ? noise::gain(noise, output, table) : 1.0f;
+        value = noise::faulty_weight(value, weight, spread, p.reach[output], gain, fault.word[i], noise.faults);
+      }
+      out[e] = from_float<T>(rounded_weight<T>(value));
+    }
+  }
+}
+
 }  // namespace cuda
 }  // namespace correctnet

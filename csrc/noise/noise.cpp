@@ -15,4 +15,13 @@ Noise lognormal_noise(uint32_t layer, double sigma, double shift, uint32_t purpo
   return {0, layer, 0, purpose, float(sigma * kLog2E), float(shift * kLog2E)};
 }
 
+Noise spread_noise(uint32_t layer, double sigma, double shift, const Faults& faults) {
+  Noise noise = lognormal_noise(layer, sigma, shift);
+  noise.kind = NoiseKind::lognormal;
+  noise.faults = faults;
+  return noise;
+}
+
+Noise gaussian_noise(uint32_t layer, const Faults& faults) { return {0, layer, 0, 0, 0, 0, NoiseKind::gaussian, faults}; }
+
 }  // namespace correctnet

@@ -1,10 +1,10 @@
 // Device noise as a function of its address, one weight at a time, for host and device code.
 //
-// correctnet/noise/specification.py is the specification and explains each step; the results here are equal to the bit,
-// which requires that every operation is rounded separately: compile with -ffp-contract=off and without fast-math.
+// correctnet/noise/specification.py and arrays.py are the specification and explain each step; the results here are equal
+// to the bit, which requires that every operation is rounded separately: compile with -ffp-contract=off and without fast-math.
 // noise_fill.h computes the same for many weights with vector instructions.
 //
-// All functions but `lognormal_noise` have internal linkage: this header is compiled for several instruction sets, and
+// All functions but those that make a `Noise` have internal linkage: this header is compiled for several instruction sets, and
 // of a function with external linkage the linker would keep one copy, possibly one that this machine cannot execute.
 #pragma once
 
@@ -23,13 +23,49 @@
 
 namespace correctnet {
 
-// Address and parameters of the noise of one layer on one chip sample. The weights are multiplied by 2^(scale * z +
-// offset), where z is a standard normal number that depends on (seed, layer, sample, purpose, element) alone. What is
-// stored for a layer of a network leaves seed and sample at 0; `noise::on_chip` fills them in.
+// How a standard normal number z becomes a weight.
+//
+//   factor      weight * 2^(scale * z + offset), with two numbers for the whole layer
+//   lognormal   weight * 2^((scale * spread) * z + offset * spread), `spread` of each weight being 1, or 0: exact
+//   gaussian    spread * z + weight
+enum class NoiseKind : uint32_t { factor, lognormal, gaussian };
+
+// Stuck devices and gains. A weight's second word, div 2, exceeds some of the ascending thresholds; their number says
+// which outcome it has: (keep * gain) * weight + (move * reach) * gain. `reach` is one number for each output, with the
+// sign of the nominal weight if `sign` is the sign bit (else it is 0). The gain is (1 + chip_gain * z) (1 + column_gain *
+// z') with one z for each chip and one z' for each of its outputs. Weights with the sign bit set in their `spread` are
+// spared.
+constexpr int kOutcomes = 6, kOutcomesPadded = 8;
+struct Faults {
+  bool any;
+  int32_t threshold[kOutcomes - 1];
+  float keep[kOutcomesPadded], move[kOutcomesPadded];
+  uint32_t sign;
+  float chip_gain, column_gain;
+};
+
+// What the words of an address are for. The rest of an address is the same; one of a column has the output in place of
+// the element, one of a chip neither layer nor element.
+enum Purpose : uint32_t { kProgram = 0, kFault = 1, kColumn = 4, kChip = 6 };
+
+// Address and parameters of the noise of one layer on one chip sample. z depends on (seed, layer, sample, purpose,
+// element) alone. What is stored for a layer of a network leaves seed and sample at 0; `noise::on_chip` fills them in.
+// Faults go with the kinds that read arrays, which have purpose 0.
 struct Noise {
   uint64_t seed;
   uint32_t layer, sample, purpose;
   float scale, offset;
+  NoiseKind kind = NoiseKind::factor;
+  Faults faults = {};
+};
+
+// Nominal weights in the order of elements, and what noise that is no factor reads: the spread of each weight, and the
+// reach of each run of `row` weights (an output's) where devices are stuck.
+struct Nominal {
+  const float* weight;
+  const float* spread = nullptr;
+  const float* reach = nullptr;
+  int64_t row = 0;
 };
 
 // Sizes of a weight tensor: `rows` outputs of (taps, channels) = (kh * kw, in), the order that elements count in. In
@@ -42,6 +78,10 @@ struct WeightShape {
 // The noise exp(sigma * z + shift) of a layer. `layer` is its index in the noise specification. Throws
 // std::invalid_argument unless every factor is a normal float32 number.
 Noise lognormal_noise(uint32_t layer, double sigma, double shift, uint32_t purpose = 0);
+
+// The same for weights that have a spread of their own, and noise that is Gaussian with a spread of each weight.
+Noise spread_noise(uint32_t layer, double sigma, double shift, const Faults& faults = {});
+Noise gaussian_noise(uint32_t layer, const Faults& faults = {});
 
 namespace {
 namespace noise {
@@ -169,6 +209,60 @@ CN_HOST_DEVICE float exp2(float x) {
 // The factor of a random word; `table` as for `normal`.
 CN_HOST_DEVICE float lognormal(uint32_t word, const Noise& noise, const float* table) {
   return exp2(fma(normal(word, table), noise.scale, noise.offset));
+}
+
+// The weight of a kind that reads arrays, from z.
+CN_HOST_DEVICE float spread_weight(float z, float weight, float spread, const Noise& noise) {
+  if (noise.kind == NoiseKind::gaussian) return fma(z, spread, weight);
+  return multiply(weight, exp2(fma(z, multiply(noise.scale, spread), multiply(noise.offset, spread))));
+}
+
+// The address of a layer's words for another purpose.
+CN_HOST_DEVICE Noise for_purpose(Noise noise, Purpose purpose) {
+  noise.purpose = purpose;
+  if (purpose == kChip) noise.layer = 0;
+  return noise;
+}
+
+// The gain of an output on a chip; `table` as for `normal`.
+CN_HOST_DEVICE float gain(const Noise& noise, int64_t output, const float* table) {
+  const float chip = normal(words(for_purpose(noise, kChip), 0).word[0], table);
+  const Block columns = words(for_purpose(noise, kColumn), uint32_t(output >> 2));
+  const int at = int(output & 3);
+  const uint32_t word = at == 0 ? columns.word[0] : at == 1 ? columns.word[1] : at == 2 ? columns.word[2] : columns.word[3];
+  const Faults& f = noise.faults;
+  return multiply(fma(chip, f.chip_gain, 1.0f), fma(normal(word, table), f.column_gain, 1.0f));
+}
+
+// What stuck devices and a gain leave of `value`; `word` is the element's of purpose kFault, `keep` and `move` are those
+// of the outcomes, with the reach and gain of the output.
+CN_HOST_DEVICE float faulty_weight(float value, float weight, float spread, uint32_t word, const Faults& faults,
+                                   const float* keep, const float* move) {
+  if (bits(spread) >> 31) return value;
+  float kept = keep[0], moved = move[0];
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+#endif
+  for (int j = 0; j < kOutcomes - 1; ++j)
+    if (int32_t(word >> 1) > faults.threshold[j]) {
+      kept = keep[j + 1];
+      moved = move[j + 1];
+    }
+  return fma(kept, value, from_bits(bits(moved) ^ (bits(weight) & faults.sign)));
+}
+
+// The same with the outcomes as the layer has them.
+CN_HOST_DEVICE float faulty_weight(float value, float weight, float spread, float reach, float gain, uint32_t word,
+                                   const Faults& faults) {
+  float keep[kOutcomes], move[kOutcomes];
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+#endif
+  for (int k = 0; k < kOutcomes; ++k) {
+    keep[k] = multiply(faults.keep[k], gain);
+    move[k] = multiply(multiply(faults.move[k], reach), gain);
+  }
+  return faulty_weight(value, weight, spread, word, faults, keep, move);
 }
 
 // Nearest bfloat16, ties to even. Like the instruction, it flushes subnormal numbers to zero and maps NaN to NaN.

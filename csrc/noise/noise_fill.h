@@ -3,11 +3,14 @@
 //
 //     noise_fill(weight, first, count, noise, out)     out[i] = weight[first + i] * factor of element first + i
 //     noise_fill(nullptr, first, count, noise, out)    out[i] = factor of element first + i
+//     noise_fill(nominal, first, count, noise, out)    any kind of noise
 //
 // `out` is float32 or bfloat16 (uint16_t; the float32 product rounded). `first` and `count` are arbitrary; a start or
 // end that is not aligned to a step (64 elements with AVX-512, 32 with AVX2) is slower. Internal linkage, as in
 // noise.h.
 #pragma once
+
+#include <type_traits>
 
 #include "noise/noise.h"
 
@@ -29,6 +32,29 @@ namespace noise {
 
 CN_NOISE_INLINE void store(float* p, float a) { *p = a; }
 CN_NOISE_INLINE void store(uint16_t* p, float a) { *p = bfloat16(a); }
+
+// Where a row of weights begins, and what its noise reads.
+struct Source {
+  const float* weight;  // null: the factors alone
+  const float* spread;  // null without a kind that reads it
+
+  CN_NOISE_INLINE Source at(int64_t i) const { return {weight ? weight + i : nullptr, spread ? spread + i : nullptr}; }
+};
+
+// The outcomes of a row: keep * gain and move * reach * gain.
+struct RowFaults {
+  float keep[kOutcomesPadded] = {}, move[kOutcomesPadded] = {};
+  bool idle = false;  // whether the last outcome leaves a weight as it is
+
+  RowFaults() = default;
+  RowFaults(const Faults& faults, float reach, float gain) {
+    for (int k = 0; k < kOutcomes; ++k) {
+      keep[k] = multiply(faults.keep[k], gain);
+      move[k] = multiply(multiply(faults.move[k], reach), gain);
+    }
+    idle = keep[kOutcomes - 1] == 1 && move[kOutcomes - 1] == 0;
+  }
+};
 
 #if defined(__AVX2__)
 
@@ -75,6 +101,18 @@ template <int n>
 CN_NOISE_INLINE Ints shift_left(Ints a) { return _mm512_slli_epi32(a, n); }
 template <int n>
 CN_NOISE_INLINE Ints shift_right(Ints a) { return _mm512_srli_epi32(a, n); }
+CN_NOISE_INLINE Ints xor_and(Ints a, Ints b, Ints c) { return _mm512_ternarylogic_epi32(a, b, c, 0x78); }  // a ^ (b & c)
+CN_NOISE_INLINE bool all_above(Ints a, int32_t limit) {
+  return _mm512_cmpgt_epi32_mask(a, _mm512_set1_epi32(limit)) == 0xffff;
+}
+CN_NOISE_INLINE Ints add_if_above(Ints count, Ints a, int32_t limit) {
+  return _mm512_mask_add_epi32(count, _mm512_cmpgt_epi32_mask(a, _mm512_set1_epi32(limit)), count, splat(1u));
+}
+CN_NOISE_INLINE Floats eight(const float* p) { return _mm512_castps256_ps512(_mm256_loadu_ps(p)); }
+CN_NOISE_INLINE Floats look_up(Floats table, Ints index) { return _mm512_permutexvar_ps(index, table); }
+CN_NOISE_INLINE Floats where_negative(Floats sign, Floats yes, Floats no) {
+  return _mm512_mask_blend_ps(_mm512_movepi32_mask(as_ints(sign)), no, yes);
+}
 
 // Blocks of the 64-bit lanes, such that `interleave` puts the words of blocks 0, 1, 2, ... one after the other.
 CN_NOISE_INLINE Ints lane_blocks() { return _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7); }
@@ -150,6 +188,16 @@ template <int n>
 CN_NOISE_INLINE Ints shift_left(Ints a) { return _mm256_slli_epi32(a, n); }
 template <int n>
 CN_NOISE_INLINE Ints shift_right(Ints a) { return _mm256_srli_epi32(a, n); }
+CN_NOISE_INLINE Ints xor_and(Ints a, Ints b, Ints c) { return _mm256_xor_si256(a, _mm256_and_si256(b, c)); }
+CN_NOISE_INLINE bool all_above(Ints a, int32_t limit) {
+  return _mm256_movemask_epi8(_mm256_cmpgt_epi32(a, _mm256_set1_epi32(limit))) == -1;
+}
+CN_NOISE_INLINE Ints add_if_above(Ints count, Ints a, int32_t limit) {
+  return _mm256_sub_epi32(count, _mm256_cmpgt_epi32(a, _mm256_set1_epi32(limit)));
+}
+CN_NOISE_INLINE Floats eight(const float* p) { return _mm256_loadu_ps(p); }
+CN_NOISE_INLINE Floats look_up(Floats table, Ints index) { return _mm256_permutevar8x32_ps(table, index); }
+CN_NOISE_INLINE Floats where_negative(Floats sign, Floats yes, Floats no) { return _mm256_blendv_ps(no, yes, sign); }
 
 CN_NOISE_INLINE Ints lane_blocks() { return _mm256_setr_epi64x(0, 2, 1, 3); }
 CN_NOISE_INLINE void interleave(Ints low, Ints high, Ints* words) {
@@ -272,78 +320,122 @@ CN_NOISE_INLINE void store(float* p, Floats a, Floats b) {
   store(p + kVector, b);
 }
 
-template <class T>
+// kFaults: whether there are stuck devices or gains. The factor alone needs no arrays and has no faults.
+template <class T, NoiseKind kKind, bool kFaults>
 class Filler {
  public:
-  explicit Filler(const Noise& noise) : noise_(noise), schedule_(noise) {}
+  explicit Filler(const Noise& noise) : noise_(noise), schedule_(noise), faults_(for_purpose(noise, kFault)) {}
 
-  // `weight` points at the weight of element `first`; null for the factors alone.
-  void operator()(const float* weight, int64_t first, int64_t count, T* out) const {
+  // `source` points at element `first`.
+  void operator()(Source source, int64_t first, int64_t count, T* out, const RowFaults& row = {}) const {
     constexpr int kStep = 4 * kVector;
     int64_t done = -(first & 3);
     Ints block = add64(splat64(uint64_t(first) >> 2), lane_blocks());
     for (; done < count; done += kStep, block = add64(block, splat64(kVector))) {
       if (done >= 0 && done + kStep <= count)
-        step<2>(block, weight ? weight + done : nullptr, out + done);
+        step<2>(block, source.at(done), row, out + done);
       else if (count - done > kStep / 2)
-        part<2>(block, weight, done, count, out);
+        part<2>(block, source, row, done, count, out);
       else
-        part<1>(block, weight, done, count, out);
+        part<1>(block, source, row, done, count, out);
     }
   }
 
  private:
   template <int kCount>
-  CN_NOISE_INLINE void step(Ints first_blocks, const float* weight, T* out) const {
-    Ints block[kCount], words[2 * kCount];
+  CN_NOISE_INLINE void step(Ints first_blocks, Source source, const RowFaults& row, T* out) const {
+    Ints block[kCount], words[2 * kCount], fault[2 * kCount];
     for (int g = 0; g < kCount; ++g) block[g] = g ? add64(first_blocks, splat64(g * kVector / 2)) : first_blocks;
     philox<kCount>(schedule_, block, words);
+    if constexpr (kFaults) philox<kCount>(faults_, block, fault);
     for (int i = 0; i < 2 * kCount; i += 2) {
       Floats f[2];
-      for (int j = 0; j < 2; ++j) {
-        f[j] = exp2(fma(normal(words[i + j], table_), splat(noise_.scale), splat(noise_.offset)));
-        if (weight) f[j] = multiply(load(weight + (i + j) * kVector), f[j]);
-      }
+      for (int j = 0; j < 2; ++j)
+        f[j] = value(words[i + j], kFaults ? fault[i + j] : words[i + j], source.at((i + j) * kVector), row);
       store(out + i * kVector, f[0], f[1]);
+    }
+  }
+
+  CN_NOISE_INLINE Floats value(Ints word, Ints fault, Source source, const RowFaults& row) const {
+    const Floats z = normal(word, table_);
+    if constexpr (kKind == NoiseKind::factor) {
+      const Floats factor = exp2(fma(z, splat(noise_.scale), splat(noise_.offset)));
+      return source.weight ? multiply(load(source.weight), factor) : factor;
+    } else {
+      const Floats weight = load(source.weight), spread = load(source.spread);
+      Floats v;
+      if constexpr (kKind == NoiseKind::gaussian)
+        v = fma(z, spread, weight);
+      else
+        v = multiply(weight, exp2(fma(z, multiply(splat(noise_.scale), spread), multiply(splat(noise_.offset), spread))));
+      if constexpr (kFaults) {
+        const Faults& faults = noise_.faults;
+        const Ints u = shift_right<1>(fault);
+        if (row.idle && all_above(u, faults.threshold[kOutcomes - 2])) return v;  // most vectors, where faults are rare
+        Ints outcome = splat(0u);
+        for (int j = 0; j < kOutcomes - 1; ++j) outcome = add_if_above(outcome, u, faults.threshold[j]);
+        const Ints moved = as_ints(look_up(eight(row.move), outcome));
+        const Floats signed_move = as_floats(xor_and(moved, as_ints(weight), splat(faults.sign)));
+        v = where_negative(spread, v, fma(look_up(eight(row.keep), outcome), v, signed_move));
+      }
+      return v;
     }
   }
 
   // A partial step: only the elements with 0 <= done + i < count exist.
   template <int kCount>
-  __attribute__((noinline)) void part(Ints block, const float* weight, int64_t done, int64_t count, T* out) const {
+  __attribute__((noinline)) void part(Ints block, Source source, const RowFaults& row, int64_t done, int64_t count,
+                                      T* out) const {
     constexpr int kSize = 2 * kCount * kVector;
     const int64_t begin = done < 0 ? -done : 0, end = count - done < kSize ? count - done : kSize;
-    float w[kSize] = {};
+    float w[kSize] = {}, s[kKind == NoiseKind::factor ? 1 : kSize] = {};
     T o[kSize];
-    if (weight) memcpy(w + begin, weight + done + begin, (end - begin) * sizeof(float));
-    step<kCount>(block, weight ? w : nullptr, o);
+    if (source.weight) memcpy(w + begin, source.weight + done + begin, (end - begin) * sizeof(float));
+    if constexpr (kKind != NoiseKind::factor)
+      memcpy(s + begin, source.spread + done + begin, (end - begin) * sizeof(float));
+    step<kCount>(block, {source.weight ? w : nullptr, source.spread ? s : nullptr}, row, o);
     memcpy(out + done + begin, o + begin, (end - begin) * sizeof(T));
   }
 
+  struct Nothing {
+    explicit Nothing(const Noise&) {}
+  };
+
   Noise noise_;
   Schedule schedule_;
+  std::conditional_t<kFaults, Schedule, Nothing> faults_;
   Table table_;
 };
 
 #else  // neither: one element at a time
 
-template <class T>
+template <class T, NoiseKind kKind, bool kFaults>
 class Filler {
  public:
   explicit Filler(const Noise& noise) : noise_(noise) {}
 
-  void operator()(const float* weight, int64_t first, int64_t count, T* out) const {
+  void operator()(Source source, int64_t first, int64_t count, T* out, const RowFaults& row = {}) const {
     int64_t done = -(first & 3);
     for (uint32_t block = uint32_t(first >> 2); done < count; done += 4, ++block) {
       const Block drawn = words(noise_, block);
-      for (int64_t i = done < 0 ? -done : 0; i < 4 && done + i < count; ++i) {
-        const float factor = lognormal(drawn.word[i], noise_, kNormal);
-        store(out + done + i, weight ? multiply(weight[done + i], factor) : factor);
-      }
+      Block fault = {};
+      if constexpr (kFaults) fault = words(for_purpose(noise_, kFault), block);
+      for (int64_t i = done < 0 ? -done : 0; i < 4 && done + i < count; ++i)
+        store(out + done + i, value(drawn.word[i], fault.word[i], source.at(done + i), row));
     }
   }
 
  private:
+  CN_NOISE_INLINE float value(uint32_t word, uint32_t fault, Source source, const RowFaults& row) const {
+    if constexpr (kKind == NoiseKind::factor) {
+      const float factor = lognormal(word, noise_, kNormal);
+      return source.weight ? multiply(*source.weight, factor) : factor;
+    } else {
+      const float v = spread_weight(normal(word, kNormal), *source.weight, *source.spread, noise_);
+      return kFaults ? faulty_weight(v, *source.weight, *source.spread, fault, noise_.faults, row.keep, row.move) : v;
+    }
+  }
+
   Noise noise_;
 };
 
@@ -353,7 +445,34 @@ class Filler {
 
 template <class T>
 inline void noise_fill(const float* weight, int64_t first, int64_t count, const Noise& noise, T* out) {
-  noise::Filler<T>{noise}(weight ? weight + first : nullptr, first, count, out);
+  noise::Filler<T, NoiseKind::factor, false>{noise}({weight ? weight + first : nullptr, nullptr}, first, count, out);
+}
+
+namespace noise {
+
+template <class T, NoiseKind kKind>
+void fill_spread(const Nominal& nominal, int64_t first, int64_t count, const Noise& noise, T* out) {
+  const Source source{nominal.weight, nominal.spread};
+  if (!noise.faults.any) return Filler<T, kKind, false>{noise}(source.at(first), first, count, out);
+  const Filler<T, kKind, true> filler{noise};
+  for (int64_t at = first, end; at < first + count; at = end) {
+    const int64_t row = at / nominal.row;
+    end = (row + 1) * nominal.row < first + count ? (row + 1) * nominal.row : first + count;
+    const bool gains = noise.faults.chip_gain != 0 || noise.faults.column_gain != 0;
+    const RowFaults outcomes(noise.faults, nominal.reach[row], gains ? gain(noise, row, kNormal) : 1.0f);
+    filler(source.at(at), at, end - at, out + (at - first), outcomes);
+  }
+}
+
+}  // namespace noise
+
+template <class T>
+inline void noise_fill(const Nominal& nominal, int64_t first, int64_t count, const Noise& noise, T* out) {
+  switch (noise.kind) {
+    case NoiseKind::factor: return noise_fill(nominal.weight, first, count, noise, out);
+    case NoiseKind::lognormal: return noise::fill_spread<T, NoiseKind::lognormal>(nominal, first, count, noise, out);
+    case NoiseKind::gaussian: return noise::fill_spread<T, NoiseKind::gaussian>(nominal, first, count, noise, out);
+  }
 }
 
 }  // namespace

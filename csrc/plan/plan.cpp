@@ -170,6 +170,11 @@ int Plan::conv(int x, const Conv& conv) {
   const size_t weights = size_t(conv.outputs) * conv.kernel_h * conv.kernel_w * group_channels;
   if (conv.weight.size() != weights)
     fail("conv: " + std::to_string(conv.weight.size()) + " weights instead of " + std::to_string(weights));
+  const bool reads = conv.noise && conv.noise->kind != NoiseKind::factor, faulty = reads && conv.noise->faults.any;
+  if (conv.spread.size() != (reads ? weights : 0) || conv.reach.size() != size_t(faulty ? conv.outputs : 0))
+    fail("conv: " + std::to_string(conv.spread.size()) + " spreads and " + std::to_string(conv.reach.size()) +
+         " reaches do not fit the noise of " + std::to_string(weights) + " weights of " + std::to_string(conv.outputs) +
+         " outputs");
   if (conv.pool && (out_h < 2 || out_w < 2)) fail("conv: its output is smaller than the pool");
   if (conv.pool && conv.pointwise.activation >= kFirstCurve)
     fail(std::string("conv: a pool cannot be fused with the activation ") + name(conv.pointwise.activation));
@@ -190,6 +195,8 @@ int Plan::conv(int x, const Conv& conv) {
   op->kind = Kind::conv;
   op->inputs = {x};
   op->weight = conv.weight;
+  op->spread = conv.spread;
+  op->reach = conv.reach;
   op->noise = conv.noise;
   op->pointwise = PaddedPointwise(conv.pointwise, conv.outputs);
   op->rows = taps(in.height, out_h, conv.kernel_h, conv.stride_h, conv.padding_h, conv.dilation_h);
@@ -241,6 +248,8 @@ int Plan::linear(int x, const Linear& linear) {
   conv.outputs = linear.outputs;
   conv.weight = linear.weight;
   conv.noise = linear.noise;
+  conv.spread = linear.spread;
+  conv.reach = linear.reach;
   conv.pointwise = linear.pointwise;
   return this->conv(flatten(x), conv);
 }

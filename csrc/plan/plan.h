@@ -56,6 +56,7 @@ struct Conv {
   std::optional<Noise> noise;  // of the layer; `Run` says which seed and samples
   Pointwise pointwise;
   bool pool = false;  // a 2 x 2 max-pool with stride 2 follows; not with an activation of activations.h
+  std::vector<float> spread = {}, reach = {};  // as `weight`, and (outputs): what noise that is no factor reads
 };
 
 struct Linear {
@@ -63,6 +64,7 @@ struct Linear {
   std::vector<float> weight;  // (outputs, inputs)
   std::optional<Noise> noise;  // of the layer; `Run` says which seed and samples
   Pointwise pointwise;
+  std::vector<float> spread = {}, reach = {};  // as in Conv
 };
 
 // The moving window of a pool. With `ceil` a last window may reach beyond the padding, though it begins before it.

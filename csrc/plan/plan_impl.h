@@ -65,7 +65,7 @@ struct Operation {
 
   // conv
   ConvShape shape{};
-  std::vector<float> weight;
+  std::vector<float> weight, spread, reach;
   std::optional<Noise> noise;
   std::vector<Panel> panels;
   size_t packed_bytes = 0;

@@ -300,7 +300,8 @@ void Plan::Impl::run_conv(Worker& worker, Chip* chip, int index, const char* x, 
     for (last = first + 1; last < op.panels.size() && end(last) - begin <= kDrawBytes;) ++last;
     char* packed = keep ? chip->weights.data() + worker.kept_offset[index] + begin : worker.drawn_panels.data();
     if (!chip->drawn[index]) {
-      kernels.pack({&op.shape, op.weight.data(), &noise, &op.panels[first], int(last - first), packed});
+      kernels.pack({&op.shape, op.weight.data(), &noise, &op.panels[first], int(last - first), packed, op.spread.data(),
+                    op.reach.data()});
       const int64_t row = int64_t(op.weight.size()) / op.shape.outputs;
       for (size_t i = first; i < last; ++i) worker.drawn += op.panels[i].outputs * row;
     }

@@ -86,13 +86,16 @@ void bind_cuda(py::module_& parent) {
   m.def(
       "noisy_weight",
       [](Address weight, Address out, bool bfloat16, int64_t rows, int64_t taps, int64_t channels, bool channels_last,
-         Address seed, Address samples, int64_t sample_count, const Noise& noise, int device, Address stream) {
+         Address seed, Address samples, int64_t sample_count, const Noise& noise, int device, Address stream,
+         Address spread, Address reach) {
         cuda::noisy_weight({at<float>(weight), at<void>(out), bfloat16, {rows, taps, channels, channels_last},
-                            chips(seed, samples, sample_count), noise, device, at<void>(stream)});
+                            chips(seed, samples, sample_count), noise, device, at<void>(stream), at<float>(spread),
+                            at<float>(reach)});
       },
       py::kw_only(), py::arg("weight"), py::arg("out"), py::arg("bfloat16"), py::arg("rows"), py::arg("taps"),
       py::arg("channels"), py::arg("channels_last"), py::arg("seed"), py::arg("samples"), py::arg("sample_count"),
-      py::arg("noise"), py::arg("device"), py::arg("stream") = 0, py::call_guard<py::gil_scoped_release>());
+      py::arg("noise"), py::arg("device"), py::arg("stream") = 0, py::arg("spread") = 0, py::arg("reach") = 0,
+      py::call_guard<py::gil_scoped_release>());
 
   // Pairs are (vertical, horizontal).
   m.def(

@@ -53,7 +53,8 @@ void bind_plan(py::module_& m) {
       .def(
           "conv",
           [](BoundPlan& p, int x, const Floats& weight, Pair stride, Pair padding, Pair dilation, int groups,
-             const std::optional<Noise>& noise, const Pointwise& pointwise, bool pool) {
+             const std::optional<Noise>& noise, const Pointwise& pointwise, bool pool, const std::optional<Floats>& spread,
+             const std::optional<Floats>& reach) {
             if (weight.ndim() != 4) fail("weight: (outputs, kernel_h, kernel_w, channels / groups) is expected");
             Conv conv;
             conv.outputs = int(weight.shape(0));
@@ -67,20 +68,24 @@ void bind_plan(py::module_& m) {
             conv.noise = noise;
             conv.pointwise = pointwise;
             conv.pool = pool;
+            if (spread) conv.spread = values(*spread);
+            if (reach) conv.reach = values(*reach);
             return p.plan.conv(x, conv);
           },
           py::arg("x"), py::arg("weight"), py::kw_only(), py::arg("stride") = Pair{1, 1},
           py::arg("padding") = Pair{0, 0}, py::arg("dilation") = Pair{1, 1}, py::arg("groups") = 1,
-          py::arg("noise") = py::none(), py::arg("pointwise") = Pointwise{}, py::arg("pool") = false)
+          py::arg("noise") = py::none(), py::arg("pointwise") = Pointwise{}, py::arg("pool") = false,
+          py::arg("spread") = py::none(), py::arg("reach") = py::none())
       .def(
           "linear",
           [](BoundPlan& p, int x, const Floats& weight, const std::optional<Noise>& noise,
-             const Pointwise& pointwise) {
+             const Pointwise& pointwise, const std::optional<Floats>& spread, const std::optional<Floats>& reach) {
             if (weight.ndim() != 2) fail("weight: (outputs, inputs) is expected");
-            return p.plan.linear(x, {int(weight.shape(0)), values(weight), noise, pointwise});
+            const auto get = [](const std::optional<Floats>& a) { return a ? values(*a) : std::vector<float>{}; };
+            return p.plan.linear(x, {int(weight.shape(0)), values(weight), noise, pointwise, get(spread), get(reach)});
           },
           py::arg("x"), py::arg("weight"), py::kw_only(), py::arg("noise") = py::none(),
-          py::arg("pointwise") = Pointwise{})
+          py::arg("pointwise") = Pointwise{}, py::arg("spread") = py::none(), py::arg("reach") = py::none())
       .def("flatten", [](BoundPlan& p, int x) { return p.plan.flatten(x); })
       .def(
           "max_pool",

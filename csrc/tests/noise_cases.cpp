@@ -52,8 +52,17 @@ void fill_bfloat16(const float* weight, int64_t first, int64_t count, const Nois
   noise_fill(weight, first, count, noise, out);
 }
 
+void draw_float32(const Nominal& nominal, int64_t first, int64_t count, const Noise& noise, float* out) {
+  noise_fill(nominal, first, count, noise, out);
+}
+
+void draw_bfloat16(const Nominal& nominal, int64_t first, int64_t count, const Noise& noise, uint16_t* out) {
+  noise_fill(nominal, first, count, noise, out);
+}
+
 }  // namespace
 
-const NoiseCases CN_TABLE = {4 * kVector, draw_words, draw_normal, draw_exp2, fill_float32, fill_bfloat16};
+const NoiseCases CN_TABLE = {4 * kVector,  draw_words,    draw_normal,  draw_exp2,
+                             fill_float32, fill_bfloat16, draw_float32, draw_bfloat16};
 
 }  // namespace correctnet

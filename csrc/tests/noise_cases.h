@@ -14,6 +14,8 @@ struct NoiseCases {
   void (*exp2)(const float* x, int64_t count, float* out);                         // likewise
   void (*fill_float32)(const float* weight, int64_t first, int64_t count, const Noise&, float* out);
   void (*fill_bfloat16)(const float* weight, int64_t first, int64_t count, const Noise&, uint16_t* out);
+  void (*draw_float32)(const Nominal&, int64_t first, int64_t count, const Noise&, float* out);
+  void (*draw_bfloat16)(const Nominal&, int64_t first, int64_t count, const Noise&, uint16_t* out);
 };
 
 extern const NoiseCases noise_cases_portable;

@@ -175,10 +175,14 @@ struct Size {
   int rows, taps, channels;
 };
 
-void check_noisy_weights(Size s, bool channels_last, Type type, const std::vector<uint32_t>& samples) {
+void check_noisy_weights(Size s, bool channels_last, Type type, const std::vector<uint32_t>& samples,
+                         const Noise& noise = lognormal_noise(7, 0.5, -0.125)) {
   const size_t size = size_t(s.rows) * s.taps * s.channels;
-  const std::vector<float> weight = RandomLayers(0.5).normal(size, 1);
-  const Noise noise = lognormal_noise(7, 0.5, -0.125);
+  Conv conv;
+  conv.outputs = s.rows;
+  conv.weight = RandomLayers(0.5).normal(size, 1);
+  set_noise(conv, noise);
+  const std::vector<float>& weight = conv.weight;
   std::vector<float> floats(size * samples.size());
   std::vector<uint16_t> halves(size * samples.size());
   std::vector<float> stored = weight;
@@ -189,10 +193,10 @@ void check_noisy_weights(Size s, bool channels_last, Type type, const std::vecto
   for (size_t e = 0; e < size; ++e) stored[place(e)] = weight[e];
   void* const out = type == Type::float32 ? static_cast<void*>(floats.data()) : halves.data();
   cuda::noisy_weight({stored.data(), out, type == Type::bfloat16, {s.rows, s.taps, s.channels, channels_last},
-                      chips_of(samples), noise});
+                      chips_of(samples), noise, 0, nullptr, conv.spread.data(), conv.reach.data()});
   int wrong = 0;
   for (size_t i = 0; i < samples.size(); ++i) {
-    const std::vector<float> wanted = noisy_weights(weight, noise, kSeed, samples[i]);
+    const std::vector<float> wanted = noisy_weights(conv, kSeed, samples[i]);
     for (size_t e = 0; e < size; ++e) {
       const size_t at = i * size + place(e);
       const float got = type == Type::float32 ? floats[at] : noise::from_bits(uint32_t(halves[at]) << 16);
@@ -209,6 +213,8 @@ void test_noisy_weights(bool few) {
     if (few && s.channels != 6) continue;
     for (const bool channels_last : {true, false})
       for (const Type type : {Type::float32, Type::bfloat16}) check_noisy_weights(s, channels_last, type, samples);
+    for (const Noise& noise : array_noises(7))
+      for (const Type type : {Type::float32, Type::bfloat16}) check_noisy_weights(s, true, type, samples, noise);
   }
 }
 
@@ -242,8 +248,9 @@ Conv make_conv(const Case& c, bool noisy) {
 }
 
 // A one-hot image of the kernel's size gives back the weight that meets its place, bit for bit.
-void check_identity(const Case& c, Type type, DeviceHow how) {
+void check_identity(const Case& c, Type type, DeviceHow how, const Noise& noise = lognormal_noise(7, 0.5, -0.125)) {
   Conv conv = make_conv(c, true);
+  set_noise(conv, noise);
   conv.stride_h = conv.stride_w = conv.dilation_h = conv.dilation_w = 1;
   conv.padding_h = conv.padding_w = 0;
   conv.pool = false;
@@ -260,7 +267,7 @@ void check_identity(const Case& c, Type type, DeviceHow how) {
   int wrong = 0;
   const int inputs = c.channels / c.groups, outputs = c.outputs / c.groups;
   for (size_t s = 0; s < samples.size(); ++s) {
-    const std::vector<float> weight = noisy_weights(conv.weight, *conv.noise, kSeed, samples[s]);
+    const std::vector<float> weight = noisy_weights(conv, kSeed, samples[s]);
     for (int i = 0; i < places; ++i)
       for (int o = 0; o < c.outputs; ++o) {
         const int channel = i / (in.height * in.width), tap = i % (in.height * in.width);
@@ -748,6 +755,8 @@ int main(int argc, char** argv) {
         check_conv(c, type, true, {false});
         if (few) continue;
         check_identity(c, type, {true});
+        if (number % 4 == 1)
+          for (const Noise& noise : array_noises(7)) check_identity(c, type, {false}, noise);
         check_conv(c, type, false, {false});
         check_conv(c, type, true, {true});
         check_backward(c, type, true);

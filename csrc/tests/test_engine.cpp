@@ -21,7 +21,8 @@ namespace {
 // ---- noise ----------------------------------------------------------------------------------------------------------
 
 // An image that is 1 in one place and 0 elsewhere gives back the weights that meet this place, bit for bit.
-void check_identity(const Kernels& kernels, Type type, Shape in, int outputs, int groups) {
+void check_identity(const Kernels& kernels, Type type, Shape in, int outputs, int groups,
+                    const Noise& noise = lognormal_noise(7, 0.5, -0.125)) {
   RandomLayers random(0.5);
   Conv conv = random.conv(in.channels / groups, outputs, 1);
   conv.kernel_h = in.height;
@@ -29,7 +30,7 @@ void check_identity(const Kernels& kernels, Type type, Shape in, int outputs, in
   conv.groups = groups;
   conv.weight = random.normal(size_t(outputs) * in.height * in.width * in.channels / groups, 1);
   conv.pointwise = {};
-  conv.noise = lognormal_noise(7, 0.5, -0.125);
+  set_noise(conv, noise);
   const int places = in.channels * in.height * in.width;
   Tensor x(in, places);
   for (int i = 0; i < places; ++i) x.data[size_t(i) * places + i] = 1;
@@ -42,7 +43,7 @@ void check_identity(const Kernels& kernels, Type type, Shape in, int outputs, in
     const std::vector<float> got = outputs_of(plan, {outputs, 1, 1}, x, seed, samples, how);
     size_t wrong = 0;
     for (size_t s = 0; s < samples.size(); ++s) {
-      const std::vector<float> noisy = noisy_weights(conv.weight, *conv.noise, seed, samples[s]);
+      const std::vector<float> noisy = noisy_weights(conv, seed, samples[s]);
       const int channels = in.channels / groups;
       for (int i = 0; i < places; ++i)
         for (int o = 0; o < outputs; ++o) {
@@ -71,7 +72,7 @@ class Reference {
   int input() const { return 0; }
   Shape shape(int value) const { return values_[value].shape; }
   int conv(int x, Conv conv) {
-    if (conv.noise) conv.weight = noisy_weights(conv.weight, *conv.noise, seed_, sample_);
+    if (conv.noise) conv.weight = noisy_weights(conv, seed_, sample_);
     round(conv.weight);
     return add(specification::conv<double>(values_[x], conv));
   }
@@ -84,6 +85,8 @@ class Reference {
     c.outputs = linear.outputs;
     c.weight = linear.weight;
     c.noise = linear.noise;
+    c.spread = linear.spread;
+    c.reach = linear.reach;
     c.pointwise = linear.pointwise;
     return conv(int(values_.size()) - 1, c);
   }
@@ -354,6 +357,22 @@ void test_errors() {
   });
   for (const double sigma : {14.0, double(NAN), -1.0})
     check_throws("outside the range", [&] { lognormal_noise(0, sigma, 0); });
+  for (const Noise& noise : array_noises(7)) {
+    Conv conv = RandomLayers(0.5).conv(2, 3, 3, 1);
+    set_noise(conv, noise);
+    const auto refuses = [&](const Conv& wrong) {
+      check_throws("do not fit the noise", [&] { Plan(Type::float32, kernels_portable, {2, 5, 5}).conv(0, wrong); });
+    };
+    Conv wrong = conv;
+    wrong.spread.pop_back();
+    refuses(wrong);
+    wrong = conv;
+    wrong.reach.resize(noise.faults.any ? 2 : 3);
+    refuses(wrong);
+    wrong = conv;
+    wrong.noise = lognormal_noise(0, 0.5, 0);
+    refuses(wrong);
+  }
   check_throws("no value 1", [&] { plan_with([&](Plan& p) { p.conv(1, conv(2, 72, none)); }); });
   check_throws("144 numbers", [&] {
     plan_with([&](Plan& p) {
@@ -427,6 +446,12 @@ int main() {
       check_identity(*kernels, type, {1, 5, 5}, 6, 1);
       check_identity(*kernels, type, {257, 1, 1}, 190, 1);
       check_identity(*kernels, type, {15, 2, 2}, 9, 3);
+      for (const Noise& noise : array_noises(7)) {
+        check_identity(*kernels, type, {3, 3, 5}, 14, 1, noise);
+        check_identity(*kernels, type, {257, 1, 1}, 19, 1, noise);
+        check_identity(*kernels, type, {15, 2, 2}, 9, 3, noise);
+        check_identity(*kernels, type, {6, 3, 3}, 6, 6, noise);  // a channel and an output a group
+      }
       test_networks(*kernels, type);
       test_invariance(*kernels, type);
       test_nonfinite(*kernels, type);

@@ -18,6 +18,7 @@
 #include "cpu/noise_kernels.h"
 #include "check.h"
 #include "noise_cases.h"
+#include "testing.h"
 
 #if defined(CORRECTNET_X86)
 #include <xmmintrin.h>
@@ -111,6 +112,55 @@ void test_frozen(const NoiseCases& cases, const std::string& directory) {
     results += int(expected.size());
   }
   CHECK(results >= 100, "%d results", results);
+}
+
+// Lines of kat_gaussian.txt and kat_faults.txt, whose heads say what is in them.
+void test_frozen_arrays(const NoiseCases& cases, const std::string& path, int least) {
+  int results = 0;
+  for (const std::string& line : lines(path)) {
+    std::istringstream words(line);
+    uint64_t seed = 0;
+    uint32_t layer = 0, sample = 0;
+    std::string kind;
+    double sigma = 0, shift = 0;
+    int64_t first = 0;
+    int sign = 0, any = 0;
+    float reach = 0;
+    Faults faults = {};
+    words >> seed >> layer >> sample >> kind >> sigma >> shift >> first >> any >> sign >> reach >> faults.chip_gain >> faults.column_gain;
+    for (int32_t& t : faults.threshold) words >> t;
+    for (int i = 0; i < kOutcomes; ++i) words >> faults.keep[i];
+    for (int i = 0; i < kOutcomes; ++i) words >> faults.move[i];
+    CHECK(bool(words), "%s", line.c_str());
+    faults.any = any;
+    faults.sign = sign ? 0x80000000u : 0;
+    const Noise made = kind == "gaussian" ? gaussian_noise(layer, faults) : spread_noise(layer, sigma, shift, faults);
+    const Noise noise = noise::on_chip(made, seed, sample);
+    std::vector<float> mean, spread;
+    std::vector<uint32_t> expected;
+    words >> std::hex;
+    for (uint32_t m, s, w; words >> m >> s >> w;) {
+      mean.push_back(noise::from_bits(m));
+      spread.push_back(noise::from_bits(s));
+      expected.push_back(w);
+    }
+    // Arrays begin at element 0, which may be far before the first one here.
+    const std::vector<float> reaches = {reach};
+    const auto origin = [&](const std::vector<float>& a) {
+      return reinterpret_cast<const float*>(reinterpret_cast<uintptr_t>(a.data()) - sizeof(float) * uint64_t(first));
+    };
+    const Nominal nominal{origin(mean), origin(spread), reaches.data(), int64_t(1) << 35};
+    std::vector<float> drawn(expected.size());
+    std::vector<uint16_t> halves(expected.size());
+    cases.draw_float32(nominal, first, drawn.size(), noise, drawn.data());
+    cases.draw_bfloat16(nominal, first, drawn.size(), noise, halves.data());
+    for (size_t i = 0; i < expected.size(); ++i) {
+      CHECK(noise::bits(drawn[i]) == expected[i], "%s: %s: number %zu", isa_name, line.c_str(), i);
+      CHECK(halves[i] == noise::bfloat16(drawn[i]), "%s: %s: bfloat16 %zu", isa_name, line.c_str(), i);
+    }
+    results += int(expected.size());
+  }
+  CHECK(results >= least, "%d results", results);
 }
 
 // ---- all words ------------------------------------------------------------------------------------------------------
@@ -223,6 +273,41 @@ void test_fill(const NoiseCases& cases, int rounds) {
   }
 }
 
+// The same for noise that reads arrays, of rows of any length.
+void test_fill_arrays(const NoiseCases& cases, int rounds) {
+  constexpr float kGuard = 12345;
+  std::mt19937_64 random(6);
+  for (int round = 0; round < rounds; ++round) {
+    const std::vector<Noise> kinds = array_noises(uint32_t(random()));
+    const Noise noise = noise::on_chip(kinds[round % kinds.size()], random(), uint32_t(random()));
+    const int64_t row = 1 + random() % (round % 5 ? 40 : 500), rows = 1 + random() % 12, size = row * rows;
+    const int64_t first = random() % size, count = random() % (size - first) + 1;
+    std::vector<float> weight(size), reach(rows);
+    for (float& w : weight) w = float(int(random() % 2001) - 1000) / 500;
+    for (float& r : reach) r = float(random() % 1000) / 300;
+    const std::vector<float> spread = random_spread(size, unsigned(random()));
+    const Nominal nominal{weight.data(), spread.data(), reach.data(), row};
+    std::vector<float> drawn(count + 2 * 64, kGuard);
+    std::vector<uint16_t> halves(count + 2 * 64, 0x4711);
+    cases.draw_float32(nominal, first, count, noise, &drawn[64]);
+    cases.draw_bfloat16(nominal, first, count, noise, &halves[64]);
+    for (int64_t i = -64; i < count + 64; ++i) {
+      if (i < 0 || i >= count) {
+        CHECK(drawn[64 + i] == kGuard && halves[64 + i] == 0x4711, "%s: wrote outside the row", isa_name);
+        continue;
+      }
+      const float wanted = one_weight(nominal, noise, first + i);
+      CHECK(noise::bits(drawn[64 + i]) == noise::bits(wanted), "%s: kind %u, faults %d, weight %ld of %ld: %a, not %a",
+            isa_name, unsigned(noise.kind), noise.faults.any, long(i), long(count), drawn[64 + i], wanted);
+      CHECK(halves[64 + i] == noise::bfloat16(wanted), "%s: kind %u, bfloat16 %ld of %ld", isa_name, unsigned(noise.kind),
+            long(i), long(count));
+      const bool exact = spread[first + i] == 0, spared = exact && noise::bits(spread[first + i]);
+      CHECK(!exact || (noise.faults.any && !spared) || wanted == weight[first + i], "%s: an exact weight %a is %a", isa_name,
+            weight[first + i], wanted);
+    }
+  }
+}
+
 // Against the C library, on products and sums that lie half way between two floats, or next to it.
 void test_fma() {
   std::mt19937 random(5);
@@ -269,8 +354,8 @@ void test_tensors() {
     for (int threads : {1, 2, 5}) {
       lognormal(noise, 0, count, all.data(), threads);
       CHECK(all == factors, "%s: factors with %d threads", isa_name, threads);
-      noisy_weight(noise, shape, weight.data(), out.data(), threads);
-      noisy_weight(noise, shape, weight.data(), halves.data(), threads);
+      noisy_weight(noise, shape, {weight.data()}, out.data(), threads);
+      noisy_weight(noise, shape, {weight.data()}, halves.data(), threads);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t row = i / size, place = i % size;  // (channels, taps) in memory, (taps, channels) as elements
         const int64_t element =
@@ -281,6 +366,44 @@ void test_tensors() {
       }
     }
   }
+}
+
+// The same for noise that reads arrays, which must be there and in the order of elements.
+void test_tensors_of_arrays() {
+  std::mt19937_64 random(7);
+  for (const Noise& kind : array_noises(3))
+    for (const WeightShape shape : {WeightShape{64, 9, 130, true}, WeightShape{300, 25, 6, true}, WeightShape{3, 1, 50000, false}}) {
+      const Noise noise = noise::on_chip(kind, random(), 4);
+      const int64_t row = shape.taps * shape.channels, count = shape.rows * row;
+      std::vector<float> weight(count), reach(shape.rows), out(count);
+      std::vector<uint16_t> halves(count);
+      for (float& w : weight) w = float(int(random() % 2001) - 1000) / 500;
+      for (float& r : reach) r = float(random() % 1000) / 300;
+      const std::vector<float> spread = random_spread(count);
+      const Nominal nominal{weight.data(), spread.data(), reach.data(), row};
+      for (int threads : {1, 2, 5}) {
+        noisy_weight(noise, shape, {weight.data(), spread.data(), reach.data()}, out.data(), threads);
+        noisy_weight(noise, shape, {weight.data(), spread.data(), reach.data()}, halves.data(), threads);
+        int wrong = 0;
+        for (int64_t i = 0; i < count; ++i) {
+          const float wanted = one_weight(nominal, noise, i);
+          wrong += noise::bits(out[i]) != noise::bits(wanted) || halves[i] != noise::bfloat16(wanted);
+        }
+        CHECK(wrong == 0, "%s: %d weights from arrays with %d threads", isa_name, wrong, threads);
+      }
+      int refused = 0;
+      const auto refuses = [&](const WeightShape& other, const Nominal& arrays) {
+        try {
+          noisy_weight(noise, other, arrays, out.data(), 1);
+        } catch (const std::invalid_argument&) {
+          ++refused;
+        }
+      };
+      refuses({1, 9, 5, false}, nominal);
+      refuses(shape, {weight.data(), nullptr, reach.data()});
+      if (noise.faults.any) refuses(shape, {weight.data(), spread.data(), nullptr});
+      CHECK(refused == 2 + noise.faults.any, "%s: %d refusals", isa_name, refused);
+    }
 }
 
 void test_selection() {
@@ -326,13 +449,18 @@ int main(int argc, char** argv) {
     test_normal_accuracy(cases);
     test_exp2(cases, stride);
     test_fill(cases, stride == 1 ? 5000 : 300);
+    test_frozen_arrays(cases, directory + "/kat_gaussian.txt", 90);
+    test_frozen_arrays(cases, directory + "/kat_faults.txt", 170);
+    test_fill_arrays(cases, stride == 1 ? 5000 : 300);
 #if defined(CORRECTNET_X86)
     _mm_setcsr(_mm_getcsr() | 0x8040);  // subnormal results and operands to zero, as torch.set_flush_denormal does
     test_frozen(cases, directory);
     test_fill(cases, 300);
+    test_frozen_arrays(cases, directory + "/kat_faults.txt", 170);
     _mm_setcsr(_mm_getcsr() & ~0x8040u);
 #endif
     test_tensors();
+    test_tensors_of_arrays();
     printf("%s: done\n", isa_name);
   }
   return report();

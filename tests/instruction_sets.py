@@ -1,0 +1,3 @@
+"""Instruction sets of the C++ core."""
+
+ISAS = ["portable", "avx2", "avx512", "avx512bf16", "amx"]
