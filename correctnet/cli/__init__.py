@@ -2,7 +2,7 @@
 
 import click
 
-from correctnet.cli import results, stages, tools
+from correctnet.cli import devices, results, stages, tools
 from correctnet.cli.process import Group
 
 __all__ = ["main"]
@@ -22,7 +22,7 @@ COMMANDS = (
     *(stages.pretrain, stages.suppress, stages.inject, stages.sweep, stages.sensitivity, stages.search),
     *(stages.compensate, stages.finetune, stages.evaluate),
     *(results.merge_chunks, results.collect, results.table, results.figure, results.explore, results.provenance_page),
-    *(tools.new_study, tools.fetch, tools.check, tools.progress, tools.info, tools.show, tools.bench),
+    *(tools.new_study, tools.fetch, tools.check, tools.progress, tools.info, tools.show, tools.bench, devices.device),
 )
 for command in COMMANDS:
     main.add_command(command)
