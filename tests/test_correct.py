@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from correctnet import (
+    Device,
     LogNormalVariation,
     UserError,
     Variation,
@@ -78,19 +79,23 @@ def called(network, parts, **options):
         return correct(network, *parts, **{"limit": 0.5, "chips": 4, "progress": False, **OPTIONS, **options})
 
 
-@pytest.mark.parametrize("options", [OPTIONS, TRIED])
-def test_it_is_the_chain_by_hand(trained, parts, options):
+@pytest.mark.parametrize(
+    ("options", "device"),
+    [(OPTIONS, WIDE), (TRIED, WIDE), (TRIED, Device.preset("pcm-hermes-1", time=3600.0).stuck(off=0.1).at(3.0))],
+    ids=["greedy", "reinforce", "measured"],
+)
+def test_it_is_the_chain_by_hand(trained, parts, options, device):
     train, validation, test = parts
     before = copy.deepcopy(trained.state_dict())
-    found = called(trained, parts, variation=WIDE, seed=7, **options)
+    found = called(trained, parts, variation=device, seed=7, **options)
     assert same(before, trained.state_dict()), "the network is left as it was"
     quiet = {"seed": 7, "progress": False}
-    suppressed = suppress(trained, train, WIDE, **quiet, **options["suppress"])
+    suppressed = suppress(trained, train, device, **quiet, **options["suppress"])
     few = {k: v for k, v in options["sweep"].items() if k != "images"}
-    swept = find_candidates(suppressed, validation.take(50), WIDE, original=trained, **quiet, **few)
+    swept = find_candidates(suppressed, validation.take(50), device, original=trained, **quiet, **few)
     built = {"batch": 50}
     placed = search(
-        suppressed, swept.candidates, *parts[:2], WIDE, limit=0.5, compensate=built, **quiet, **options["search"]
+        suppressed, swept.candidates, *parts[:2], device, limit=0.5, compensate=built, **quiet, **options["search"]
     )
     assert found.candidates == swept.candidates
     assert found.candidates, "something is searched"
@@ -102,13 +107,13 @@ def test_it_is_the_chain_by_hand(trained, parts, options):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CompensationWarning)
             corrected = fit_compensators(
-                suppressed, placed.filters, train.images, train.labels, WIDE, validation=validation,
+                suppressed, placed.filters, train.images, train.labels, device, validation=validation,
                 stage="compensate", seed=7, quiet=True, **options["compensate"],
             )  # fmt: skip
     assert same(found.network.state_dict(), corrected.state_dict())
     assert same(found.suppressed.state_dict(), suppressed.state_dict())
     for row, network in (("unprotected", trained), ("suppressed", suppressed), ("corrected", corrected)):
-        expected = evaluate(convert(network, WIDE, 7), test, 4, progress=False)
+        expected = evaluate(convert(network, device, 7), test, 4, progress=False)
         pd.testing.assert_frame_equal(found.results[row].table, expected.table)
         line = found.table.set_index("row").loc[row]
         accuracies = expected.accuracies

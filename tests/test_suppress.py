@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from stopping import Stopped, stopping_loss
 from torch import nn
 
-from correctnet import LogNormalVariation, UserError, Variation, compensate, convert, suppress
+from correctnet import Device, LogNormalVariation, UserError, Variation, compensate, convert, suppress
 from correctnet.methods.suppression import bound, spectral_norms, weight_matrix
 from correctnet.settings import Suppress
 from correctnet.training.loop import learning_rate
 
 HALF = LogNormalVariation(0.5)
+WAN = Device.preset("rram-wan-2022", time="1d")
 FEW = {"epochs": 2, "batch": 60, "optimizer": "sgd", "learning_rate": 0.05, "beta": 1e-2}
 
 
@@ -26,22 +27,32 @@ def state(model):
     return copy.deepcopy(model.state_dict())
 
 
+def bound_by_hand(device, layer):
+    """lambda of a layer whose weights are Gaussian, from mean and deviation of the weights on chips."""
+    w, (mean, std) = layer.weight.detach().double().ravel(), device.chip_moments(layer.weight.detach())
+    return 1 / ((w @ mean.ravel()) / (w @ w) + 3 * std.norm() / w.norm()).item()
+
+
+@pytest.mark.parametrize("device", [HALF, WAN], ids=["lognormal", "measured"])
 @pytest.mark.parametrize("own", [None, lambda y, t: F.cross_entropy(y, t, label_smoothing=0.1)])
-def test_it_is_sgd_on_the_loss_and_the_regulariser(blobs, own):
+def test_it_is_sgd_on_the_loss_and_the_regulariser(blobs, own, device):
     loader = list(zip(blobs.images.split(60), blobs.labels.split(60), strict=True))
     model = network()
     before = state(model)
-    found = suppress(model, loader, HALF, loss=own, progress=False, **FEW)
+    found = suppress(model, loader, device, loss=own, progress=False, **FEW)
     assert not found.training
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items()), "it was copied"
-    by_hand, lam = copy.deepcopy(model).train(), bound(HALF)
+    by_hand = copy.deepcopy(model).train()
+    layers = by_hand[0], by_hand[3]
     optimizer = torch.optim.SGD(by_hand.parameters(), lr=1.0, momentum=0.9, nesterov=True)
     for step in range(10):
         images, labels = loader[step % 5]
         optimizer.param_groups[0]["lr"] = learning_rate(step, 10, 0.05, Suppress().warmup)
         optimizer.zero_grad()
         loss = (own or F.cross_entropy)(by_hand(images), labels)
-        for layer in (by_hand[0], by_hand[3]):
+        if step % 5 == 0:
+            lams = [bound(HALF) if device is HALF else bound_by_hand(device, layer) for layer in layers]
+        for layer, lam in zip(layers, lams, strict=True):
             w = weight_matrix(layer.weight)
             loss = loss + 1e-2 * (w.t() @ w - lam**2 * torch.eye(w.shape[1])).square().sum()
         loss.backward()
@@ -142,7 +153,7 @@ class Plain(Variation):
         (
             network,
             {"variation": Plain()},
-            "suppress: Plain does not give the moments of w / w_nominal, from which the "
+            "suppress: Plain does not give the moments of its weights, from which the "
             "bound (10) is made; go without suppression",
         ),
         (

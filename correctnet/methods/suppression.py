@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -35,6 +35,23 @@ def bound(device: Variation, k: float = 1.0) -> float:
     return k / (mean + 3 * deviation)
 
 
+def bounds(model: nn.Module, device: Variation, k: float = 1.0) -> list[float]:
+    """Return lambda of (10) for each weight of `analog_weights`.
+
+    For a device whose w / w_nominal has one distribution, as the lognormal's, it is `bound` everywhere; for others it
+    follows from the layer's present weights, `correctnet.devices.base.Variation.bound`. Where all of these are 0 it is
+    k: W = 0 is a stationary point of (11) whatever lambda is.
+
+    Raises NotImplementedError for a device without moments.
+    """
+    layers = crossbars(model)
+    try:
+        return [bound(device, k)] * len(layers)
+    except NotImplementedError:
+        weights = [each.weight.detach() for each in layers]
+        return [device.bound(weight, k) if weight.any() else k for weight in weights]
+
+
 def weight_matrix(weight: Tensor) -> Tensor:
     """The matrix W of a layer that maps its input x to x W.
 
@@ -45,7 +62,11 @@ def weight_matrix(weight: Tensor) -> Tensor:
     return weight.flatten(2).mT if weight.dim() in (3, 5) else weight.flatten(1).t()
 
 
-def penalty(weights: Iterable[Tensor], lam: float, form: Literal["orthogonal", "one-sided"] = "orthogonal") -> Tensor:
+def penalty(
+    weights: Iterable[Tensor],
+    lam: float | Sequence[float],
+    form: Literal["orthogonal", "one-sided"] = "orthogonal",
+) -> Tensor:
     """The sum of (11) over all matrices, || W_i^T W_i - lambda^2 I ||_F^2; a differentiable scalar.
 
     W_i is (inputs, outputs), as from `weight_matrix`, so W^T W is (outputs, outputs). With s_j the singular values
@@ -57,7 +78,7 @@ def penalty(weights: Iterable[Tensor], lam: float, form: Literal["orthogonal", "
     Args:
         weights: from `analog_weights`: (out, in), (out, in, kh, kw), or (groups, out / groups, in / groups, kh, kw) for
             a grouped convolution, which has one matrix a group; (maps, out, in) for others with several.
-        lam: lambda of (10).
+        lam: lambda of (10), or one for each weight.
         form: "orthogonal": (11) as printed, which pulls every singular value to lambda; "one-sided": only those above
             lambda, sum_j max(0, s_j^2 - lambda^2)^2, as (9) requires.
 
@@ -69,9 +90,9 @@ def penalty(weights: Iterable[Tensor], lam: float, form: Literal["orthogonal", "
     weights = list(weights)
     if not weights:
         raise UserError("penalty: the network has no conv or linear layer")
-    if form == "one-sided":
-        return torch.stack([_one_sided(weight_matrix(w).float(), lam) for w in weights]).sum()
-    return torch.stack([_Orthogonal.apply(weight_matrix(w).float(), lam) for w in weights]).sum()
+    each = [lam] * len(weights) if isinstance(lam, int | float) else lam
+    term = _one_sided if form == "one-sided" else _Orthogonal.apply
+    return torch.stack([term(weight_matrix(w).float(), own) for w, own in zip(weights, each, strict=True)]).sum()
 
 
 def _gram(matrix: Tensor) -> Tensor:

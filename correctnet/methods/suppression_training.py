@@ -16,7 +16,7 @@ from correctnet.errors import UserError, whole
 from correctnet.evaluation.montecarlo import clean_value
 from correctnet.methods import work as folder
 from correctnet.methods.compensation import compensation_modules
-from correctnet.methods.suppression import analog_weights, batchnorms, bound, penalty
+from correctnet.methods.suppression import analog_weights, batchnorms, bounds, penalty
 from correctnet.metrics import Loss, Metric, checked
 from correctnet.settings import Suppress, validate
 from correctnet.training.loop import Hooks, fit
@@ -25,15 +25,23 @@ from correctnet.training.loop import Hooks, fit
 def regularised(model: nn.Module, section: Suppress, variation: Variation) -> Hooks:
     """The training hooks that add beta times (11), with lambda of (10), to the loss of `model`.
 
+    Where lambda depends on a layer's weights, it is that of the weights at the beginning of each epoch.
+
     Raises UserError as `batchnorms`, if BatchNorm is to be folded in, and for a device without moments.
     """
+    lams: list[float] = []
+
+    def renew() -> None:
+        lams[:] = bounds(model, variation, section.k)
+
     try:
-        lam = bound(variation, section.k)
+        renew()
     except NotImplementedError as error:
         raise UserError(f"suppress: {error}, from which the bound (10) is made; go without suppression") from error
     norms = batchnorms(model) if section.fold_batchnorm else {}
     return Hooks(
-        penalty=lambda: penalty(analog_weights(model, norms), lam, section.form),
+        before_epoch=renew,
+        penalty=lambda: penalty(analog_weights(model, norms), lams, section.form),
         penalty_weight=lambda done: section.beta * min(1.0, done / section.ramp) if section.ramp else section.beta,
         temperature=section.temperature,
         sizes=section.sizes,
@@ -56,13 +64,14 @@ def suppress(
     """Error suppression: train a copy of `network` under the modified Lipschitz regulariser, (10) and (11).
 
     The loss is cross entropy + beta sum over layers || W^T W - lambda^2 I ||_F^2, with lambda = k / (mean + 3 standard
-    deviations of w / w_nominal). Smaller norms let deviations of the weights grow less from layer to layer.
+    deviations of w / w_nominal). Smaller norms let deviations of the weights grow less from layer to layer. For devices
+    whose deviations are no factor of the weight lambda is that of each layer (`Variation.bound`), anew in each epoch.
 
     Args:
         network: a trained network that `correctnet.convert` accepts, with outputs (N, classes). It is left unchanged.
         train: training images (N, ...) and labels (N,), a pair of tensors or a loader of such pairs, each of whose
             batches is a step.
-        variation: the device model; it has to give the moments of w / w_nominal.
+        variation: the device model; it has to give the moments of w / w_nominal, or of the weights.
         validation: images and labels whose accuracy, or metric, is shown after each epoch; nothing is chosen by it.
         loss: replaces the cross entropy: a function of outputs and labels that returns the mean over the images.
         metric: a `correctnet.Metric`, which says what labels are, and may have a loss; None: the accuracy.

@@ -44,6 +44,8 @@ CHECK_EVERY = 20
 class Hooks:
     """Additions of a stage to plain training."""
 
+    before_epoch: Callable[[], None] = lambda: None
+    """called before each epoch"""
     before_batch: Callable[[int], None] = lambda draw: None
     """called before each forward pass with the number of the draw, e.g. to program a fresh chip"""
     penalty: Callable[[], Tensor] | None = None
@@ -171,6 +173,7 @@ def fit(
             for epoch in range(done, settings.epochs):
                 began = time.monotonic()
                 _set_mode(model, hooks)
+                hooks.before_epoch()
                 # Dropout layers draw from torch's global generators.
                 with streams.global_generators(seed, "dropout", stage, epoch, devices=devices):
                     where = seed, stage, epoch
