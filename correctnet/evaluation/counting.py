@@ -38,10 +38,11 @@ CHUNK_FLOP, CALL_FLOP, CALL_SECONDS = 1e12, 1e10, 1.0
 GPU_THREADS = 256  # threads that a GPU counts for in these sizes, at least
 TRIED = 3  # chips whose outputs are compared with the nominal ones
 
-# Where a network is in several pieces, torch may be faster: both are measured on so many images of one chip, in turns,
-# and torch is taken if its time is less than FASTER of the engine's. Networks in one piece, and those that take the
-# engine less than WORTH seconds, are not measured: their results do not depend on how busy the machine is.
-MEASURED, FASTER, WORTH = 128, 0.9, 0.1
+# Where a network is in several pieces, torch may be faster: both are measured TURNS times on some images of one chip,
+# and torch is taken if its time is less than FASTER of the engine's. Networks in one piece, those that take the engine
+# less than WORTH seconds, and work of which this would be more than SHARE are not measured: results of those do not
+# depend on how busy the machine is.
+MEASURED, TURNS, FASTER, WORTH, SHARE = 128, 3, 0.9, 0.1, 0.1
 
 # Chips that see a part of a loader before the next part is read, at least, where its batches do not fit the memory.
 TOGETHER = 16
@@ -214,7 +215,7 @@ def make_counter(
     automatic = setup.simulation.engine == "auto"
     if automatic and reason is None:
         try:
-            return _engine_counter(model, data, setup, samples[0], metric)
+            return _engine_counter(model, data, setup, samples, metric)
         except Unsupported as error:
             reason = str(error)
     if automatic:
@@ -280,9 +281,11 @@ def _by_engine(
     return tallies
 
 
-def _engine_counter(model: nn.Module, data: Data, setup: ChipSetup, sample: int, metric: Metric) -> tuple[Counter, int]:
-    """Count through one engine: (counter, chips in a chunk). Raises Unsupported if the core cannot run the network."""
-    engine = setup.engine(model, data.head[0], sample)
+def _engine_counter(
+    model: nn.Module, data: Data, setup: ChipSetup, samples: Sequence[int], metric: Metric
+) -> tuple[Counter, int]:
+    """Count through one engine: (counter, chips in a chunk). Raises Unsupported if torch has to run the network."""
+    engine = setup.engine(model, data.head[0], samples[0])
     if setup.simulation.gpu_method != "auto" and not engine.on_gpu:
         warnings.warn(
             f"gpu_method {setup.simulation.gpu_method!r} has no effect: the model is on the CPU, where the core draws "
@@ -290,7 +293,7 @@ def _engine_counter(model: nn.Module, data: Data, setup: ChipSetup, sample: int,
             EngineWarning,
             stacklevel=5,
         )
-    _check_faster(engine, model, data, setup, sample, metric)
+    _check_faster(engine, model, data, setup, samples, metric)
     if (engine.report.unfused or engine.report.torch) and not engine.library:
         warnings.warn(f"not all of the network runs in the C++ core: {engine.report}", EngineWarning, stacklevel=5)
     if setup.prepare is not None:
@@ -324,11 +327,15 @@ def _engine_counter(model: nn.Module, data: Data, setup: ChipSetup, sample: int,
     return counter, size if data.kept else max(size, TOGETHER)
 
 
-def _check_faster(engine: Engine, model: nn.Module, data: Data, setup: ChipSetup, sample: int, metric: Metric) -> None:
-    """Measure the engine and torch on one chip. Raises Unsupported where torch is faster."""
+def _check_faster(
+    engine: Engine, model: nn.Module, data: Data, setup: ChipSetup, samples: Sequence[int], metric: Metric
+) -> None:
+    """Measure the engine and torch on the first chip. Raises Unsupported where torch is faster."""
     chosen = setup.simulation.precision != "float32" or setup.prepare is not None
-    if engine.whole or engine.on_gpu or chosen:
+    short = 2 * TURNS * min(MEASURED, data.images) > SHARE * len(samples) * data.images
+    if engine.whole or engine.on_gpu or chosen or short:
         return
+    sample = samples[0]
     images, labels = next(_blocks(data, MEASURED))
     batch = images[:MEASURED], labels[:MEASURED]
 
@@ -338,7 +345,7 @@ def _check_faster(engine: Engine, model: nn.Module, data: Data, setup: ChipSetup
 
     ways = {"engine": lambda: _by_engine(engine, *batch, [sample], metric), "torch": by_torch}
     seconds = dict.fromkeys(ways, math.inf)
-    for _ in range(3):  # the first turn warms up
+    for _ in range(TURNS):  # the first warms up
         for name, way in ways.items():
             began = time.perf_counter()
             way()
