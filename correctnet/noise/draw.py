@@ -151,6 +151,7 @@ def programmed(noise: ArrayNoise, seed: int, layer: int, sample: int, dtype: tor
     mean, spread = arrays.in_order(noise.mean), arrays.in_order(noise.spread)
     out = torch.empty(mean.shape, dtype=torch.bfloat16 if bfloat16 else torch.float32)
     rows, *kernel, channels = mean.shape
+    reach = None if noise.reach is None else noise.reach.contiguous()  # kept as long as the core reads it
     extension.noisy_weight(
         core.array_noise(layer, noise),
         seed & 0xFFFFFFFFFFFFFFFF,
@@ -164,7 +165,7 @@ def programmed(noise: ArrayNoise, seed: int, layer: int, sample: int, dtype: tor
         bfloat16=bfloat16,
         threads=torch.get_num_threads(),
         spread=spread.data_ptr(),
-        reach=0 if noise.reach is None else noise.reach.contiguous().data_ptr(),
+        reach=0 if reach is None else reach.data_ptr(),
     )
     return out.movedim(-1, 1).to(dtype).contiguous()
 
