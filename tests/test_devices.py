@@ -19,7 +19,7 @@ from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.devices.programming import Table
 from correctnet.devices.protected import Protected
 from correctnet.errors import UserError
-from correctnet.methods.suppression import bound
+from correctnet.methods.suppression import bound, bounds
 from correctnet.noise import arrays, specification
 
 CELLS = ["pair", "two-sided", "offset", "direct"]
@@ -429,6 +429,16 @@ def test_gradient_of_protected_weights_is_one():
     Protected(device().stuck(0.2), {0: mask}).sample(weight, 1, 0, 3).sum().backward()
     assert (weight.grad[mask] == 1).all()
     assert (weight.grad[~mask] != 1).all()
+
+
+@pytest.mark.parametrize("inner", [LogNormalVariation(0.5), device().stuck(0.3, 0.2)])
+def test_moments_beside_protected_weights_are_those_of_the_device(inner):
+    weight = torch.randn(6, 5)
+    made = Protected(inner, {0: torch.rand(6, 5) < 0.5})
+    assert all(map(torch.equal, made.chip_moments(weight), inner.chip_moments(weight)))
+    assert made.bound(weight) == inner.bound(weight)
+    network = torch.nn.Sequential(torch.nn.Linear(5, 6))
+    assert bounds(network, made) == bounds(network, inner)
 
 
 def test_masks_that_do_not_fit():

@@ -77,8 +77,7 @@ class GaussianVariation(Variation):
     def sample(self, weight: Tensor, seed: int, layer: int, sample: int) -> Tensor:
         """See `Variation.sample`."""
         if not (weight.requires_grad and torch.is_grad_enabled()):
-            noise = self._arrays(weight.detach(), *self.moments(weight.detach()))
-            return draw.programmed(noise, seed, layer, sample, weight.dtype)
+            return draw.programmed(self.array_noise(weight, layer), seed, layer, sample, weight.dtype)
         return _Programmed.apply(weight, self, (seed, layer, sample))
 
 

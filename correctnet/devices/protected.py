@@ -83,6 +83,14 @@ class Protected(Variation):
         """See `Variation.moments`; those of a weight that is not protected, as the layer is not known."""
         return self.device.moments(weight)
 
+    def chip_moments(self, weight: Tensor) -> Moments:
+        """See `Variation.chip_moments`; likewise."""
+        return self.device.chip_moments(weight)
+
+    def factor_moments(self) -> tuple[float, float]:
+        """See `Variation.factor_moments`; likewise."""
+        return self.device.factor_moments()
+
     @property
     def level(self) -> float:
         """See `Variation.level`."""
