@@ -51,6 +51,7 @@ class ExactPair(Device):
 
 
 def main() -> None:
+    """Measure the devices, and write the differences."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)

@@ -114,6 +114,7 @@ def reader(name: str) -> property:
 
 
 def is_reader(value: Any) -> bool:
+    """Return whether an attribute of a class is a `reader`."""
     return isinstance(value, property) and hasattr(value.fget, "of_chip")
 
 

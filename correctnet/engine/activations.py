@@ -43,6 +43,7 @@ def _gelu(approximate: str) -> Activation | None:
 
 
 def module_activation(module: nn.Module) -> Activation | None:
+    """Return a module as an activation of the core; None for another."""
     kind = type(module)
     if kind in _PLAIN_MODULES:
         return _PLAIN[_PLAIN_MODULES[kind]]
@@ -54,6 +55,7 @@ def module_activation(module: nn.Module) -> Activation | None:
 
 
 def function_activation(node: fx.Node, name: str) -> Activation | None:
+    """Return the call of a function, one of `ACTIVATIONS`, as an activation; None where an argument is computed."""
     if name in _PLAIN:
         return _PLAIN[name] if bind(node, ("inplace",), inplace=False) else None
     if name == "hardtanh":

@@ -141,6 +141,7 @@ def _of_sizes(node: fx.Node) -> bool:
 
 
 def hooked(module: nn.Module) -> bool:
+    """Return whether a module has forward hooks, which may do anything."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 

@@ -24,6 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from correctnet.crossbar.convert import copy_model
 from correctnet.crossbar.kinds import crossbars
+from correctnet.crossbar.layers import crossbar_layers
 from correctnet.errors import UserError, whole
 from correctnet.networks.blocks import Block, parameter_count
 from correctnet.noise import streams
@@ -186,7 +187,7 @@ def compensable(model: nn.Module) -> list[str]:
 
 def outputs_of(model: nn.Module) -> dict[str, int]:
     """n of each layer that can be compensated, by name."""
-    layers = {each.name: each.module for each in crossbars(model)}
+    layers = dict(crossbar_layers(model))
     return {name: _features(layers[name])[1] for name in compensable(model)}
 
 
@@ -206,7 +207,7 @@ def filters_of(model: nn.Module, ratios: Sequence[float]) -> dict[str, int]:
 
     Layers with S_i <= 0 are left out. Raises UserError for too many ratios, or one that is not finite.
     """
-    layers = [(each.name, each.module) for each in crossbars(model)]
+    layers = list(crossbar_layers(model))
     if len(ratios) > len(layers):
         raise UserError(f"{len(ratios)} ratios for a network of {len(layers)} layers")
     for ratio in ratios:
@@ -229,7 +230,7 @@ def overhead(model: nn.Module, filters: Mapping[str, int]) -> float:
         UserError: a layer that the network does not have.
     """
     check_filters(filters, "overhead")
-    layers = {each.name: each.module for each in crossbars(model)}
+    layers = dict(crossbar_layers(model))
     _check_names(model, filters)
     return sum(cost(layers[name], m) for name, m in filters.items()) / parameter_count(model)
 
@@ -241,7 +242,7 @@ def check_filters(filters: Any, what: str) -> None:
 
 
 def _check_names(model: nn.Module, filters: Mapping[str, int]) -> None:
-    layers, known = compensable(model), {each.name: type(each.module).__name__ for each in crossbars(model)}
+    layers, known = compensable(model), {name: type(layer).__name__ for name, layer in crossbar_layers(model)}
     for name in filters:
         if name not in known:
             raise UserError(f"the network has no conv or linear layer {name!r} (layers: {', '.join(layers)})")
