@@ -26,7 +26,8 @@ from correctnet.methods.compensation import overhead
 from correctnet.methods.compensation_training import prepare, trained_parameters
 from correctnet.noise import streams
 from correctnet.pipeline.models import read_network
-from correctnet.settings import Compensate, validate
+from correctnet.sections import validate
+from correctnet.settings import Compensate
 from correctnet.training.loop import fit
 
 

@@ -12,7 +12,7 @@ ROOT = Path(correctnet.__file__).parent
 FLOORS = (
     {"machine", "precision", "progress", "reloading", "study"},
     {"errors"},
-    {"files", "metrics", "noise"},
+    {"files", "metrics", "noise", "sections"},
     {"datasets", "devices", "networks"},
     {"crossbar", "settings"},
     {"engine", "training"},

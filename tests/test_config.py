@@ -16,7 +16,8 @@ from correctnet.datasets import DATASETS, loading
 from correctnet.errors import UserError
 from correctnet.pipeline.config import RULES, Config
 from correctnet.pipeline.specs import STAGES, lineage
-from correctnet.settings import Settings, exact, merge
+from correctnet.sections import exact, merge
+from correctnet.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted((ROOT / "workflow" / "experiments").glob("*.yaml"))

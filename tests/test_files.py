@@ -26,7 +26,7 @@ from correctnet.files import storage
 from correctnet.noise import core
 from correctnet.pipeline import provenance
 from correctnet.report import figures, pages, tables
-from correctnet.settings import exact
+from correctnet.sections import exact
 
 ROOT = Path(__file__).parents[1]
 # Markup of mathtext, LaTeX, Markdown and HTML, a quote of each kind, letters beyond Latin-1, and a second line.

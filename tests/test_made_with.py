@@ -17,7 +17,8 @@ from correctnet.evaluation.montecarlo import clean_accuracy
 from correctnet.files import storage
 from correctnet.pipeline import models, runtime, stages
 from correctnet.pipeline.stages import searching, training
-from correctnet.settings import Settings, merge, validate
+from correctnet.sections import merge, validate
+from correctnet.settings import Settings
 
 FAST = ["--quiet", "--threads", "1", "--epochs", "0"]
 QUIET = ["--quiet", "--threads", "1"]

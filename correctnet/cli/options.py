@@ -19,7 +19,8 @@ from correctnet.files import storage
 from correctnet.pipeline.config import Config
 from correctnet.pipeline.specs import STAGES, Stage
 from correctnet.progress import progress_lines
-from correctnet.settings import Section, Settings, exact, layered, unprintable, validate
+from correctnet.sections import Section, exact, unprintable, validate
+from correctnet.settings import Settings, layered
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo

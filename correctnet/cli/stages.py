@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from correctnet.cli.options import PATH, name_values, runtime_options, settings_options
-from correctnet.settings import Settings, exact
+from correctnet.sections import exact
+from correctnet.settings import Settings
 
 if TYPE_CHECKING:
     from correctnet.pipeline.runtime import Runtime

@@ -33,7 +33,8 @@ from correctnet.methods.placement import search as find_placement
 from correctnet.methods.suppression_training import suppress as train_suppressed
 from correctnet.metrics import Loss, Metric, checked, loss_of
 from correctnet.noise import streams
-from correctnet.settings import Compensate, Search, Section, Suppress, Sweep, validate
+from correctnet.sections import Section, validate
+from correctnet.settings import Compensate, Search, Suppress, Sweep
 
 Options = Mapping[str, Any]
 WHAT = "correct"

@@ -39,7 +39,8 @@ from correctnet.methods.compensation import (
 )
 from correctnet.metrics import ACCURACY, Loss, Metric, checked
 from correctnet.noise import streams
-from correctnet.settings import JUDGED_CHIPS, Compensate, validate
+from correctnet.sections import validate
+from correctnet.settings import JUDGED_CHIPS, Compensate
 from correctnet.training.checkpoint import Checkpoint
 from correctnet.training.loop import Hooks, fit
 

@@ -25,7 +25,8 @@ from correctnet.methods import search as searching
 from correctnet.methods import work as folder
 from correctnet.metrics import ACCURACY, Loss, Metric, checked
 from correctnet.noise import streams
-from correctnet.settings import SEARCHING, Compensate, Search, validate
+from correctnet.sections import validate
+from correctnet.settings import SEARCHING, Compensate, Search
 from correctnet.training.loop import fit
 
 Filters = searching.Filters

@@ -18,7 +18,8 @@ from correctnet.methods import work as folder
 from correctnet.methods.compensation import compensation_modules
 from correctnet.methods.suppression import analog_weights, batchnorms, bounds, penalty
 from correctnet.metrics import Loss, Metric, checked
-from correctnet.settings import Suppress, validate
+from correctnet.sections import validate
+from correctnet.settings import Suppress
 from correctnet.training.loop import Hooks, fit
 
 

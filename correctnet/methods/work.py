@@ -22,7 +22,7 @@ from correctnet.errors import UserError
 from correctnet.evaluation.montecarlo import state_digest
 from correctnet.files import storage
 from correctnet.metrics import Metric
-from correctnet.settings import Section
+from correctnet.sections import Section
 from correctnet.training.checkpoint import Checkpoint
 
 VERSION = 1

@@ -29,19 +29,8 @@ from correctnet.files.yamlfile import read_values
 from correctnet.networks import NETWORKS
 from correctnet.pipeline.specs import STAGES, Stage, lineage
 from correctnet.pipeline.workload import training_images
-from correctnet.settings import (
-    SEARCHING,
-    Network,
-    Section,
-    Settings,
-    Training,
-    exact,
-    layered,
-    merge,
-    suggest,
-    unprintable,
-    validate,
-)
+from correctnet.sections import Section, exact, merge, suggest, unprintable, validate
+from correctnet.settings import SEARCHING, Network, Settings, Training, layered
 
 # Names are parts of paths and commands.
 PAIR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")

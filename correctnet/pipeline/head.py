@@ -24,7 +24,7 @@ from correctnet.files import storage
 from correctnet.pipeline.config import Config
 from correctnet.pipeline.layout import Layout
 from correctnet.progress import FIRST, MOST, PREFIX
-from correctnet.settings import exact
+from correctnet.sections import exact
 
 # Seconds without news after which a job does not count as running: a line comes once a minute, or with a slow step.
 SILENT = 15 * 60.0

@@ -26,7 +26,8 @@ from correctnet.errors import UserError
 from correctnet.pipeline import resources
 from correctnet.pipeline.config import DEFAULT_RUN, Config
 from correctnet.pipeline.specs import MODEL, STAGES, Stage, lineage
-from correctnet.settings import SEARCHING, Settings, exact, search_rounds
+from correctnet.sections import exact
+from correctnet.settings import SEARCHING, Settings, search_rounds
 
 FIGURES = {
     "2": "Figure 2: unprotected, over σ",

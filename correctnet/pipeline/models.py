@@ -20,7 +20,8 @@ from correctnet.methods import saved
 from correctnet.networks import NETWORKS
 from correctnet.networks.building import build, build_own
 from correctnet.pipeline.specs import STAGES, Stage
-from correctnet.settings import Data, Network, Settings, exact
+from correctnet.sections import exact
+from correctnet.settings import Data, Network, Settings
 
 
 def read_network(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict[str, Any]]:

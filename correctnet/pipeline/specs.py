@@ -14,7 +14,8 @@ from correctnet.errors import UserError, one_line
 from correctnet.files.yamlfile import json_values
 from correctnet.pipeline import workload
 from correctnet.pipeline.workload import Costs
-from correctnet.settings import Compensate, Data, Search, Section, Settings, validate
+from correctnet.sections import Section, validate
+from correctnet.settings import Compensate, Data, Search, Settings
 
 Stage = Literal[
     "pretrain", "suppress", "inject", "sweep", "search", "compensate", "finetune", "evaluate", "sensitivity"

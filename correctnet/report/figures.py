@@ -21,7 +21,7 @@ from correctnet.files import csvfile, storage
 from correctnet.methods.search_log import best_state
 from correctnet.metrics import ACCURACY, Metric
 from correctnet.report import tables
-from correctnet.settings import exact
+from correctnet.sections import exact
 
 # The colour-blind-safe palette of Okabe and Ito.
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"

@@ -17,7 +17,7 @@ import pandas as pd
 from correctnet.methods.search_log import best_state
 from correctnet.report import tables
 from correctnet.report.figures import SEARCH_COLOURS, folder_name, read_table
-from correctnet.settings import exact
+from correctnet.sections import exact
 
 STYLE = """
 :root { color-scheme: light; }

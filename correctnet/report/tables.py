@@ -11,7 +11,7 @@ import pandas as pd
 
 from correctnet.errors import UserError
 from correctnet.evaluation.results import COLUMNS, NO_INTERVAL, Result, missing_chip, read_chips
-from correctnet.settings import exact
+from correctnet.sections import exact
 
 # What the paper states (Section IV), as fractions, by (network, data set): clean accuracy, and by row at sigma 0.5
 # (mean, standard deviation). Table I itself is not legible in the copies at hand; these are the values of its text.
