@@ -7,7 +7,7 @@ import functools
 import math
 import unicodedata
 from collections.abc import Mapping
-from typing import Any, ClassVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -152,8 +152,23 @@ def validate(model: type[Section], values: Any, source: str, prefix: str = "") -
         raise UserError("\n".join(lines)) from error
 
 
+def tag(kind: str) -> str:
+    """The tag of a kind of section in a discriminated union. Messages leave it out of the path of a key."""
+    return f"<{kind}>"
+
+
+def members(annotation: Any) -> list[type[Section]]:
+    """The sections that an annotation names: one, several kinds of which a value has one, or none."""
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if _is_section(annotation):
+        return [annotation]
+    return [section for inner in get_args(annotation) for section in members(inner)]
+
+
 def _line(model: type[BaseModel], error: Any, source: str, prefix: str) -> str:
-    path = [str(p) for p in error["loc"]]
+    whole = [str(p) for p in error["loc"]]
+    path = [part for part in whole if not (part.startswith("<") and part.endswith(">"))]
     where = ".".join([*([prefix] if prefix else []), *path]) or "(top)"
     if error["type"] == "extra_forbidden":
         return f"{source}: {where}: unknown key{suggest(path[-1], _fields_at(model, path[:-1]))}"
@@ -164,16 +179,16 @@ def _line(model: type[BaseModel], error: Any, source: str, prefix: str) -> str:
 
 
 def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    """The keys of the section at a path; of several kinds, of all of them."""
+    kinds: list[type[BaseModel]] = [model]
     for part in path:
-        field = model.model_fields.get(part)
-        if field is None:
-            break
-        # A field is a section, or a mapping from names to sections.
-        nested = [t for t in (field.annotation, *get_args(field.annotation)) if _is_section(t)]
+        fields = [kind.model_fields[part] for kind in kinds if part in kind.model_fields]
+        # A field is a section, one of several, or a mapping from names to sections.
+        nested = [section for field in fields for section in members(field.annotation)]
         if not nested:
             break
-        model = nested[0]
-    return list(model.model_fields)
+        kinds = nested
+    return list(dict.fromkeys(key for kind in kinds for key in kind.model_fields))
 
 
 def _is_section(kind: Any) -> bool:

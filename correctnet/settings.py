@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator
 
 from correctnet.datasets import DATASETS, Facts
-from correctnet.devices import DEVICES
+from correctnet.devices.configuration import AnyVariation, VariationSettings, replaced
 from correctnet.files.factories import check_name, source_digest
 from correctnet.files.storage import sha256
 from correctnet.networks import NETWORKS
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 # Names of the registries, so that a mistake in one is found when settings are read.
 DataSetName = Literal[tuple(DATASETS)]
 NetworkName = Literal[tuple(NETWORKS)]
-DeviceName = Literal[tuple(DEVICES)]
 
 
 class Data(Sourced):
@@ -139,21 +138,6 @@ class Network(Sourced):
         parts = [] if self.factory is None else [source_digest(self.factory, "network.factory")]
         parts += [] if self.weights is None else [sha256(Path(self.weights).expanduser())]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest() if parts else None
-
-
-class VariationSettings(Section):
-    """The device variation, (1) and (2) of the paper: w = w_nominal exp(theta), theta ~ N(0, sigma^2)."""
-
-    model: DeviceName = "lognormal"
-    """device model"""
-    on: Literal["weight"] = "weight"
-    """the quantity that varies"""
-    sigma: float = Field(0.5, ge=0, le=3)
-    """standard deviation of the weight's logarithm"""
-    centre: Literal["median", "mean"] = "median"
-    """what the programmed weight equals: the median of its distribution (the paper) or its mean"""
-    resample: Literal["chip"] = "chip"
-    """how often the variation is redrawn"""
 
 
 class Training(Section):
@@ -355,11 +339,11 @@ class Evaluate(Section):
     images: int | None = Field(None, ge=1)
     """how many of them; empty: all"""
     sigmas: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4)
-    """further sigmas for the curves of Figures 2 and 7"""
+    """further levels for the curves of Figures 2 and 7: sigmas, or multiples of a measured device's deviations"""
     curve_chips: int = Field(50, ge=1, le=2**28)
     """chip samples at each of those"""
     curve_images: int | None = Field(None, ge=1)
-    """images at each of those; empty: as many as at the row's own sigma"""
+    """images at each of those; empty: as many as at the row's own level"""
     chunk: int = Field(125, ge=1)
     """chip samples a job"""
     recalibrate: Literal["none", "simulated", "chip"] = "none"
@@ -391,7 +375,7 @@ class Settings(Section):
     """seed of every random draw"""
     data: Data = Data()
     network: Network = Network()
-    variation: VariationSettings = VariationSettings()
+    variation: AnyVariation = VariationSettings()
     base: Literal["pretrain", "suppress", "inject"] = "suppress"
     """the stage whose network is swept, searched and compensated; suppress in the paper"""
     pretrain: Pretrain = Pretrain()
@@ -406,24 +390,28 @@ class Settings(Section):
     sensitivity: Sensitivity = Sensitivity()
 
     def identified(self) -> Settings:
-        """The settings with the digests of the user's own data and network, where they are not given.
+        """The settings with the digests of the user's own data, network and device, where they are not given.
 
-        Raises UserError where these are not there.
+        Raises UserError where these are not there, or the settings of a device make none.
         """
         changed: dict[str, Section] = {}
         if self.data.digest is None and (described := self.data.described()) is not None:
             changed["data"] = self.data.model_copy(update={"digest": described.digest})
         if self.network.digest is None and (digest := self.network.found_digest()) is not None:
             changed["network"] = self.network.model_copy(update={"digest": digest})
+        if (variation := self.variation.identified()) is not self.variation:
+            changed["variation"] = variation
         return self.model_copy(update=changed) if changed else self
 
 
 def layered(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings merged as by `merge`; data or a network that `over` names take the place of those of `under`.
+    """Settings merged as by `merge`; data, a network or a device that `over` names take the place of those of `under`.
 
     A digest, weights or options of the former are not those of the latter.
     """
     under = dict(under)
+    if isinstance(under.get("variation"), Mapping) and isinstance(over.get("variation"), Mapping):
+        under["variation"] = replaced(under["variation"], over["variation"])
     for key, section in (("data", Data), ("network", Network)):
         inner, outer = under.get(key), over.get(key)
         if not (isinstance(inner, Mapping) and isinstance(outer, Mapping)):

@@ -10,13 +10,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis_profile import examples
-from pydantic import BaseModel
 
 from correctnet.datasets import DATASETS, loading
+from correctnet.devices.configuration import DeviceSettings
 from correctnet.errors import UserError
 from correctnet.pipeline.config import RULES, Config
 from correctnet.pipeline.specs import STAGES, lineage
-from correctnet.sections import exact, merge
+from correctnet.sections import exact, members, merge
 from correctnet.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -406,9 +406,8 @@ NUMBERS = {"variation.sigma": "variation", "suppress.beta": "suppress", "search.
 def test_a_number_is_a_number_and_a_truth_value_is_one(value):
     """Of every setting: what is taken has the type that it was given, or is the float of an integer."""
     for name, field in Settings.model_fields.items():
-        section = field.annotation
-        inner = section.model_fields.items() if isinstance(section, type) and issubclass(section, BaseModel) else []
-        for key, of_key in inner:
+        inner = [(section, *item) for section in members(field.annotation) for item in section.model_fields.items()]
+        for section, key, of_key in inner:
             try:
                 found = getattr(section.model_validate({key: value}), key)
             except ValueError:
@@ -470,10 +469,10 @@ def test_every_mistake_is_named_at_once():
 
 def test_the_pairs_of_a_run_are_one_table():
     config = Config.check(changed("pairs/lenet5-cifar10/variation", {"sigma": 0.3}))
-    assert config.sigma_of("quick") == 0.5
+    assert config.level_of("quick") == 0.5
     for run in ("paper", "lenet", "seeds"):
         with pytest.raises(UserError) as caught:
-            config.sigma_of(run)
+            config.level_of(run)
         assert str(caught.value) == f"runs.{run}: its pairs are one table, but their variation.sigma differ (0.3, 0.5)"
 
 
@@ -611,15 +610,17 @@ OTHER |= {"data.folder": "x", "data.npz": "x", "data.factory": "a:b", "data.dige
 OTHER |= {"network.options": {"a": 1}, "network.weights": "x", "network.digest": "0"}
 # What a setting needs beside it.
 BESIDE = {"network.options": {"network": {"factory": "a:b"}}}
+BESIDE |= {f"variation.{key}": {"variation": {"device": "b"}} for key in DeviceSettings.model_fields if key != "centre"}
+OTHER |= {f"variation.{key}": "a" for key in ("device", "unit", "time", "digest")} | {"variation.g_max": 1.0}
+OTHER |= {"variation.cell": "offset", "variation.chip_gain": 0.1, "variation.column_gain": 0.1}
 OTHER |= {"data.augment": "crop", "variation.centre": "mean", "network.batchnorm": "none"}
 
 
 def leaves(model, prefix=""):
     for name, field in model.model_fields.items():
-        value = field.annotation
-        if isinstance(value, type) and issubclass(value, BaseModel):
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
+        for section in members(field.annotation):
+            yield from leaves(section, f"{prefix}{name}.")
+        if not members(field.annotation):
             yield f"{prefix}{name}", field
 
 

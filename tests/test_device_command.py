@@ -51,6 +51,8 @@ def test_levels_of_a_file_and_a_plot(tmp_path):
     assert "own.csv: measurements" in shown
     assert "clipped at 2.5 rms, 3 levels, right after programming, stuck off 0.02, on 0" in shown
     assert [line.split()[-1] for line in shown.splitlines() if line.endswith("%")] == ["0.33%", "1.00%", "2.00%"]
+    options = ["--stuck-off", "0.02", "--clip-rms", "2.5", "--level", "1"]  # as the stages have them
+    assert succeed("device", path, *options).output == shown
     assert plot.read_text().startswith("<?xml")
 
 

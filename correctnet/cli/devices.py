@@ -25,10 +25,12 @@ from correctnet.files import storage
 @click.option("--g-min", type=float, help="Smallest state in use.  [default: the smallest measured]")
 @click.option("--g-max", type=float, help="Largest state in use.  [default: the largest measured]")
 @click.option("--scale", type=click.Choice(["layer", "output"]), default="layer", show_default=True)
-@click.option("--clip", type=float, help="Clip weights at this multiple of their root mean square.")
+@click.option("--clip", "--clip-rms", type=float, help="Clip weights at this multiple of their root mean square.")
 @click.option("--levels", type=int, default=0, help="Number of equidistant levels.  [default: any state, or FILE's]")
 @click.option("--centre", type=click.Choice(["target", "mean"]), default="target", show_default=True)
-@click.option("--noise", type=float, default=1.0, show_default=True, help="Multiple of the measured deviations.")
+@click.option(
+    "--noise", "--level", type=float, default=1.0, show_default=True, help="Multiple of the measured deviations."
+)
 @click.option("--stuck-off", type=float, default=0.0, help="Probability that a device is stuck at g_min.")
 @click.option("--stuck-on", type=float, default=0.0, help="Probability that a device is stuck at g_max.")
 @click.option("--plot", type=PATH, help="Plot to write (.png, .svg, ...).")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import warnings
@@ -14,12 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 import click
 
 from correctnet.cli.process import end_with
+from correctnet.devices.configuration import DeviceSettings
 from correctnet.errors import UserError
 from correctnet.files import storage
 from correctnet.pipeline.config import Config
 from correctnet.pipeline.specs import STAGES, Stage
 from correctnet.progress import progress_lines
-from correctnet.sections import Section, exact, unprintable, validate
+from correctnet.sections import Section, exact, members, unprintable, validate
 from correctnet.settings import Settings, layered
 
 if TYPE_CHECKING:
@@ -64,27 +66,52 @@ NONE = object()
 
 
 def leaves(stage: Stage) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
-    """Yield (path, field) of every setting that a stage reads, e.g. (("suppress", "beta"), ...)."""
+    """Yield (path, field) of every setting that a stage reads, e.g. (("suppress", "beta"), ...).
+
+    Of a section of several kinds, as `variation`, the settings of all; one that two kinds have is one with both's
+    choices.
+    """
     for key in STAGES[stage].reads:
         path = tuple(key.split("."))
-        section: type[Section] = Settings
-        for part in path[:-1]:
-            section = section.model_fields[part].annotation  # type: ignore[assignment]
-        field = section.model_fields[path[-1]]
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            for name, inner in field.annotation.model_fields.items():
-                yield (*path, name), inner
-        else:
+        field = _field(path)
+        if not (kinds := members(field.annotation)):
             yield path, field
+        found: dict[str, FieldInfo] = {}
+        for kind in kinds:
+            for name, own in kind.model_fields.items():
+                found[name] = _joined(found[name], own) if name in found else own
+        yield from (((*path, name), inner) for name, inner in found.items())
+
+
+def _field(path: tuple[str, ...]) -> FieldInfo:
+    """The field of a setting, or of a section."""
+    kinds: list[type[Section]] = [Settings]
+    for part in path[:-1]:
+        kinds = [kind for outer in kinds for kind in members(outer.model_fields[part].annotation)]
+    return next(kind.model_fields[path[-1]] for kind in kinds if path[-1] in kind.model_fields)
+
+
+def _joined(field: FieldInfo, other: FieldInfo) -> FieldInfo:
+    """The field of a setting of two kinds of section: the choices and descriptions of both."""
+    both = copy.copy(field)
+    both.annotation = Literal[tuple(dict.fromkeys((*get_args(field.annotation), *get_args(other.annotation))))]  # type: ignore[assignment]
+    both.description = f"{field.description}; of a measured device, {other.description}"
+    both.default = f"{field.default}, {other.default}"
+    return both
+
+
+# Options whose names are not those of the settings: others have these already.
+NAMED = {("variation", "device"): "device_model"}
 
 
 def option_name(path: tuple[str, ...], taken: dict[str, tuple[str, ...]]) -> str:
-    """Name of a setting's option: --beta for suppress.beta, --network for network.name, --variation for its model.
+    """Name of a setting's option: --beta for suppress.beta, --network for network.name, --variation for its model,
+    --device-model for its device.
 
     Where two settings of a stage have the same name, the section comes first; --data-factory and --network-factory
     have it in every stage.
     """
-    name = path[0] if path[-1] in ("name", "model") else path[-1]
+    name = NAMED.get(path) or (path[0] if path[-1] in ("name", "model") else path[-1])
     if name == "factory":
         name = f"{path[0]}_factory"
     if taken.get(name, path) != path:
@@ -215,21 +242,14 @@ def _as_made(model: Path) -> Settings:
     return validate(Settings, layered(Settings().model_dump(), changes), str(described))
 
 
-def _annotation(path: tuple[str, ...]) -> Any:
-    section: Any = Settings
-    for part in path[:-1]:
-        section = section.model_fields[part].annotation
-    return section.model_fields[path[-1]].annotation
-
-
 def _is_tuple(path: tuple[str, ...]) -> bool:
-    return get_origin(_annotation(path)) is tuple
+    return get_origin(_field(path).annotation) is tuple
 
 
 def _as_number(text: str, path: tuple[str, ...]) -> Any:
     """An element of a list as a number of the setting's type; a text that is no number is left for `validate`."""
     try:
-        return get_args(_annotation(path))[0](text)
+        return get_args(_field(path).annotation)[0](text)
     except ValueError:
         return text
 
@@ -307,6 +327,8 @@ def _check_inputs(stage: Stage, out: Path, arguments: dict[str, Any]) -> None:
     others = [arguments[key] for key in FILES if arguments.get(key)]
     files = [path for other in others for path in (other if isinstance(other, tuple) else (other,))]
     files += [file for model in models for file in storage.model_files(model)]
+    variation = arguments["settings"].variation
+    files += [variation.path] if isinstance(variation, DeviceSettings) and variation.path else []
     storage.check_distinct([out, *(out / name for name in STAGES[stage].writes)], files)
 
 

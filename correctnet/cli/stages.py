@@ -171,7 +171,8 @@ def evaluate(
         settings, model, out, runtime, chips=chips, start=start, notes=notes, prefixes=prefix
     )
     first = result.table.iloc[0]
-    device = f"{first['variation']} {first['on']}s, sigma {exact(first['sigma'])}, centre {first['centre']}"
+    level = "".join(f", {key} {exact(first[key])}" for key in ("sigma", "level") if key in first)
+    device = f"{first['variation']} {first['on']}s{level}, centre {first['centre']}"
     if "factor_cv" in first:  # not every device multiplies weights by a factor
         device += f": w / nominal has mean {first['factor_mean']:.3f} and coefficient of variation "
         device += f"{first['factor_cv']:.1%}"

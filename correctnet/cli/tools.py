@@ -47,7 +47,7 @@ def check(configs: tuple[Path, ...], run: str | None) -> None:
     click.echo(f"{config}: {len(loaded.pairs)} pairs, {len(loaded.rows)} rows, no mistakes")
     for name in loaded.runs:
         try:
-            loaded.sigma_of(name)
+            loaded.level_of(name)
         except UserError as error:
             if name == run:
                 raise

@@ -237,6 +237,28 @@ class Device(GaussianVariation):
         return cls._with(measured.read(path, unit, time), {"name": Path(path).name, **options})
 
     @classmethod
+    def from_settings(cls, settings: Any) -> Device:
+        """See `Variation.from_settings`.
+
+        Raises:
+            UserError: no device is named, it is none, its file has changed, or its settings are outside their ranges.
+        """
+        if settings.device is None:
+            raise UserError("device: a published device or a file of measurements is expected; none is named")
+        options = {key: getattr(settings, key) for key in ("g_min", "g_max", "scale", "clip_rms", "levels", "centre")}
+        options |= {} if settings.cell is None else {"cell": settings.cell}
+        options["faults"] = Faults(settings.stuck_off, settings.stuck_on)
+        options["gain"] = Gain(settings.chip_gain, settings.column_gain)
+        options["noise"] = settings.level
+        if settings.path is None:
+            if settings.unit is not None:
+                raise UserError(f"unit: {settings.device} is a published device, whose unit is known")
+            return cls.preset(settings.device, settings.time, **options)
+        if settings.digest not in (None, settings.found_digest()):
+            raise UserError(f"{settings.device}: the file has changed since the settings were made")
+        return cls.from_csv(settings.path, settings.unit, settings.time, **options)
+
+    @classmethod
     def _with(cls, programming: Programming, options: dict[str, Any]) -> Device:
         mapping = {f.name: options.pop(f.name) for f in fields(Mapping) if f.name in options}
         known = {f.name for f in fields(cls)} - {"programming", "mapping"}

@@ -29,6 +29,7 @@ NO_INTERVAL = "1 chip, no interval"
 # Columns in which two results must agree, apart from chips and images, to be compared chip by chip: the device, by
 # whichever columns describe it, and the images.
 PAIRED = ["data", "device", "dataset", "split", "variation", "on", "sigma", "centre", "resample"]
+PAIRED += ["level", "time", "measurement", "stuck_off", "stuck_on"]
 
 
 @dataclass(frozen=True)

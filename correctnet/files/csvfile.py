@@ -38,7 +38,11 @@ class Column:
 
 
 COUNT, FRACTION, SHARE, TEXT = Column(int, 0), Column(float, 0, 1), Column(float, 0), Column(str)
-MAYBE_FRACTION, MAYBE_TEXT = Column(float, 0, 1, empty=True), Column(str, empty=True)
+MAYBE_FRACTION, MAYBE_SHARE, MAYBE_TEXT = (
+    Column(float, 0, 1, empty=True),
+    Column(float, 0, empty=True),
+    Column(str, empty=True),
+)
 # By name: columns of an evaluation's file, and columns of the other stages' files.
 EVALUATION = {
     **dict.fromkeys(("sample", "correct", "seed", "layers"), COUNT),
@@ -46,10 +50,11 @@ EVALUATION = {
     "accuracy": FRACTION,
     "value": Column(float),
     "metric": TEXT,
-    **dict.fromkeys(("sigma", "overhead", "factor_mean", "factor_cv"), SHARE),
+    **dict.fromkeys(("sigma", "level", "overhead"), SHARE),
+    **dict.fromkeys(("factor_mean", "factor_cv"), MAYBE_SHARE),
     **dict.fromkeys(("pair", "row", "network", "dataset", "split", "centre"), TEXT),
     **dict.fromkeys(("epochs", "variation", "on", "resample", "data", "device", "model"), MAYBE_TEXT),
-    **dict.fromkeys(("trained_sigma", "prefixes"), MAYBE_TEXT),
+    **dict.fromkeys(("trained_sigma", "prefixes", "cell", "unit", "scale", "time", "measurement"), MAYBE_TEXT),
 }
 COLUMNS = {
     **EVALUATION,

@@ -258,6 +258,10 @@ class Config(Section):
         ):
             if mine != other:
                 yield f"{row!r} has {key} {mine} and {first!r} {other}, which are no rows of one table; make it a pair"
+        # A row is evaluated at the level of its pair, which is one of the pair's device.
+        mine, other = (getattr(s.variation, "device", "none") for s in (settings, self.settings(pair)))
+        if mine != other:
+            yield f"{row!r} has variation.device {mine} and the pair {other}; a table is of one device; make it a pair"
 
     def rows_of(self, pair: str) -> tuple[str, ...]:
         """The rows of a pair: its own list, else that of the pair it is like, else all."""
@@ -271,17 +275,18 @@ class Config(Section):
         parent = self.pairs[own["like"]]
         return {**layered(parent, own), "rows": own.get("rows") or parent.get("rows")}
 
-    def sigma_of(self, run: str) -> float:
-        """The sigma of a run's table.
+    def level_of(self, run: str) -> float:
+        """The level of a run's table: its sigma, or the multiple of its devices' deviations.
 
         Raises:
             UserError: its pairs differ in it. That matters for this table only: each pair can be run by itself.
         """
-        sigmas = sorted({self.settings(pair).variation.sigma for pair in self.runs[run]})
-        if len(sigmas) > 1:
-            listed = ", ".join(map(exact, sigmas))
-            raise UserError(f"runs.{run}: its pairs are one table, but their variation.sigma differ ({listed})")
-        return sigmas[0]
+        found = [self.settings(pair).variation for pair in self.runs[run]]
+        keys, levels = {variation.level_key for variation in found}, sorted({variation.level for variation in found})
+        if len(levels) > 1:
+            listed, key = ", ".join(map(exact, levels)), keys.pop() if len(keys) == 1 else "level"
+            raise UserError(f"runs.{run}: its pairs are one table, but their variation.{key} differ ({listed})")
+        return levels[0]
 
     def settings(self, pair: str, row: str | None = None) -> Settings:
         """The settings of a pair, or of one of its rows."""

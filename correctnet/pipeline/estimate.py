@@ -17,7 +17,6 @@ from correctnet.crossbar.convert import convert, program, programmed
 from correctnet.crossbar.kinds import crossbars
 from correctnet.crossbar.layers import analog_layers
 from correctnet.datasets import own
-from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.engine.engine import Engine, Unsupported
 from correctnet.errors import UserError
 from correctnet.machine import available_cpus
@@ -77,7 +76,7 @@ def costs(settings: Settings) -> Costs:
         program(analog, 0)
         drawn.chip_weight()
 
-    network = convert(model.eval(), LogNormalVariation(max(s.variation.sigma, 0.1)))
+    network = convert(model.eval(), devices.make(s.variation.at(max(s.variation.level, 0.1))))
     test = _test_seconds(network, images, s.montecarlo.precision)
     with torch.no_grad():
         sampling = _seconds(sample) * weights / layer.weight.numel()

@@ -82,13 +82,20 @@ def summary(layout: Layout, runs: Iterable[str], configfiles: Iterable[str] = ()
         target = "" if run not in layout.target_runs() else f" {run}"
         table = terminal_table((folder / "table1.md").read_text(encoding="utf-8"))
         parts.append(
-            f"{run}, Table I at sigma = {exact(layout.config.sigma_of(run))}:\n\n{table}\n\n"
+            f"{run}, Table I{_at(layout, run)}:\n\n{table}\n\n"
             f"Table:    {folder}/table1.md (all columns), table1.csv, table1.html (beside the paper's values)\n"
             f"Figures:  {folder}/figure-NAME.png and .svg (NAME: {figures})\n"
             f"Pages:    {folder}/ ({', '.join(pages)})\n"
             f"Report:   snakemake --report report.html{target}{options}"
         )
     return "\n\n".join(parts)
+
+
+def _at(layout: Layout, run: str) -> str:
+    """The level of a run's table as text: sigma of the lognormal, or the level of devices."""
+    level = layout.config.level_of(run)
+    key = layout.config.settings(layout.config.runs[run][0]).variation.level_key
+    return f" at {key} = {exact(level)}"
 
 
 # What a terminal has room for.

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from correctnet.devices.configuration import DeviceSettings
 from correctnet.errors import UserError
 from correctnet.pipeline import resources
 from correctnet.pipeline.config import DEFAULT_RUN, Config
@@ -176,6 +177,15 @@ class Layout:
         data = self.settings_of(wildcards).data
         return [f"{self.results}/.data/{data.place}.ready"] if data.kind == "dataset" else []
 
+    def measurements(self, wildcards: Any) -> list[str]:
+        """The file of measurements that a job's device is made of; none for the lognormal and for published devices.
+
+        As with data of one's own, its digest is one of the settings: a changed file reruns what has used it.
+        """
+        variation = self.settings_of(wildcards).variation
+        path = variation.path if isinstance(variation, DeviceSettings) else None
+        return [] if path is None or float(getattr(wildcards, "sigma", 1)) == 0 else [str(path)]
+
     # --- resources
 
     def threads(self, wildcards: Any) -> int:
@@ -201,14 +211,14 @@ class Layout:
         """A params function: a stage and its named input files as options, e.g. `sweep --base results/.../model...`.
 
         A job of the search has its limit, and one that trains a single state the number of the state. The data set
-        goes through the environment.
+        goes through the environment, and a file of measurements is one of the settings.
         """
 
         def command(wildcards: Any, input: Any) -> str:
             parts = [stage]
             for name, files in input.items():
                 each = [files] if isinstance(files, str) else files
-                parts += [f"--{name} {shlex.quote(str(file))}" for file in each if name != "data"]
+                parts += [f"--{name} {shlex.quote(str(file))}" for file in each if name not in ("data", "device")]
             parts += [f"--{name} {getattr(wildcards, name)}" for name in ("limit", "state") if hasattr(wildcards, name)]
             return " ".join(parts)
 
@@ -274,18 +284,21 @@ class Layout:
     # --- the evaluation over chips
 
     def sigmas(self, pair: str, row: str) -> dict[float, int]:
-        """{sigma: chips} at which a row is evaluated: clean, the pair's own sigma, and those of the curves."""
-        settings, own = self.config.settings(pair, row), self.config.settings(pair)
+        """{level: chips} at which a row is evaluated: clean, the pair's own level, and those of the curves.
+
+        The level is sigma, or the multiple of a measured device's deviations.
+        """
+        settings, own = self.config.settings(pair, row), self.config.settings(pair).variation.level
         chips = {0.0: 1}
         if self.config.rows[row].curve:
             chips |= dict.fromkeys(settings.evaluate.sigmas, settings.evaluate.curve_chips)
-        return chips | {own.variation.sigma: settings.evaluate.chips if own.variation.sigma else 1}
+        return chips | {own: settings.evaluate.chips if own else 1}
 
     def chunk_settings(self, wildcards: Any) -> str:
-        """The settings of `evaluate` at a job's sigma, as a canonical string."""
+        """The settings of `evaluate` at a job's level, as a canonical string."""
         settings = self.settings_of(wildcards)
-        sigma, own = float(wildcards.sigma), self.config.settings(wildcards.pair).variation.sigma
-        changed: dict[str, Any] = {"variation": settings.variation.model_copy(update={"sigma": sigma})}
+        sigma, own = float(wildcards.sigma), self.config.settings(wildcards.pair).variation.level
+        changed: dict[str, Any] = {"variation": settings.variation.at(sigma)}
         if sigma not in (0.0, own) and settings.evaluate.curve_images:
             images = {"images": settings.evaluate.curve_images}
             changed["evaluate"] = settings.evaluate.model_copy(update=images)
@@ -350,7 +363,7 @@ class Layout:
 
     def table_sigma(self, wildcards: Any) -> float:
         """The sigma of Table I; raises UserError where the pairs of the run differ in it."""
-        return self.config.sigma_of(wildcards.run)
+        return self.config.level_of(wildcards.run)
 
     def table_inputs(self, wildcards: Any) -> list[str]:
         """The files of Table I; raises UserError before any job runs where its pairs differ in sigma."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from correctnet.datasets import DATASETS
 from correctnet.datasets.base import DataSet
+from correctnet.devices.configuration import DeviceSettings
 from correctnet.errors import UserError, one_line
 from correctnet.files import storage
 from correctnet.files.factories import check_name, source_digest
@@ -20,7 +21,7 @@ from correctnet.methods import saved
 from correctnet.networks import NETWORKS
 from correctnet.networks.building import build, build_own
 from correctnet.pipeline.specs import STAGES, Stage
-from correctnet.sections import exact
+from correctnet.sections import exact, validate
 from correctnet.settings import Data, Network, Settings
 
 
@@ -174,6 +175,15 @@ def last_stage(description: dict[str, Any]) -> str:
 
 
 def trained_sigma(history: Sequence[dict[str, Any]]) -> str:
-    """The sigmas that a model was trained for, from the stages whose settings have one; "none" without any."""
-    sigmas = (h.get("settings", {}).get("variation", {}).get("sigma") for h in history)
-    return " + ".join(dict.fromkeys(exact(sigma) for sigma in sigmas if sigma is not None)) or "none"
+    """What a model was trained for, from the stages whose settings have a variation; "none" without any.
+
+    Of the lognormal, sigma; of a device, its name with time and level.
+    """
+    found = (h.get("settings", {}).get("variation", {}) for h in history)
+    return " + ".join(dict.fromkeys(filter(None, map(_trained_for, found)))) or "none"
+
+
+def _trained_for(variation: dict[str, Any]) -> str | None:
+    if "device" in variation:
+        return validate(DeviceSettings, variation, "history").text
+    return None if variation.get("sigma") is None else exact(variation["sigma"])

@@ -9,6 +9,7 @@ localrules:
 rule evaluate:
     input:
         data=ancient(layout.dataset_ready),
+        device=ancient(layout.measurements),
         model=layout.evaluated_model,
     output:
         temp(layout.output("evaluate/{row}/sigma-{sigma}/chips-{start}-{stop}.csv")),

@@ -4,6 +4,7 @@
 use rule pretrain as sweep with:
     input:
         data=ancient(layout.dataset_ready),
+        device=ancient(layout.measurements),
         pretrained=layout.result("pretrain"),
         base=layout.base_model,
     output:
@@ -24,6 +25,7 @@ use rule pretrain as sweep with:
 use rule pretrain as sensitivity with:
     input:
         data=ancient(layout.dataset_ready),
+        device=ancient(layout.measurements),
         model=layout.compared_model,
     output:
         layout.output("sensitivity/{model}.csv"),
@@ -42,6 +44,7 @@ use rule pretrain as sensitivity with:
 use rule pretrain as search with:
     input:
         data=ancient(layout.dataset_ready),
+        device=ancient(layout.measurements),
         base=layout.base_model,
         candidates=layout.result("sweep", "candidates.json"),
         known=layout.all_states,
@@ -64,6 +67,7 @@ use rule pretrain as search with:
 use rule search as search_state with:
     input:
         data=ancient(layout.dataset_ready),
+        device=ancient(layout.measurements),
         base=layout.base_model,
         candidates=layout.result("sweep", "candidates.json"),
         known=layout.earlier_states,

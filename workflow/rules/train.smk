@@ -29,6 +29,7 @@ rule pretrain:
 use rule pretrain as suppress with:
     input:
         data=ancient(layout.dataset_ready),
+        device=ancient(layout.measurements),
         pretrained=layout.result("pretrain"),
     output:
         **layout.model("suppress"),
@@ -62,6 +63,7 @@ use rule suppress as inject with:
 use rule pretrain as compensate with:
     input:
         data=ancient(layout.dataset_ready),
+        device=ancient(layout.measurements),
         base=layout.base_model,
         found=layout.found_states,
     output:
@@ -81,6 +83,7 @@ use rule pretrain as compensate with:
 use rule pretrain as finetune with:
     input:
         data=ancient(layout.dataset_ready),
+        device=ancient(layout.measurements),
         compensated=layout.result("compensate"),
     output:
         **layout.model("finetune"),

@@ -12,6 +12,7 @@ from torch import nn
 from correctnet import devices
 from correctnet.crossbar.convert import convert
 from correctnet.crossbar.layers import analog_layers, analog_names
+from correctnet.devices.configuration import DeviceSettings
 from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.engine.engine import describe
 from correctnet.errors import UserError
@@ -44,7 +45,8 @@ def sensitivity(settings: Settings, path: Path, out: Path, runtime: Runtime) -> 
         seed=s.seed,
         simulation=runtime.simulation(s, streams.chips("sensitivity", s.sensitivity.chips).start),
     )
-    storage.write_csv(out, table.assign(stage=last_stage(description), sigma=s.variation.sigma))
+    level = {s.variation.level_key: s.variation.level}
+    storage.write_csv(out, table.assign(stage=last_stage(description), **_device_column(s), **level))
 
 
 def evaluate_chips(
@@ -63,17 +65,17 @@ def evaluate_chips(
     Args:
         settings: settings of `evaluate`.
         path: the model.
-        chips: number of chip samples; with `variation.sigma` 0 all are the nominal network, which is evaluated once.
+        chips: number of chip samples; at level 0 of the variation all are the nominal network, which is evaluated once.
         start: number of the first chip among those for these images: test and validation images have separate chips
             (`correctnet.noise.streams`), as choices are made on the latter.
         notes: further columns of one value each (pair, row), placed before the others.
-        prefixes: with `variation.sigma` 0, numbers of images N: the number of correct ones among the first N is written
+        prefixes: at level 0, numbers of images N: the number of correct ones among the first N is written
             to the column `prefixes` as N:CORRECT. Table I divides the accuracies of rows with N images by it. Values of
             N that are not below the number of all images are ignored.
     """
     s = STAGES["evaluate"].read(settings)
     storage.check_writable(out)
-    if prefixes and s.variation.sigma != 0:
+    if prefixes and s.variation.level != 0:
         raise UserError("--prefix: the nominal network alone is judged on fewer images, too; it needs --sigma 0")
     model, description = read_network(path, runtime.device)
     data = runtime.load(s, description, path)
@@ -94,7 +96,7 @@ def evaluate_chips(
     if taken := sorted(set(notes or {}) & {*columns, *COLUMNS, *IDENTITY, "prefixes"}):
         raise UserError(f"--note {taken[0]}: the evaluation has a column of that name")
     first = streams.chips(s.evaluate.split, chips, start).start
-    if s.variation.sigma > 0:
+    if s.variation.level > 0:
         check_coverage(model, analog, images.images[:8], sample=first)
     else:
         chips = min(chips, 1)
@@ -145,8 +147,16 @@ def describe_engine(path: Path) -> str:
     return "\n".join(lines)
 
 
+def _device_column(settings: Settings) -> dict[str, str]:
+    """The column that names a measured device; none for the lognormal."""
+    return {"variation": settings.variation.text} if isinstance(settings.variation, DeviceSettings) else {}
+
+
 def _variation_columns(analog: nn.Module) -> dict[str, Any]:
-    """Columns of the device model, with the mean and coefficient of variation of w / w_nominal."""
+    """Columns of the device model: its settings, and of the lognormal the moments of w / w_nominal.
+
+    The multiple of a measured device's deviations is its `level`, and `measurement` the digest of its table or fit.
+    """
     described = analog_layers(analog)[0].variation.describe()
-    names = {"model": "variation", "mean": "factor_mean", "cv": "factor_cv"}
+    names = {"model": "variation", "mean": "factor_mean", "cv": "factor_cv", "noise": "level"}
     return {names.get(key, key): value for key, value in described.items()}
