@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 from by_hand import run, succeed
-from workflows import ROOT, configuration
+from workflows import ROOT, configuration, prepare, snakemake, stats
 
 from correctnet import devices
 from correctnet.crossbar.convert import convert
@@ -22,6 +22,7 @@ from correctnet.pipeline.config import Config
 from correctnet.pipeline.layout import Layout
 from correctnet.pipeline.models import read_network
 from correctnet.pipeline.specs import STAGES
+from correctnet.report import figures, tables
 from correctnet.sections import validate
 from correctnet.settings import Settings, layered
 
@@ -170,9 +171,9 @@ def test_rows_of_a_table_are_under_one_device():
     config["pairs"]["one"] |= {"variation": WAN, "rows": ["unprotected", "clipped"]}
     checked = Config.check(config)
     assert checked.settings("one", "clipped").variation.model_dump() == {**WAN, "clip_rms": 2.5}
-    assert checked.level_of("quick") == 1
-    with pytest.raises(UserError, match=r"runs\.both: .* their variation\.level differ \(0\.5, 1\)"):
-        checked.level_of("both")
+    assert checked.level_of("both") is None, "1 of the device, and sigma of the other pair"
+    assert Layout(checked).table_level(SimpleNamespace(run="both")) == "--level one=1 --level two=0.5"
+    assert Layout(checked).table_level(SimpleNamespace(run="quick")) == "--sigma 1"
     config["pairs"]["one"]["rows"] += ["other"]
     with pytest.raises(UserError, match=r"'other' has variation\.device rram-milo-2021 and the pair rram-wan-2022"):
         Config.check(config)
@@ -262,3 +263,108 @@ def test_mistakes_on_the_command_line(pretrained, tmp_path):
         (line,) = (text for text in result.output.splitlines() if text.lower().startswith("error"))
         assert message in line
     assert (tmp_path / "own.csv").read_text() == LEVELS
+
+
+@pytest.fixture(scope="module")
+def collected(pretrained, tmp_path_factory):
+    """Samples of a pair under a device, at three levels, and of one under the lognormal."""
+    folder = tmp_path_factory.mktemp("collected")
+    device = ["--device-model", "rram-wan-2022", "--time", "1d"]
+    jobs = [("one", [*device, "--level", level]) for level in (0.5, 1)] + [("two", ["--sigma", 0.5])]
+    jobs += [(pair, ["--sigma", 0]) for pair in ("one", "two")]
+    for number, (pair, options) in enumerate(jobs):
+        evaluated(pretrained, folder / f"{number}.csv", *options, "--note", f"pair={pair}", "--note", "row=unprotected")
+    files = [folder / f"{number}.csv" for number in range(len(jobs))]
+    succeed("collect", *files, "--out", folder / "samples.csv")
+    succeed("collect", files[2], files[4], "--out", folder / "lognormal.csv")
+    return folder
+
+
+def test_files_of_the_lognormal_have_the_columns_that_they_had(collected):
+    assert "level" not in pd.read_csv(collected / "lognormal.csv")
+    mixed = pd.read_csv(collected / "samples.csv")
+    assert "sigma" not in mixed
+    assert mixed.groupby("pair")["level"].unique().map(sorted).to_dict() == {"one": [0, 0.5, 1], "two": [0, 0.5]}
+
+
+def test_each_pair_of_a_table_is_at_its_own_level(collected, tmp_path):
+    out = collected / "table1.csv"
+    levels = ["--level", "one=1", "--level", "two=0.5"]
+    succeed("table", collected / "samples.csv", *levels, "--out", out)
+    table, samples = pd.read_csv(out).set_index("pair"), pd.read_csv(collected / "samples.csv")
+    assert table["variation"].to_dict() == {
+        "one": "rram-wan-2022 after 1d, level 1",
+        "two": "lognormal, sigma 0.5",
+    }
+    for pair, level in (("one", 1.0), ("two", 0.5)):
+        of_pair = samples[(samples["pair"] == pair) & (samples["level"] == level)]
+        assert table["mean"][pair] == pytest.approx(of_pair["accuracy"].mean())
+    said = "under rram-wan-2022 after 1d, level 1 (one); lognormal, sigma 0.5 (two); mean"
+    assert said in (collected / "table1.md").read_text()
+    assert "rram-wan-2022 after 1d, level 1 (one)" in (collected / "table1.html").read_text()
+    succeed("table", collected / "lognormal.csv", "--out", out)
+    assert "variation" not in pd.read_csv(out)
+    succeed("figure", "yield", collected / "samples.csv", *levels, "--out", tmp_path / "f.png")
+    for options, message in (
+        (["--sigma", 0.7], "table: pair one has no results at level 0.7"),
+        (["--level", "two=0.7"], "table: pair two has no results at sigma 0.7"),
+        (["--level", "two=x"], "--level two=x: a number is expected"),
+    ):
+        assert message in run("table", collected / "samples.csv", *options, "--out", out).output
+    refused = run("figure", "2", collected / "samples.csv", *levels, "--out", tmp_path / "f.png").output
+    assert "--level: figure 2 does not show one of several" in refused
+
+
+def test_axes_are_called_by_what_the_level_is(collected):
+    axes = figures.figure2([collected / "samples.csv"]).axes
+    device = "multiple of the measured deviations of rram-wan-2022"
+    assert [ax.get_xlabel() for ax in axes] == [device, "device variation σ"]
+    assert axes[0].get_lines()[0].get_xdata().tolist() == [0, 0.5, 1]
+    texts = [[text.get_text() for text in ax.texts] for ax in figures.yield_curve([collected / "samples.csv"]).axes]
+    assert texts == [["rram-wan-2022 after 1d, level 1, 2 chips"], ["σ = 0.5, 2 chips"]]
+    titles = [ax.get_title() for ax in figures.rows([collected / "samples.csv"]).axes]
+    assert titles == ["one: rram-wan-2022 after 1d, level 1", "two"]
+
+
+def test_the_paper_s_values_stand_beside_the_lognormal_only(collected):
+    samples = tables.read_samples([collected / "samples.csv"]).assign(network="lenet5", dataset="cifar10")
+    table = tables.table1(samples.assign(row="correctnet"), 0.5).set_index("pair")
+    assert table["paper"].notna().to_dict() == {"one": False, "two": True}
+
+
+@pytest.mark.e2e
+def test_a_run_under_devices_and_what_a_changed_file_reruns(tmp_path):
+    """A table of a pair under measurements, one under a published device and one under the lognormal."""
+    config = configuration()
+    few = {
+        "evaluate": {"chips": 2, "sigmas": [], "curve_chips": 2, "chunk": 2, "images": 50},
+        "pretrain": {"epochs": 1},
+    }
+    rows = ["unprotected", "suppressed", "correctnet", "injected", "clipped"]
+    config["rows"]["clipped"] = {"evaluate": "pretrain", "label": "c", "set": {"variation": {"clip_rms": 2.5}}}
+    config["defaults"] |= {"variation": LOGNORMAL, "inject": {"epochs": 1}}
+    config["pairs"]["one"] |= {**few, "rows": rows, "variation": {"device": "my levels.csv"}}
+    config["pairs"]["two"] |= {**few, "variation": WAN}
+    config["pairs"]["three"] = {"like": "two", "variation": {"model": "lognormal"}}
+    config["runs"] = {"paper": ["one", "two", "three"]}
+    folder = prepare(tmp_path / "run", config)
+    (folder / "my levels.csv").write_text(LEVELS)
+    plan = ["results/summary/paper/table1.csv", "results/summary/paper/figure-rows.png"]
+    snakemake(folder, *plan)
+    table = pd.read_csv(folder / plan[0]).set_index(["pair", "row"])
+    assert table["variation"].to_dict() == {
+        **{("one", row): "my levels.csv, level 1" for row in rows},
+        ("two", "unprotected"): "rram-wan-2022 after 1d, level 1",
+        ("three", "unprotected"): "lognormal, sigma 0.5",
+    }
+    assert (folder / "results/one/evaluate/clipped/sigma-1.csv").exists()
+    assert stats(snakemake(folder, "-n", *plan)) == {}
+    (folder / "my levels.csv").touch()
+    assert stats(snakemake(folder, "-n", *plan)) == {}, "the same content"
+    (folder / "my levels.csv").write_text(LEVELS.replace("0.3", "0.4"))
+    rerun = stats(snakemake(folder, "-n", *plan))
+    trained = ("pretrain", "suppress", "inject", "sweep", "search", "compensate")
+    assert {name: rerun.get(name, 0) for name in trained} == {name: int(name != "pretrain") for name in trained}
+    # Each row at level 1, and the three whose networks have changed at level 0.
+    assert rerun["evaluate"] == 8
+    assert rerun["collect"] == 1, "of pair one alone"

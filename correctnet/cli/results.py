@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,24 @@ from correctnet.cli.options import PATH, check_printable, name_values
 from correctnet.errors import UserError, one_line
 from correctnet.files import storage
 from correctnet.files.yamlfile import json_values
+
+
+def _levels(texts: tuple[str, ...]) -> dict[str, float]:
+    """Levels of pairs from --level."""
+    levels = {}
+    for pair, level in name_values("--level", texts).items():
+        try:
+            levels[pair] = float(level)
+        except ValueError:
+            levels[pair] = math.nan
+        if not math.isfinite(levels[pair]):
+            raise UserError(f"--level {pair}={level}: a number is expected")
+    return levels
+
+
+level_option = click.option(
+    "--level", multiple=True, metavar="PAIR=LEVEL", help="Instead of --sigma, the level of a pair; may be repeated."
+)
 
 
 def _labels(texts: tuple[str, ...], given: str | None) -> dict[str, str]:
@@ -53,22 +72,37 @@ def collect(files: tuple[Path, ...], out: Path) -> None:
 
     storage.check_writable(out)
     storage.check_distinct([out], files)
-    storage.write_csv(out, tables.read_samples(files))
+    samples = tables.read_samples(files)
+    storage.write_csv(out, samples.drop(columns="level") if "sigma" in samples else samples)
 
 
 @click.command()
 @click.argument("samples", type=PATH, nargs=-1, required=True)
-@click.option("--sigma", type=float, default=0.5, show_default=True, help="The sigma of the table.")
+@click.option(
+    "--sigma",
+    type=float,
+    default=0.5,
+    show_default=True,
+    help="The sigma of the table, or the level of its devices.",
+)
+@level_option
 @click.option("--label", multiple=True, metavar="ROW=LABEL", help="Label of a row; may be repeated.")
 @click.option("--labels", metavar="JSON", help="Labels of rows, as a JSON object.")
 @click.option("--out", type=PATH, required=True, help="CSV file to write, with .md and .html beside it.")
-def table(samples: tuple[Path, ...], sigma: float, label: tuple[str, ...], labels: str | None, out: Path) -> None:
+def table(
+    samples: tuple[Path, ...],
+    sigma: float,
+    level: tuple[str, ...],
+    label: tuple[str, ...],
+    labels: str | None,
+    out: Path,
+) -> None:
     """Make Table I of the paper from per-chip results."""
     from correctnet.report import pages, tables
 
     csv, markdown, page = _beside(out, ".csv", ".md", ".html")
     storage.check_distinct([csv, markdown, page], samples)
-    rows = tables.table1(tables.read_samples(samples), sigma, _labels(label, labels))
+    rows = tables.table1(tables.read_samples(samples), sigma, _labels(label, labels), _levels(level))
     text = tables.markdown(rows, sigma)
     storage.write_csv(csv, rows)
     storage.write_text(markdown, text)
@@ -98,7 +132,10 @@ def _beside(out: Path, *suffixes: str) -> list[Path]:
 @click.option("--label", multiple=True, metavar="ROW=LABEL", help="Label of a row in `rows`; may be repeated.")
 @click.option("--labels", metavar="JSON", help="Labels of rows in `rows`, as a JSON object.")
 @click.option("--only", multiple=True, metavar="ROW", help="Show only this row in `rows`; may be repeated.")
-@click.option("--sigma", type=float, help="The sigma of Table I (7, rows, yield); else the largest that all rows have.")
+@click.option(
+    "--sigma", type=float, help="The sigma, or level, of Table I (7, rows, yield); else the largest that all rows have."
+)
+@level_option
 @click.option("--out", type=PATH, required=True, help="PNG file to write, with an SVG beside it.")
 def figure(
     name: str,
@@ -107,6 +144,7 @@ def figure(
     labels: str | None,
     only: tuple[str, ...],
     sigma: float | None,
+    level: tuple[str, ...],
     out: Path,
 ) -> None:
     """Draw a figure: 2, 7, 9 or 10 of the paper, all rows, the yield over accuracy, or each layer's sensitivity.
@@ -119,7 +157,7 @@ def figure(
     matplotlib.use("Agg")  # no window, no display
     from correctnet.report import figures
 
-    figures.draw(name, files, out, _labels(label, labels), only, sigma)
+    figures.draw(name, files, out, _labels(label, labels), only, sigma, _levels(level))
 
 
 @click.command()

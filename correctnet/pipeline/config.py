@@ -275,18 +275,25 @@ class Config(Section):
         parent = self.pairs[own["like"]]
         return {**layered(parent, own), "rows": own.get("rows") or parent.get("rows")}
 
-    def level_of(self, run: str) -> float:
-        """The level of a run's table: its sigma, or the multiple of its devices' deviations.
+    def level_of(self, run: str) -> float | None:
+        """The level of a run's table, sigma or the multiple of a device's deviations; None: each pair has its own.
+
+        Pairs under the lognormal and pairs under devices are one table, each at its level.
 
         Raises:
-            UserError: its pairs differ in it. That matters for this table only: each pair can be run by itself.
+            UserError: pairs under one kind of variation differ in it. That matters for this table only: each pair can
+                be run by itself.
         """
-        found = [self.settings(pair).variation for pair in self.runs[run]]
-        keys, levels = {variation.level_key for variation in found}, sorted({variation.level for variation in found})
-        if len(levels) > 1:
-            listed, key = ", ".join(map(exact, levels)), keys.pop() if len(keys) == 1 else "level"
-            raise UserError(f"runs.{run}: its pairs are one table, but their variation.{key} differ ({listed})")
-        return levels[0]
+        levels: dict[str, set[float]] = {}
+        for pair in self.runs[run]:
+            variation = self.settings(pair).variation
+            levels.setdefault(variation.level_key, set()).add(variation.level)
+        for key, found in levels.items():
+            if len(found) > 1:
+                listed = ", ".join(map(exact, sorted(found)))
+                raise UserError(f"runs.{run}: its pairs are one table, but their variation.{key} differ ({listed})")
+        whole = set.union(*levels.values())
+        return whole.pop() if len(whole) == 1 else None
 
     def settings(self, pair: str, row: str | None = None) -> Settings:
         """The settings of a pair, or of one of its rows."""

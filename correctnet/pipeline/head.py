@@ -92,10 +92,10 @@ def summary(layout: Layout, runs: Iterable[str], configfiles: Iterable[str] = ()
 
 
 def _at(layout: Layout, run: str) -> str:
-    """The level of a run's table as text: sigma of the lognormal, or the level of devices."""
+    """The level of a run's table as text: sigma of the lognormal, or the level of devices; empty where pairs differ."""
     level = layout.config.level_of(run)
     key = layout.config.settings(layout.config.runs[run][0]).variation.level_key
-    return f" at {key} = {exact(level)}"
+    return "" if level is None else f" at {key} = {exact(level)}"
 
 
 # What a terminal has room for.

@@ -361,13 +361,20 @@ class Layout:
 
     # --- table and figures
 
-    def table_sigma(self, wildcards: Any) -> float:
-        """The sigma of Table I; raises UserError where the pairs of the run differ in it."""
-        return self.config.level_of(wildcards.run)
+    def table_level(self, wildcards: Any) -> str:
+        """The level of Table I as options: sigma, or that of devices, or one for each pair.
+
+        Raises UserError where the pairs of the run differ in it and are one table.
+        """
+        level = self.config.level_of(wildcards.run)
+        if level is not None:
+            return f"--sigma {exact(level)}"
+        pairs = self.config.runs[wildcards.run]
+        return " ".join(f"--level {pair}={exact(self.config.settings(pair).variation.level)}" for pair in pairs)
 
     def table_inputs(self, wildcards: Any) -> list[str]:
         """The files of Table I; raises UserError before any job runs where its pairs differ in sigma."""
-        self.table_sigma(wildcards)
+        self.table_level(wildcards)
         return self.samples(wildcards.run)
 
     def labels(self, wildcards: Any) -> str:
@@ -405,9 +412,9 @@ class Layout:
                 return self.samples(run)
 
     def figure_options(self, wildcards: Any) -> str:
-        """Options of a figure: the sigma of Table I, and the labels of rows."""
-        sigma = f"--sigma {exact(self.table_sigma(wildcards))}" if wildcards.name in ("7", "rows", "yield") else ""
-        return f"{sigma} --labels {shlex.quote(self.labels(wildcards))}" if wildcards.name == "rows" else sigma
+        """Options of a figure: the level of Table I, and the labels of rows."""
+        level = self.table_level(wildcards) if wildcards.name in ("7", "rows", "yield") else ""
+        return f"{level} --labels {shlex.quote(self.labels(wildcards))}" if wildcards.name == "rows" else level
 
     def sensitivities(self, run: str) -> list[str]:
         """Accuracy lost to each layer, for the networks that lead to each pair's row `correctnet`."""

@@ -21,7 +21,6 @@ from correctnet.files import csvfile, storage
 from correctnet.methods.search_log import best_state
 from correctnet.metrics import ACCURACY, Metric
 from correctnet.report import tables
-from correctnet.sections import exact
 
 # The colour-blind-safe palette of Okabe and Ito.
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"
@@ -60,6 +59,7 @@ def draw(
     labels: Mapping[str, str] | None = None,
     only: Sequence[str] = (),
     sigma: float | None = None,
+    levels: Mapping[str, float] | None = None,
 ) -> None:
     """Draw a figure and write it as PNG and SVG.
 
@@ -68,13 +68,15 @@ def draw(
         files: result files that the figure shows.
         out: PNG or SVG; the other one is written next to it.
         labels, only: see `rows`; for that figure only.
-        sigma: sigma of Table I, for the figures in AT_SIGMA.
+        sigma: sigma, or level, of Table I, for the figures in AT_SIGMA.
+        levels: instead of it, the level of a pair, by its name; for the same figures.
 
     Raises:
         UserError: an option does not apply to the figure, or a file cannot be read or written.
     """
-    if sigma is not None and name not in AT_SIGMA:
-        raise UserError(f"--sigma: figure {name} does not show one of several")
+    for option, value in (("--sigma", sigma), ("--level", levels or None)):
+        if value is not None and name not in AT_SIGMA:
+            raise UserError(f"{option}: figure {name} does not show one of several")
     for option, given in (("--label", labels), ("--only", only)):
         if given and name != "rows":
             raise UserError(f"{option}: figure {name} names no rows")
@@ -85,7 +87,7 @@ def draw(
         storage.check_writable(path)
     storage.check_distinct(paths.values(), files)
     with plt.rc_context(STYLE):
-        at = {"sigma": sigma} if name in AT_SIGMA else {}
+        at = {"sigma": sigma, "levels": levels} if name in AT_SIGMA else {}
         figure = rows(files, labels, only, **at) if name == "rows" else FIGURES[name](files, **at)
         for kind, metadata in ((".png", None), (".svg", {"Date": None})):
             with storage.replacing(paths[kind]) as temporary:
@@ -117,16 +119,16 @@ def _wrapped(text: str, width: int) -> str:
 
 
 def _curve(ax: Axes, of_row: pd.DataFrame, colour: str, marker: str, label: str) -> None:
-    """Mean over sigma with the standard deviation as a band."""
-    by_sigma = of_row.groupby("sigma")["accuracy"]
-    mean, std = by_sigma.mean(), by_sigma.std().fillna(0.0)
+    """Mean over the level of variation with the standard deviation as a band."""
+    by_level = of_row.groupby("level")["accuracy"]
+    mean, std = by_level.mean(), by_level.std().fillna(0.0)
     ax.plot(mean.index, mean, color=colour, marker=marker, markersize=4, label=label)
     ax.fill_between(mean.index, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
 
 
 def _counts(table: pd.DataFrame) -> str:
-    varied = table[table["sigma"] > 0]
-    chips = (table if varied.empty else varied).groupby(["row", "sigma"]).size()
+    varied = table[table["level"] > 0]
+    chips = (table if varied.empty else varied).groupby(["row", "level"]).size()
     images = "/".join(str(n) for n in sorted(table["images"].unique()))
     low, high = chips.min(), chips.max()
     return f"{_chips(low) if low == high else f'{low} to {high} chips'}, {images} images"
@@ -138,12 +140,12 @@ def _chips(count: int) -> str:
 
 
 def figure2(files: Sequence[Path]) -> plt.Figure:
-    """Accuracy of the unprotected networks over sigma: mean and standard deviation over chips."""
+    """Accuracy of the unprotected networks over sigma, or a device's level: mean and deviation over chips."""
     samples = tables.read_samples(files)
-    return _over_sigma(samples, ["unprotected"])
+    return _over_level(samples, ["unprotected"])
 
 
-def figure7(files: Sequence[Path], sigma: float | None = None) -> plt.Figure:
+def figure7(files: Sequence[Path], sigma: float | None = None, levels: Mapping[str, float] | None = None) -> plt.Figure:
     """Accuracy of CorrectNet, trained at the sigma of Table I, and of the unprotected network, over sigma.
 
     A row "correctnet-sigma-S" is CorrectNet trained for sigma = S; these rows form a curve of their own, to which each
@@ -151,13 +153,15 @@ def figure7(files: Sequence[Path], sigma: float | None = None) -> plt.Figure:
     """
     samples = tables.read_samples(files)
     trained_for = samples["row"].map(_trained_for)
-    retrained = samples["row"].str.startswith(RETRAINED) & (samples["sigma"] == trained_for)
+    retrained = samples["row"].str.startswith(RETRAINED) & (samples["level"] == trained_for)
     # The row of Table I was trained for the table's sigma.
-    of_table = samples["pair"].map({pair: table_sigma(of_pair, sigma) for pair, of_pair in samples.groupby("pair")})
-    own = (samples["row"] == "correctnet") & (samples["sigma"] == of_table)
+    of_table = samples["pair"].map(
+        {pair: tables.own_level(of_pair, sigma, levels) for pair, of_pair in samples.groupby("pair")}
+    )
+    own = (samples["row"] == "correctnet") & (samples["level"] == of_table)
     with_retrained = samples["pair"].isin(samples["pair"][retrained].unique())
     curve = samples[(retrained | own) & with_retrained].assign(row=RETRAINED)
-    return _over_sigma(pd.concat([samples, curve]), ["correctnet"], ["unprotected", RETRAINED])
+    return _over_level(pd.concat([samples, curve]), ["correctnet"], ["unprotected", RETRAINED])
 
 
 def _trained_for(row: str) -> float:
@@ -168,21 +172,15 @@ def _trained_for(row: str) -> float:
         return float("nan")
 
 
-def table_sigma(of_pair: pd.DataFrame, given: float | None = None) -> float:
-    """Sigma of Table I for a pair: the given one, else the largest at which all of its rows have results."""
-    pair = of_pair["pair"].iloc[0]
-    if given is not None:
-        if given not in set(of_pair["sigma"]):
-            raise UserError(f"figure: pair {pair} has no results at sigma {exact(given)}")
-        return given
-    rows = of_pair.groupby("sigma")["row"].nunique()
-    common = rows.index[rows == of_pair["row"].nunique()]
-    if common.empty:
-        raise UserError(f"figure: pair {pair} has no sigma at which all of its rows have results; give --sigma")
-    return common.max()
+def _level_axis(of_pair: pd.DataFrame) -> str:
+    """The name of the axis of a pair's level of variation."""
+    if tables.is_lognormal(of_pair):
+        return "device variation σ"
+    varied = of_pair[of_pair["level"] > 0]
+    return f"multiple of the measured deviations of {' and '.join(varied['variation'].unique())}"
 
 
-def _over_sigma(samples: pd.DataFrame, rows: Sequence[str], optional: Sequence[str] = ()) -> plt.Figure:
+def _over_level(samples: pd.DataFrame, rows: Sequence[str], optional: Sequence[str] = ()) -> plt.Figure:
     pairs = list(samples["pair"].unique())
     figure, axes = _panels(pairs)
     for ax, pair in zip(axes, pairs, strict=True):
@@ -196,7 +194,7 @@ def _over_sigma(samples: pd.DataFrame, rows: Sequence[str], optional: Sequence[s
             colour, marker, label = ROW_STYLE[row]
             _curve(ax, of_row, colour, marker, label)
             _paper_point(ax, of_row, row, colour)
-        ax.set(xlabel="device variation σ", ylabel="accuracy", ylim=(0, 1.02))
+        ax.set(xlabel=_level_axis(of_pair), ylabel="accuracy", ylim=(0, 1.02))
         ax.text(0.02, 0.02, _counts(of_pair), transform=ax.transAxes, fontsize=7, color=GREY)
         ax.legend(loc="lower left", bbox_to_anchor=(0, 0.08))
     return figure
@@ -204,7 +202,7 @@ def _over_sigma(samples: pd.DataFrame, rows: Sequence[str], optional: Sequence[s
 
 def _paper_point(ax: Axes, of_row: pd.DataFrame, row: str, colour: str) -> None:
     style = {"marker": "*", "s": 90, "facecolor": "none", "edgecolor": colour, "zorder": 3}
-    if (mean := tables.paper_mean(of_row, row)) is not None:
+    if (mean := tables.paper_mean(of_row, row)) is not None and tables.is_lognormal(of_row):
         ax.scatter([tables.PAPER_SIGMA], [mean], **style, label=f"paper, {ROW_STYLE[row][2]}")
     key = (of_row["network"].iloc[0], of_row["dataset"].iloc[0])
     if row == "unprotected" and key in tables.PAPER_CLEAN:
@@ -274,16 +272,18 @@ def draw_search(ax: Axes, logs: Sequence[tuple[str, pd.DataFrame]], metric: Metr
         ax.text(0.5, 0.5, "no search", transform=ax.transAxes, color=GREY, ha="center")
 
 
-def yield_curve(files: Sequence[Path], sigma: float | None = None) -> plt.Figure:
+def yield_curve(
+    files: Sequence[Path], sigma: float | None = None, levels: Mapping[str, float] | None = None
+) -> plt.Figure:
     """Yield: the fraction of chips at or above an accuracy, for every row of Table I at its sigma."""
     samples = tables.read_samples(files)
     pairs = list(samples["pair"].unique())
     figure, axes = _panels(pairs)
     for ax, pair in zip(axes, pairs, strict=True):
         of_pair = samples[samples["pair"] == pair]
-        at = table_sigma(of_pair, sigma)
+        at = tables.own_level(of_pair, sigma, levels)
         tables.check_comparable(pair, of_pair, at, "figure")
-        varied = of_pair[of_pair["sigma"] == at]
+        varied = of_pair[of_pair["level"] == at]
         colours = itertools.chain((GREEN, PINK, YELLOW, SKY), itertools.cycle(plt.cm.tab20.colors))
         for row in varied["row"].unique():
             accuracies = np.sort(varied["accuracy"][varied["row"] == row].to_numpy())
@@ -295,9 +295,8 @@ def yield_curve(files: Sequence[Path], sigma: float | None = None) -> plt.Figure
         ax.set(xlabel="accuracy", ylabel="fraction of chips at or above", ylim=(0, 1.02))
         ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         chips = varied.groupby("row").size()
-        ax.text(
-            0.02, 0.02, f"σ = {varied['sigma'].iloc[0]:g}, {_chips(chips.min())}", transform=ax.transAxes, fontsize=7
-        )
+        level = f"σ = {at:g}" if tables.is_lognormal(varied) else tables.device_text(varied)
+        ax.text(0.02, 0.02, f"{level}, {_chips(chips.min())}", transform=ax.transAxes, fontsize=7)
         ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
     return figure
 
@@ -307,6 +306,7 @@ def rows(
     labels: Mapping[str, str] | None = None,
     only: Sequence[str] = (),
     sigma: float | None = None,
+    levels: Mapping[str, float] | None = None,
 ) -> plt.Figure:
     """Every row of Table I at its sigma: clean accuracy, accuracy of each chip, mean with 95 % confidence interval.
 
@@ -316,7 +316,7 @@ def rows(
         files: samples.csv of one pair or more.
         labels: text for each row, by its name.
         only: rows to show; empty for all.
-        sigma: sigma of the table; None: see `table_sigma`.
+        sigma, levels: see `tables.own_level`.
 
     Raises:
         UserError: no pair has a row of `only`.
@@ -325,7 +325,7 @@ def rows(
     for row in only:
         if row not in set(samples["row"]):
             raise UserError(f"figure: no row {row!r} (rows: {', '.join(samples['row'].unique())})")
-    sigmas = {pair: table_sigma(of_pair, sigma) for pair, of_pair in samples.groupby("pair")}
+    sigmas = {pair: tables.own_level(of_pair, sigma, levels) for pair, of_pair in samples.groupby("pair")}
     if only:
         samples = samples[samples["row"].isin(only)]
     pairs = list(samples["pair"].unique())
@@ -337,13 +337,14 @@ def rows(
     for ax, pair in zip(axes.flat, pairs, strict=True):
         of_pair = samples[samples["pair"] == pair]
         tables.check_comparable(pair, of_pair, sigmas[pair], "figure")
-        varied = of_pair[of_pair["sigma"] == sigmas[pair]]
+        varied = of_pair[of_pair["level"] == sigmas[pair]]
         names = list(varied["row"].unique())
-        published = [tables.paper_mean(varied, row) if sigmas[pair] == tables.PAPER_SIGMA else None for row in names]
-        clean = [of_pair[(of_pair["row"] == row) & (of_pair["sigma"] == 0)]["accuracy"] for row in names]
+        of_paper = sigmas[pair] == tables.PAPER_SIGMA and tables.is_lognormal(varied)
+        published = [tables.paper_mean(varied, row) if of_paper else None for row in names]
+        clean = [of_pair[(of_pair["row"] == row) & (of_pair["level"] == 0)]["accuracy"] for row in names]
         draw_rows(ax, {row: Result(varied[varied["row"] == row]) for row in names}, clean, labels, published)
         stars = stars or any(mean is not None for mean in published)
-        ax.set(title=_wrapped(pair, 72))
+        ax.set(title=_wrapped(pair if tables.is_lognormal(varied) else f"{pair}: {tables.device_text(varied)}", 72))
     axes[-1, 0].set(xlabel="accuracy")
     key = rows_key(stars)
     figure.legend(handles=key, fontsize=7, loc="outside lower center", ncols=len(key))

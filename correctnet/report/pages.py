@@ -58,7 +58,7 @@ def html_table(
     return "<table>\n" + "\n".join(lines) + "\n</table>\n"
 
 
-def table1(table: pd.DataFrame, sigma: float) -> str:
+def table1(table: pd.DataFrame, sigma: float | None) -> str:
     """Page with Table I (`correctnet.report.tables.table1`), the paper's values and the differences."""
     columns = ["pair", "row", "clean", "mean ± std", "95 % CI of the mean", "mean / clean", "overhead", "layers"]
     columns += ["paper", "difference", "chips × images", "epochs", "seed"]
@@ -89,8 +89,13 @@ def table1(table: pd.DataFrame, sigma: float) -> str:
         for of, values in (("", tables.PAPER_CLEAN), ("at most", tables.PAPER_CLEAN_AT_MOST))
         for (network, data), value in values.items()
     ]
+    devices = tables.variations(table)
+    if devices is None:
+        under = f"lognormal variation of σ = {exact(sigma or 0)}"
+    else:
+        under = "; ".join(f"{html.escape(name)} ({html.escape(', '.join(of))})" for name, of in devices.items())
     note = (
-        f"<p>Accuracy under lognormal variation of σ = {exact(sigma)}, over chip samples; “mean / clean” is of the "
+        f"<p>Accuracy under {under}, over chip samples; “mean / clean” is of the "
         "clean accuracy of the original network, the row “unprotected” or the pair's first, on the same images (–: not "
         "known); the difference to the paper is "
         f"in points. The paper states values for some pairs only ({'; '.join(clean)}).</p>\n"

@@ -28,7 +28,9 @@ PAPER = {
 }
 PAPER_SIGMA = 0.5
 
-KEYS = ["pair", "row", "network", "dataset", "split", "sigma", "centre", "overhead", "layers", "epochs"]
+KEYS = ["pair", "row", "network", "dataset", "split", "centre", "overhead", "layers", "epochs"]
+LEVELS = ("sigma", "level")
+"""the columns of which an evaluation has one: sigma of the lognormal, or the level of another device"""
 
 
 def paper_mean(samples: pd.DataFrame, row: str) -> float | None:
@@ -40,71 +42,127 @@ def paper_mean(samples: pd.DataFrame, row: str) -> float | None:
 def read_samples(files: Iterable[Path]) -> pd.DataFrame:
     """Read per-chip results of several files into one table.
 
+    Its column `level` is how much the device varies: sigma of the lognormal, or a multiple of a measured device's
+    deviations. Where there are results of both, there is no column `sigma`.
+
     Raises:
         UserError: a file is malformed or lacks a column, or a chip of a row occurs twice.
     """
     tables = []
     for path in files:
-        table = read_chips(path, by=("pair", "row", "sigma"))
-        missing = [c for c in [*KEYS, *COLUMNS] if c not in table.columns]
+        table = read_chips(path, by=("pair", "row", *LEVELS))
+        level = [name for name in LEVELS if name in table.columns]
+        missing = [c for c in [*KEYS, *COLUMNS] if c not in table.columns] + ([] if level else [LEVELS[0]])
         if missing:
             raise UserError(f"{path}: no column {missing[0]!r}; evaluate with --note {missing[0]}=...")
-        tables.append(table)
+        tables.append(table.assign(level=table[level[0]]))
     samples = pd.concat(tables, ignore_index=True)
-    twice = samples.duplicated(["pair", "row", "sigma", "seed", "sample"])
+    if not all("sigma" in table for table in tables):
+        samples = samples.drop(columns="sigma", errors="ignore")
+    twice = samples.duplicated(["pair", "row", "level", "seed", "sample"])
     if twice.any():
         first = samples[twice].iloc[0]
         raise UserError(
-            f"chip {first['sample']} of row {first['row']} of {first['pair']} at sigma "
-            f"{exact(first['sigma'])} comes twice"
+            f"chip {first['sample']} of row {first['row']} of {first['pair']} at {level_name(samples)} "
+            f"{exact(first['level'])} comes twice"
         )
     return samples
 
 
-def table1(samples: pd.DataFrame, sigma: float, labels: Mapping[str, str] | None = None) -> pd.DataFrame:
+def is_lognormal(samples: pd.DataFrame) -> bool:
+    """Whether all results at a level above 0 have a sigma: those of measured devices have not."""
+    if "sigma" in samples or "variation" not in samples:
+        return True
+    return bool((samples["variation"][samples["level"] > 0] == "lognormal").all())
+
+
+def level_name(samples: pd.DataFrame) -> str:
+    """What the level of these results is called: sigma, or level where not all are under the lognormal."""
+    return "sigma" if is_lognormal(samples) else "level"
+
+
+def device_text(of_row: pd.DataFrame) -> str:
+    """The device of results at one level above 0, with its time and level."""
+    first = of_row.iloc[0]
+    time = first.get("time")
+    after = f" after {time}" if isinstance(time, str) and time else ""
+    name = first.get("variation") or "lognormal"
+    return f"{name}{after}, {level_name(of_row)} {exact(first['level'])}"
+
+
+def own_level(
+    of_pair: pd.DataFrame, given: float | None = None, levels: Mapping[str, float] | None = None, what: str = "figure"
+) -> float:
+    """The level of a pair in Table I: that of `levels`, or `given`, else the largest at which all rows have results.
+
+    Raises UserError where there are no results at it.
+    """
+    pair, name = of_pair["pair"].iloc[0], level_name(of_pair)
+    given = (levels or {}).get(pair, given)
+    if given is not None:
+        if given not in set(of_pair["level"]):
+            raise UserError(f"{what}: pair {pair} has no results at {name} {exact(given)}")
+        return given
+    rows = of_pair.groupby("level")["row"].nunique()
+    common = rows.index[rows == of_pair["row"].nunique()]
+    if common.empty:
+        raise UserError(f"{what}: pair {pair} has no {name} at which all of its rows have results; give --sigma")
+    return common.max()
+
+
+def table1(
+    samples: pd.DataFrame,
+    sigma: float | None,
+    labels: Mapping[str, str] | None = None,
+    levels: Mapping[str, float] | None = None,
+) -> pd.DataFrame:
     """Table with one line per pair and row: accuracy at `sigma` against the clean accuracy of the unprotected network.
 
     Columns: pair, row, label, centre, clean (accuracy of the row's own network without variation), mean and std over
     chips, ci_low and ci_high (95 % t interval of the mean), ratio (mean / clean accuracy of the row `unprotected`, or
     else of the pair's first row, on the same images), overhead, layers (compensated ones), chips, images, epochs, seed,
-    paper (mean in the paper, at sigma 0.5) and difference. One chip has no std and no interval.
+    paper (mean in the paper, at sigma 0.5) and difference. One chip has no std and no interval. Where not all pairs are
+    under the lognormal, or each is at a level of its own, the column `variation` says of each row its device and level.
 
     Rows may differ in the number of chips and images; fewer chips or images are the first of them. The ratio of a row
     with fewer images needs the clean accuracy on those (`correctnet evaluate --sigma 0 --prefix N`), or is left empty.
 
     Args:
         samples: from `read_samples`.
-        sigma: level of variation of the table.
+        sigma: level of variation of the table, see `read_samples`; None: of each pair as `own_level` has it.
         labels: text for each row, by its name.
+        levels: instead of `sigma`, the level of a pair, by its name.
 
     Raises:
         UserError: a row lacks its clean accuracy or a chip between its first and last, or rows of a pair differ in
             data set, split, seed or first chip.
     """
     rows = []
+    samples = samples if "level" in samples else samples.assign(level=samples["sigma"])
+    name, said = level_name(samples), bool(levels) or sigma is None or not is_lognormal(samples)
     for pair, of_pair in samples.groupby("pair", sort=False):
-        varied = of_pair[of_pair["sigma"] == sigma]
-        if varied.empty:
-            raise UserError(f"table: pair {pair} has no results at sigma {exact(sigma)}")
-        check_comparable(pair, of_pair, sigma)
-        nominal = of_pair[of_pair["sigma"] == 0].groupby("row").first()
+        level = own_level(of_pair, sigma, levels, "table")
+        varied = of_pair[of_pair["level"] == level]
+        check_comparable(pair, of_pair, level)
+        nominal = of_pair[of_pair["level"] == 0].groupby("row").first()
         clean = nominal["accuracy"]
         names = list(varied["row"].unique())
         if left_out := [row for row in of_pair["row"].unique() if row not in names]:
-            raise UserError(f"table: row {left_out[0]} of {pair} has no results at sigma {exact(sigma)}")
+            raise UserError(f"table: row {left_out[0]} of {pair} has no results at {name} {exact(level)}")
         if missing := [row for row in names if row not in clean.index]:
-            raise UserError(f"table: row {missing[0]} of {pair} has no results at sigma 0")
+            raise UserError(f"table: row {missing[0]} of {pair} has no results at {name} 0")
         reference = "unprotected" if "unprotected" in names else names[0]  # files may come in any order
         for row, of_row in varied.groupby("row", sort=False):
             result, first = Result(of_row), of_row.iloc[0]
             interval = result.interval()
             reference_clean = _clean_on(nominal.loc[reference], result.images)
-            paper = paper_mean(of_row, row) if sigma == PAPER_SIGMA else None
+            paper = paper_mean(of_row, row) if level == PAPER_SIGMA and is_lognormal(of_row) else None
             rows.append(
                 {
                     "pair": pair,
                     "row": row,
                     "label": (labels or {}).get(row, row),
+                    **({"variation": device_text(of_row)} if said else {}),
                     "centre": first["centre"],
                     "clean": clean[row],
                     "mean": result.mean,
@@ -126,16 +184,16 @@ def table1(samples: pd.DataFrame, sigma: float, labels: Mapping[str, str] | None
 
 
 def check_comparable(pair: str, of_pair: pd.DataFrame, sigma: float, what: str = "table") -> None:
-    """Raise a UserError if rows of a pair are not comparable at `sigma`.
+    """Raise a UserError if rows of a pair are not comparable at a level `sigma`.
 
     They are not if they differ in images, seed or first chip, or if a chip between the first and the last is missing.
     """
-    varied = of_pair[of_pair["sigma"] == sigma]
+    varied = of_pair[of_pair["level"] == sigma]
     shape = varied.groupby("row", sort=False).apply(_shape, include_groups=False)
     if shape.nunique() != 1:
         listed = "; ".join(f"{row}: {text}" for row, text in shape.items())
         raise UserError(f"{what}: rows of {pair} are not comparable ({listed})")
-    _check_images(pair, of_pair[of_pair["sigma"].isin([0, sigma])], what)
+    _check_images(pair, of_pair[of_pair["level"].isin([0, sigma])], what)
     for row, of_row in varied.groupby("row", sort=False):
         _check_chips(pair, row, of_row, what)
 
@@ -163,7 +221,8 @@ def _check_images(pair: str, of_pair: pd.DataFrame, what: str) -> None:
     for images, digests in known.groupby("images")["data"]:
         if digests.nunique() > 1:
             first = known.loc[digests.index].drop_duplicates("data")
-            listed = ", ".join(f"{row} at sigma {exact(sigma)}" for row, sigma in first[["row", "sigma"]].to_numpy())
+            name = level_name(of_pair)
+            listed = ", ".join(f"{row} at {name} {exact(level)}" for row, level in first[["row", "level"]].to_numpy())
             raise UserError(f"{what}: rows of {pair} are not comparable: other {images} images ({listed})")
 
 
@@ -175,7 +234,7 @@ def _check_chips(pair: str, row: str, of_row: pd.DataFrame, what: str) -> None:
 
 
 def _clean_on(nominal: pd.Series, images: int) -> float | None:
-    """Clean accuracy on the first `images` images, from a row at sigma 0; None: not known."""
+    """Clean accuracy on the first `images` images, from a row at level 0; None: not known."""
     if nominal["images"] == images:
         return nominal["accuracy"]
     counted = nominal.get("prefixes")
@@ -191,10 +250,25 @@ def _clean_on(nominal: pd.Series, images: int) -> float | None:
     return None if correct is None else correct / images
 
 
-def markdown(table: pd.DataFrame, sigma: float) -> str:
+def variations(table: pd.DataFrame) -> dict[str, list[str]] | None:
+    """{device and level: pairs} of a table that says them; None for one under the lognormal at one sigma."""
+    if "variation" not in table:
+        return None
+    found: dict[str, list[str]] = {}
+    for pair, device in table[["pair", "variation"]].drop_duplicates().itertuples(index=False):
+        found.setdefault(device, []).append(pair)
+    return found
+
+
+def markdown(table: pd.DataFrame, sigma: float | None) -> str:
     """Table I as Markdown: percentages with confidence intervals, and the paper's values."""
+    devices = variations(table)
+    if devices is None:
+        at = f"sigma = {exact(sigma or 0)}"
+    else:
+        at = "under " + "; ".join(f"{_escaped(name)} ({', '.join(map(_escaped, of))})" for name, of in devices.items())
     lines = [
-        f"Accuracies in %; sigma = {exact(sigma)}; mean ± standard deviation over chips, [95 % confidence interval of "
+        f"Accuracies in %; {at}; mean ± standard deviation over chips, [95 % confidence interval of "
         "the mean]; ratio: mean / clean accuracy, on the same images, of the row unprotected, or else of the pair's "
         "first row (–: not known).",
         "",

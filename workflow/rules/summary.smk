@@ -28,10 +28,10 @@ rule table1:
     log:
         layout.log("summary/{run}/table1"),
     params:
-        sigma=layout.table_sigma,
+        level=layout.table_level,
         labels=layout.labels,
     shell:
-        "correctnet table {input:q} --sigma {params.sigma} --labels {params.labels:q} --out {output.csv:q} > {log:q} 2>&1"
+        "correctnet table {input:q} {params.level} --labels {params.labels:q} --out {output.csv:q} > {log:q} 2>&1"
 
 
 rule figure:
