@@ -18,6 +18,7 @@ from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.errors import UserError
 from correctnet.evaluation.montecarlo import evaluate
 from correctnet.files.storage import sha256
+from correctnet.pipeline import provenance
 from correctnet.pipeline.config import Config
 from correctnet.pipeline.layout import Layout
 from correctnet.pipeline.models import read_network
@@ -177,6 +178,32 @@ def test_rows_of_a_table_are_under_one_device():
     config["pairs"]["one"]["rows"] += ["other"]
     with pytest.raises(UserError, match=r"'other' has variation\.device rram-milo-2021 and the pair rram-wan-2022"):
         Config.check(config)
+
+
+def test_pairs_under_devices_have_the_network_of_the_pair_that_they_are_like(tmp_path):
+    config = configuration()
+    config["pairs"]["device"] = {"like": "one", "variation": WAN}
+    config["pairs"]["longer"] = {"like": "one", "variation": WAN, "pretrain": {"epochs": 4}}
+    config["pairs"]["alike"] = {"like": "one"}
+    config["runs"]["devices"] = ["device"]
+    here = Layout(Config.check(config))
+    folders = {pair: here.folder(pair, "suppressed", "pretrain") for pair in ("device", "longer", "alike")}
+    assert folders == {
+        "device": "results/one/pretrain",
+        "longer": "results/longer/pretrain",
+        "alike": "results/alike/pretrain",
+    }
+    assert here.folder("device", "suppressed", "suppress") == "results/device/suppress"
+    job = SimpleNamespace(pair="device", variant="")
+    assert here.result("pretrain")(job) == "results/one/pretrain/model.safetensors"
+    names = provenance.unfold(here.run_jobs(SimpleNamespace(run="devices")))
+    assert "one/pretrain" in names
+    for name in ("one/pretrain", "one/suppress", "device/suppress"):
+        path = tmp_path / ".benchmarks" / f"{name}.tsv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("s\tmax_rss\tcpu_time\n1\t2\t3\n")
+    found = provenance.jobs(tmp_path, ["device"], names)["job"]
+    assert sorted(found) == ["device/suppress", "one/pretrain"]
 
 
 def test_the_configuration_of_the_page_is_right(tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from correctnet.devices.configuration import DeviceSettings
 from correctnet.errors import UserError
 from correctnet.files.yamlfile import read_values
 from correctnet.networks import NETWORKS
@@ -274,6 +275,17 @@ class Config(Section):
             return own
         parent = self.pairs[own["like"]]
         return {**layered(parent, own), "rows": own.get("rows") or parent.get("rows")}
+
+    def pretrains(self, pair: str) -> str:
+        """The pair that trains the original network of a pair: of one under a device, the pair that it is like.
+
+        It does where both pairs have the same settings of `pretrain`, none of which is the device's.
+        """
+        like, own = self.pairs[pair].get("like"), self.settings(pair)
+        if like is None or not isinstance(own.variation, DeviceSettings):
+            return pair
+        canonical = STAGES["pretrain"].canonical
+        return like if canonical(own) == canonical(self.settings(like)) else pair
 
     def level_of(self, run: str) -> float | None:
         """The level of a run's table, sigma or the multiple of a device's deviations; None: each pair has its own.

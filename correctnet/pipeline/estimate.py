@@ -128,9 +128,12 @@ def report(config: Config, run: str, cores: int) -> str:
         raise UserError(f"no run {run!r} (runs: {', '.join(config.runs)})")
     # One thread, so that neither the other core nor what else runs there enters; stages keep all cores busy.
     torch.set_num_threads(1)
-    lines, everything = [], 0.0
+    lines, everything, pretrained = [], 0.0, set()
     for pair in config.runs[run]:
         stages = {stage: seconds / cores for stage, seconds in pair_seconds(config, pair).items()}
+        if (owner := config.pretrains(pair)) in pretrained:
+            stages.pop("pretrain", None)
+        pretrained.add(owner)
         everything += sum(stages.values())
         parts = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in stages.items())
         lines.append(f"  {pair}: about {duration(sum(stages.values()))} ({parts})")

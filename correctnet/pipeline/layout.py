@@ -132,9 +132,10 @@ class Layout:
     # --- files of a stage
 
     def folder(self, pair: str, row: str | None, stage: Stage) -> str:
-        """The folder of a stage of a row."""
+        """The folder of a stage of a row; of pairs that share an original network, that of the pair which trains it."""
         variant = self.config.variant(pair, row, stage) if row else ""
-        return f"{self.results}/{pair}/{stage}{variant}"
+        shared = stage == "pretrain" and not variant
+        return f"{self.results}/{self.config.pretrains(pair) if shared else pair}/{stage}{variant}"
 
     def output(self, path: str) -> str:
         """The pattern of a file of a pair, e.g. `sweep{variant}/accuracy.csv`."""

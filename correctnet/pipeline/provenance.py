@@ -116,7 +116,8 @@ def jobs(results: Path, pairs: list[str], only: Collection[str] | None = None) -
         raise UserError(f"{results}: no such folder")
     rows = []
     wanted = None if only is None else set(only)
-    for pair in pairs:
+    shared = (name.partition("/")[0] for name in only or ())  # of another pair, whose network these have
+    for pair in dict.fromkeys([*pairs, *shared]):
         for path in sorted((results / ".benchmarks" / pair).rglob("*.tsv")):
             job = str(path.relative_to(results / ".benchmarks")).removesuffix(".tsv")
             if wanted is not None and job not in wanted:
