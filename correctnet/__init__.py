@@ -32,6 +32,8 @@ _PUBLIC = {
     "find_candidates": "methods.candidates",
     "Sweep": "methods.candidates",
     "sensitivity": "methods.candidates",
+    "front_layers": "methods.front",
+    "digital_share": "methods.front",
     "search": "methods.placement",
     "Placement": "methods.placement",
     "compensate": "methods.compensation",

@@ -72,6 +72,25 @@ def exact(value: float) -> str:
     return repr(float(value) + 0.0).removesuffix(".0")  # + 0.0: no "-0"
 
 
+class Grown(Section):
+    """A section with settings that came after results were made with it.
+
+    They are left out of its values where they have their defaults, so that values without them stay as they were.
+    """
+
+    later: ClassVar[tuple[str, ...]]
+    """those settings"""
+
+    @model_serializer(mode="wrap")
+    def _given(self, handler: Any) -> dict[str, Any]:
+        fields, values = type(self).model_fields, handler(self)
+        return {
+            key: value
+            for key, value in values.items()
+            if key not in self.later or getattr(self, key) != fields[key].get_default(call_default_factory=True)
+        }
+
+
 class Sourced(Section):
     """A section with several settings of which exactly one says where something comes from.
 

@@ -18,7 +18,7 @@ from correctnet.devices.configuration import AnyVariation, VariationSettings, re
 from correctnet.files.factories import check_name, source_digest
 from correctnet.files.storage import sha256
 from correctnet.networks import NETWORKS
-from correctnet.sections import Section, Sourced, merge, place
+from correctnet.sections import Grown, Section, Sourced, merge, place
 
 if TYPE_CHECKING:
     from correctnet.datasets.description import Description
@@ -138,6 +138,17 @@ class Network(Sourced):
         parts = [] if self.factory is None else [source_digest(self.factory, "network.factory")]
         parts += [] if self.weights is None else [sha256(Path(self.weights).expanduser())]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest() if parts else None
+
+
+class Digital(Grown):
+    """Layers in digital hardware, exact on every chip; their weights count as overhead (a baseline)."""
+
+    later = ("front", "layers")
+
+    front: int = Field(0, ge=0)
+    """number of layers from the first on, in the order in which the network runs them, that are digital"""
+    layers: tuple[str, ...] = ()
+    """names of further layers that are digital"""
 
 
 class Training(Section):
@@ -368,14 +379,17 @@ class Sensitivity(Section):
     """validation images; empty: all"""
 
 
-class Settings(Section):
+class Settings(Grown):
     """All settings of one row of a pair."""
+
+    later = ("digital",)
 
     seed: int = Field(0, ge=0, lt=2**63)
     """seed of every random draw"""
     data: Data = Data()
     network: Network = Network()
     variation: AnyVariation = VariationSettings()
+    digital: Digital = Digital()
     base: Literal["pretrain", "suppress", "inject"] = "suppress"
     """the stage whose network is swept, searched and compensated; suppress in the paper"""
     pretrain: Pretrain = Pretrain()

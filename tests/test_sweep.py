@@ -138,8 +138,6 @@ def test_bad_calls(tiny, blobs):
         sweep(convert(tiny, LogNormalVariation(0.5)), blobs, original=0.0)
     with pytest.raises(UserError, match="the threshold is a fraction"):
         sweep(convert(tiny, LogNormalVariation(0.5)), blobs, original=1.0, threshold=95)
-    with pytest.raises(UserError, match="without `exclude`"):
-        sweep(convert(tiny, LogNormalVariation(0.5), exclude=["4"]), blobs, original=1.0)
 
 
 class Reading(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,8 @@ class Sweep:
     threshold: float
     """fraction of `original` below which layers become candidates"""
     metric: Metric = ACCURACY
+    digital: tuple[str, ...] = ()
+    """those of the layers that are digital: they carry no variation, have no result, and are no candidates"""
 
     @property
     def bound(self) -> float:
@@ -59,9 +61,9 @@ class Sweep:
 
     @property
     def candidates(self) -> tuple[str, ...]:
-        """The first i layers, for the largest i with a mean that is worse than `bound`; () if none."""
+        """The first i layers, for the largest i with a mean that is worse than `bound`, without digital ones."""
         below = [i for i, r in self.results.items() if not self.metric.as_good(r.mean, self.bound)]
-        return self.names[: max(below, default=0)]
+        return tuple(name for name in self.names[: max(below, default=0)] if name not in self.digital)
 
     def table(self) -> pd.DataFrame:
         """One row a layer and chip: layer (i), name, sample, accuracy (or value), ..., original."""
@@ -142,7 +144,7 @@ def sweep(
     Layer i is the i-th that the network runs.
 
     Args:
-        model: from `correctnet.convert`, no layer excluded.
+        model: from `correctnet.convert`. Layers that it excluded are digital: they are passed over, and no candidates.
         data: validation images, never the test set: the result is used to choose.
         original: clean accuracy of the pre-trained network on them, in (0, 1]; or the metric's value, above 0.
         threshold: candidates are the first i layers for the first i (from the last layer backwards) whose mean
@@ -153,7 +155,7 @@ def sweep(
         metric: what they are judged by.
 
     Raises:
-        UserError: accuracies that are not fractions, a layer that carries no variation, or one that is not used.
+        UserError: accuracies that are not fractions, or a layer that is not used.
     """
     simulation = simulation or Simulation()
     if metric.fraction and not 0 < original <= 1:
@@ -167,19 +169,20 @@ def sweep(
         raise UserError(f"sweep: the threshold is a fraction in (0, 1] (0.95, not 95), not {threshold}")
     layers = crossbars(model)
     registered = tuple(each.name for each in layers)
-    if len(analog_layers(model)) != len(registered):
-        raise UserError("sweep: every layer must carry variation; convert the model without `exclude`")
+    varying = {own.layer_index for own in analog_layers(model)}
+    digital = {each.name for each in layers if each.index not in varying}
     with programmed(model, None):
         names = tuple(executed(model, data, metric.targets))
     results = {}
-    for i in ProgressBar(range(len(names), 0, -1), desc="sweep", unit="layer", disable=not simulation.progress):
+    backwards = [i for i in range(len(names), 0, -1) if names[i - 1] not in digital]
+    for i in ProgressBar(backwards, desc="sweep", unit="layer", disable=not simulation.progress):
         in_order = names == registered
         varied = model if in_order else _nominal(model, names[: i - 1])
         first_layer = layers[i - 1].index if in_order else 0
         options = {"first_layer": first_layer, "chunk": chips, "title": names[i - 1]}
         options |= {"save": None if save is None else save / f"{i}.csv", "metric": metric}
         results[i] = simulate(varied, data, chips, simulation, **options)
-    return Sweep(results, names, original, threshold, metric)
+    return Sweep(results, names, original, threshold, metric, tuple(name for name in names if name in digital))
 
 
 def find_candidates(
@@ -191,6 +194,7 @@ def find_candidates(
     threshold: float = 0.95,
     chips: int = 50,
     seed: int = 0,
+    exclude: Iterable[str] | str = (),
     metric: Metric | None = None,
     simulation: Simulation | None = None,
     work: str | Path | None = None,
@@ -212,6 +216,7 @@ def find_candidates(
             original value divided by `threshold`.
         chips: chip samples a layer.
         seed: of the chips.
+        exclude: names of layers that are digital, as for `correctnet.convert`; they are no candidates.
         metric: a `correctnet.Metric` with positive values; None: the accuracy.
         simulation: how chips are simulated; None: as `correctnet.evaluate` does, on chips that only this choice uses.
         work: a folder. A call that was stopped continues from its last layer when it is repeated.
@@ -226,7 +231,8 @@ def find_candidates(
     """
     simulation = simulation or Simulation(streams.chips("sweep", max(0, chips)).start, progress=progress)
     metric = checked(metric, "find_candidates")
-    analog = convert(network, variation, seed)
+    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    analog = convert(network, variation, seed, exclude)
     with left_alone():
         data = Data.of(data, memory=simulation.memory, what="find_candidates", targets=metric.targets)
     if original is None or isinstance(original, nn.Module):
@@ -240,6 +246,7 @@ def find_candidates(
             "seed": seed,
             "precision": simulation.precision,
             **folder.judged_by(metric),
+            **({"exclude": exclude} if exclude else {}),
         }
         save = folder.file(work, "sweep", "", folder.identity("sweep", **parts, start=simulation.start))
     how = {"chips": chips, "simulation": simulation, "save": save, "metric": metric}
@@ -253,6 +260,7 @@ def sensitivity(
     *,
     chips: int = 20,
     seed: int = 0,
+    exclude: Iterable[str] | str = (),
     metric: Metric | None = None,
     simulation: Simulation | None = None,
     progress: bool = True,
@@ -265,6 +273,7 @@ def sensitivity(
         variation: the device model.
         chips: chip samples a layer.
         seed: of the chips. A layer carries the same weights on chip n here as on chip n of the converted network.
+        exclude: names of layers that are digital, as for `correctnet.convert`; they have no rows.
         metric: a `correctnet.Metric`; None: the accuracy.
         simulation: how chips are simulated; None: as `correctnet.evaluate` does, on chips that nothing else uses.
         progress: show progress bars, where `simulation` does not say.
@@ -283,11 +292,12 @@ def sensitivity(
         data = Data.of(data, memory=simulation.memory, what="sensitivity", targets=metric.targets)
     names = executed(network, data)
     clean = clean_value(network, data, metric=metric)
-    analog = convert(network, variation, seed)
+    analog = convert(network, variation, seed, exclude)
+    varying = {own.layer_index for own in analog_layers(analog)}
+    varied = {each.name for each in crossbars(analog) if each.index in varying}
     parts = []
-    for i, name in enumerate(
-        ProgressBar(names, desc="sensitivity", unit="layer", disable=not simulation.progress), start=1
-    ):
+    numbered = [(i, name) for i, name in enumerate(names, start=1) if name in varied]
+    for i, name in ProgressBar(numbered, desc="sensitivity", unit="layer", disable=not simulation.progress):
         alone = _nominal(analog, [other for other in names if other != name])
         result = simulate(alone, data, chips, simulation, chunk=chips, metric=metric, title=name)
         parts.append(result.table.assign(layer=i, name=name, weights=weights[name], clean=clean))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +73,7 @@ def prepare(
     stage: str = "fit_compensators",
     loss: Loss | None = None,
     metric: Metric = ACCURACY,
+    exclude: Iterable[str] = (),
 ) -> tuple[nn.Module, dict[str, Any], Hooks]:
     """Build the analog model with untrained compensators, the compensation plan, and the training hooks.
 
@@ -87,13 +88,14 @@ def prepare(
         seed: of the chips and of the initial weights.
         stage: the stage that trains, "compensate", "search" or "fit_compensators"; see `correctnet.noise.streams`.
         loss, metric: as for `fit_compensators`.
+        exclude: names of layers that are digital, as for `correctnet.convert`.
 
     Returns:
         The converted copy of `model`; the arguments of `compensate` that gave it; the hooks for `fit`.
     """
     plan = {"filters": dict(filters), "place": section.place, "seed": seed}
     plan |= {"activation": section.activation, "init": section.init, "pool": section.pool}
-    analog = convert(compensate(model, **plan, stage=stage), variation, seed)
+    analog = convert(compensate(model, **plan, stage=stage), variation, seed, exclude)
     hooks = Hooks(
         before_batch=lambda draw: program(analog, streams.chip(f"train-{stage}", draw)),
         draws_per_batch=section.chips_per_batch,
@@ -177,6 +179,7 @@ def train_compensators(
     simulation: Simulation | None = None,
     quiet: bool = False,
     stacklevel: int = 2,
+    exclude: Iterable[str] = (),
 ) -> tuple[nn.Module, dict[str, Any] | None]:
     """Train compensators, and keep them if they are better than none: what `fit_compensators` does after its checks.
 
@@ -185,14 +188,14 @@ def train_compensators(
         section: how the compensators are built and trained.
         checkpoint: saved after each epoch; the training is resumed from it.
         simulation: of the comparison, as for `keep_better`.
-        model, filters, variation, seed, stage, loss, metric, quiet: as for `fit_compensators`.
+        model, filters, variation, seed, stage, loss, metric, quiet, exclude: as for `fit_compensators`.
         stacklevel: of the warning, counted from this function's caller: 2 is that one's caller.
 
     Returns:
         The compensated network in evaluation mode, and the comparison as `keep_better` returns it; None where no layer
         is compensated.
     """
-    analog, plan, hooks = prepare(model, filters, section, variation, seed, stage, loss, metric)
+    analog, plan, hooks = prepare(model, filters, section, variation, seed, stage, loss, metric, exclude)
     compensated = compensate(model, **plan, stage=stage).eval()
     with left_alone():
         images, labels = first_batch(train, stage, metric.targets)
@@ -230,6 +233,7 @@ def fit_compensators(
     loss: Loss | None = None,
     metric: Metric | None = None,
     seed: int = 0,
+    exclude: Iterable[str] | str = (),
     stage: Literal["fit_compensators", "compensate"] = "fit_compensators",
     work: str | Path | None = None,
     quiet: bool = False,
@@ -255,6 +259,7 @@ def fit_compensators(
         metric: a `correctnet.Metric` by which they are compared with none. It says what labels are, and may have a
             loss; None: the accuracy.
         seed: of the batches, the chips, the initial weights and the images that are held out.
+        exclude: names of layers that are digital, as for `correctnet.convert`.
         stage: whose chips, batches and initial weights are drawn: "compensate" are those of the workflow and of
             `correctnet.correct`.
         work: a folder. A call that was stopped continues from its last epoch when it is repeated.
@@ -306,7 +311,8 @@ def fit_compensators(
     else:
         judged = Data.of(judged, what=f"{caller}: validation", targets=metric.targets)
     parts = {"network": model, "filters": filters, "train": train, "judged": judged, "variation": variation}
-    parts |= folder.judged_by(metric)
+    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    parts |= folder.judged_by(metric) | ({"exclude": exclude} if exclude else {})
     text = "" if work is None else folder.identity(stage, **parts, seed=seed, loss=loss, settings=section)
     compensated, _ = train_compensators(
         model,
@@ -322,6 +328,7 @@ def fit_compensators(
         checkpoint=folder.checkpoint(work, stage, text),
         simulation=Simulation(engine="torch"),
         quiet=quiet,
+        exclude=exclude,
     )
     return compensated
 

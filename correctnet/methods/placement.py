@@ -23,6 +23,7 @@ from correctnet.evaluation.simulation import Simulation
 from correctnet.methods import compensation, compensation_training
 from correctnet.methods import search as searching
 from correctnet.methods import work as folder
+from correctnet.methods.front import digital_share
 from correctnet.metrics import ACCURACY, Loss, Metric, checked
 from correctnet.noise import streams
 from correctnet.sections import validate
@@ -91,6 +92,7 @@ def make_problem(
     augment: str = "none",
     loss: Loss | None = None,
     metric: Metric = ACCURACY,
+    digital: Sequence[str] = (),
 ) -> searching.Problem:
     """The search problem of a network: a state is scored by training its compensators and evaluating them on chips.
 
@@ -107,7 +109,17 @@ def make_problem(
         augment: augmentation of the training images, as the setting `data.augment`.
         loss: replaces the cross entropy.
         metric: what states are judged by.
+        digital: names of layers that are digital. Their weights count in the overhead of every state.
+
+    Raises:
+        UserError: these layers alone are above the limit.
     """
+    share = digital_share(network, digital)
+    if share > limit:
+        raise UserError(
+            f"search: the digital layers {', '.join(digital)} are {share:.2%} of the network, which is above the limit "
+            f"of {limit:.2%}"
+        )
     outputs = compensation.outputs_of(network)
     section = section.model_copy(update={"epochs": settings.train_epochs})
     first = streams.chips("search", settings.chips).start
@@ -116,7 +128,7 @@ def make_problem(
     def score(filters: Filters) -> tuple[float, float]:
         train, images = read()
         analog, _, hooks = compensation_training.prepare(
-            network, named(candidates, filters), section, variation, seed, "search", loss, metric
+            network, named(candidates, filters), section, variation, seed, "search", loss, metric, digital
         )
         parameters = compensation_training.trained_parameters(analog, section)
         if parameters:
@@ -131,7 +143,7 @@ def make_problem(
         widths=tuple(outputs[name] for name in candidates),
         ratios=settings.ratios,
         limit=limit,
-        overhead=lambda filters: compensation.overhead(network, named(candidates, filters)),
+        overhead=lambda filters: compensation.overhead(network, named(candidates, filters)) + share,
         score=score,
         higher=metric.higher,
         fraction=metric.fraction,
@@ -185,6 +197,7 @@ def search(
     loss: Loss | None = None,
     metric: Metric | None = None,
     seed: int = 0,
+    exclude: Iterable[str] | str = (),
     simulation: Simulation | None = None,
     work: str | Path | None = None,
     progress: bool = True,
@@ -210,6 +223,7 @@ def search(
         loss: replaces the cross entropy, as for `correctnet.fit_compensators`.
         metric: a `correctnet.Metric` that states are judged by; None: the accuracy.
         seed: of the policy, the chips and the training.
+        exclude: names of layers that are digital, as for `correctnet.convert`. Their weights count in the overhead.
         simulation: how chips are simulated; None: as `correctnet.evaluate` does.
         work: a folder. A call that was stopped continues from its last state when it is repeated.
         progress: show progress bars.
@@ -220,7 +234,8 @@ def search(
 
     Raises:
         UserError: data, outputs or a loss that are not those of a classifier, an unknown layer or setting, a layer
-            named twice, a limit that is no fraction, or a network that is converted or compensated already.
+            named twice, a limit that is no fraction or below the share of the digital layers, or a network that is
+            converted or compensated already.
 
     Warns:
         CompensationWarning: candidates that cannot be compensated, such as the weights of an LSTM, are left out.
@@ -240,13 +255,14 @@ def search(
             take(validation, own.images), memory=simulation.memory, what="search: validation", targets=metric.targets
         )
     learnt = take(train, own.train_images)
+    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     log_path = None
     if work is not None:
         parts = {"network": network, "candidates": candidates, "train": learnt, "validation": images, "loss": loss}
         parts |= {"variation": variation, "seed": seed, "limit": limit, "settings": own, "compensate": section}
-        parts |= folder.judged_by(metric)
+        parts |= folder.judged_by(metric) | ({"exclude": exclude} if exclude else {})
         log_path = folder.file(work, "search", ".csv", folder.identity("search", **parts))
-    how = {"loss": loss, "metric": metric}
+    how = {"loss": loss, "metric": metric, "digital": exclude}
     problem = make_problem(
         network, candidates, limit, own, section, variation, seed, lambda: (learnt, images), simulation, **how
     )

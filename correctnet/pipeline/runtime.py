@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from correctnet.datasets import loading
-from correctnet.datasets.base import DataSet
+from correctnet.datasets.base import DataSet, Split
 from correctnet.engine.engine import MEMORY
 from correctnet.errors import UserError
 from correctnet.evaluation.simulation import Simulation
 from correctnet.files import storage
+from correctnet.methods.front import digital_share, front_layers
 from correctnet.pipeline.specs import STAGES, Stage
 from correctnet.settings import Data, Settings
 
@@ -56,6 +59,17 @@ class Runtime:
         own = settings.montecarlo
         progress = progress and not self.quiet
         return Simulation(start, "auto", own.precision, own.gpu_method, self.memory, progress)
+
+
+def digital_layers(settings: Settings, network: nn.Module, images: Split) -> tuple[str, ...]:
+    """Names of the layers that the settings make digital; `images` show which ones the network runs first.
+
+    Raises UserError for more layers than the network has, or a name that it has not.
+    """
+    names = front_layers(network, images, settings.digital.front)
+    names += tuple(name for name in settings.digital.layers if name not in names)
+    digital_share(network, names)  # refuses unknown names
+    return names
 
 
 def split_seed(settings: Settings, description: dict[str, Any] | None, source: Path | str) -> int:

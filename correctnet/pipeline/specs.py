@@ -112,13 +112,13 @@ STAGES: dict[Stage, StageSpec] = {
         resumes=True,
     ),
     "inject": StageSpec(
-        reads=("seed", "data", "variation", "inject"),
+        reads=("seed", "data", "variation", "digital", "inject"),
         after=("pretrain",),
         seconds=lambda s, cost, _: workload.training_with_variation(s, s.inject, cost),
         resumes=True,
     ),
     "sweep": StageSpec(
-        reads=("seed", *IMAGES, "variation", "montecarlo", "sweep"),
+        reads=("seed", *IMAGES, "variation", "digital", "montecarlo", "sweep"),
         after=("pretrain", "base"),
         writes=("accuracy.csv", "candidates.json"),
         seconds=lambda s, cost, _: workload.layer_by_layer(s, s.sweep.chips, s.sweep.images, cost),
@@ -128,6 +128,7 @@ STAGES: dict[Stage, StageSpec] = {
             "seed",
             "data",
             "variation",
+            "digital",
             *(f"compensate.{k}" for k in Compensate.model_fields if k != "epochs"),  # its own are search.train_epochs
             "montecarlo",
             *(f"search.{k}" for k in Search.model_fields if k != "limits"),
@@ -139,13 +140,13 @@ STAGES: dict[Stage, StageSpec] = {
         resumes=True,
     ),
     "compensate": StageSpec(
-        reads=("seed", "data", "variation", "compensate"),
+        reads=("seed", "data", "variation", "digital", "compensate"),
         after=("search",),
         seconds=lambda s, cost, _: workload.compensate(s, cost),
         resumes=True,
     ),
     "finetune": StageSpec(
-        reads=("seed", "data", "variation", "finetune"),
+        reads=("seed", "data", "variation", "digital", "finetune"),
         after=("compensate",),
         seconds=lambda s, cost, _: workload.training_with_variation(s, s.finetune, cost),
         resumes=True,
@@ -155,6 +156,7 @@ STAGES: dict[Stage, StageSpec] = {
             "seed",
             *IMAGES,
             "variation",
+            "digital",
             "montecarlo",
             "evaluate.split",
             "evaluate.images",
@@ -167,7 +169,7 @@ STAGES: dict[Stage, StageSpec] = {
         resumes=True,
     ),
     "sensitivity": StageSpec(
-        reads=("seed", *IMAGES, "variation", "montecarlo", "sensitivity"),
+        reads=("seed", *IMAGES, "variation", "digital", "montecarlo", "sensitivity"),
         after=(),
         writes=(),
         seconds=lambda s, cost, _: workload.layer_by_layer(s, s.sensitivity.chips, s.sensitivity.images, cost),

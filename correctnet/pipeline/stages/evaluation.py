@@ -22,9 +22,10 @@ from correctnet.evaluation.results import COLUMNS, IDENTITY, Result, record
 from correctnet.files import storage
 from correctnet.methods import candidates as sweeping
 from correctnet.methods import recalibration
+from correctnet.methods.front import digital_share
 from correctnet.noise import streams
 from correctnet.pipeline.models import image_shape, last_stage, network_name, read_network, trained_sigma
-from correctnet.pipeline.runtime import Runtime, discard, resumable, stage_identity
+from correctnet.pipeline.runtime import Runtime, digital_layers, discard, resumable, stage_identity
 from correctnet.pipeline.specs import STAGES
 from correctnet.settings import Settings
 
@@ -37,12 +38,14 @@ def sensitivity(settings: Settings, path: Path, out: Path, runtime: Runtime) -> 
     s = STAGES["sensitivity"].read(settings)
     storage.check_writable(out)
     model, description = read_network(path, runtime.device)
+    data = runtime.load(s, description, path)
     table = sweeping.sensitivity(
         model,
-        runtime.load(s, description, path).validation.take(s.sensitivity.images),
+        data.validation.take(s.sensitivity.images),
         devices.make(s.variation),
         chips=s.sensitivity.chips,
         seed=s.seed,
+        exclude=digital_layers(s, model, data.train),
         simulation=runtime.simulation(s, streams.chips("sensitivity", s.sensitivity.chips).start),
     )
     level = {s.variation.level_key: s.variation.level}
@@ -80,7 +83,8 @@ def evaluate_chips(
     model, description = read_network(path, runtime.device)
     data = runtime.load(s, description, path)
     images = getattr(data, s.evaluate.split).take(s.evaluate.images)
-    analog = convert(model, devices.make(s.variation), s.seed)
+    digital = digital_layers(s, model, data.train)
+    analog = convert(model, devices.make(s.variation), s.seed, digital)
     history = description.get("history", [])
     plan = description.get("compensation") or {"filters": {}}
     columns = {
@@ -88,7 +92,7 @@ def evaluate_chips(
         "dataset": s.data.name,
         "split": s.evaluate.split,
         **_variation_columns(analog),
-        "overhead": description.get("overhead", 0.0),
+        "overhead": description.get("overhead", 0.0) + digital_share(model, digital),
         "layers": len(plan["filters"]),
         "epochs": " + ".join(f"{h['epochs']} {h['stage']}" for h in history),
         "trained_sigma": trained_sigma(history),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,9 +21,9 @@ from correctnet.methods import placement
 from correctnet.methods import search as searching
 from correctnet.noise import streams
 from correctnet.pipeline.models import check_uncompensated, expect, is_number, is_whole, read_network
-from correctnet.pipeline.runtime import Runtime, discard, resumable, split_seed, stage_identity
+from correctnet.pipeline.runtime import Runtime, digital_layers, discard, resumable, split_seed, stage_identity
 from correctnet.pipeline.specs import STAGES
-from correctnet.settings import SEARCHING, Settings
+from correctnet.settings import SEARCHING, Digital, Settings
 
 
 def sweep(settings: Settings, pretrained: Path, base: Path, out: Path, runtime: Runtime) -> None:
@@ -34,7 +35,8 @@ def sweep(settings: Settings, pretrained: Path, base: Path, out: Path, runtime: 
         check_uncompensated("sweep", path, of)
     if split_seed(s, description, base) != split_seed(s, of_original, pretrained):
         raise UserError(f"sweep: {base} and {pretrained} were trained on other splits of the images")
-    images = runtime.load(s, description, base).validation.take(s.sweep.images)
+    data = runtime.load(s, description, base)
+    images = data.validation.take(s.sweep.images)
     found = sweeping.find_candidates(
         model,
         images,
@@ -43,6 +45,7 @@ def sweep(settings: Settings, pretrained: Path, base: Path, out: Path, runtime: 
         threshold=s.sweep.threshold,
         chips=s.sweep.chips,
         seed=s.seed,
+        exclude=digital_layers(s, model, data.train),
         simulation=runtime.simulation(s, streams.chips("sweep", s.sweep.chips).start),
     )
     storage.write_csv(out / "accuracy.csv", found.table())
@@ -125,8 +128,12 @@ def _search_problem(
     found = _candidate_names(candidates, dict(crossbar_layers(model)))
     names = list(placement.only_compensable(model, found))
 
+    loaded = functools.cache(lambda: runtime.load(s, description, base))
+    # Data that tells nothing about the state is not read before the first one is trained.
+    digital = digital_layers(s, model, loaded().train) if s.digital != Digital() else ()
+
     def read() -> tuple[Split, Split]:
-        data = runtime.load(s, description, base)
+        data = loaded()
         return data.train.take(s.search.train_images), data.validation.take(s.search.images)
 
     problem = placement.make_problem(
@@ -140,6 +147,7 @@ def _search_problem(
         read,
         runtime.simulation(s, 0),
         augment=s.data.augment,
+        digital=digital,
     )
     return problem, names
 

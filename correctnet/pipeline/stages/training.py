@@ -32,7 +32,7 @@ from correctnet.pipeline.models import (
     read_network,
     write_network,
 )
-from correctnet.pipeline.runtime import Runtime, split_seed, stage_identity
+from correctnet.pipeline.runtime import Runtime, digital_layers, split_seed, stage_identity
 from correctnet.pipeline.specs import STAGES, Stage
 from correctnet.settings import Settings
 from correctnet.training.loop import Checkpoint, Hooks, fit
@@ -153,13 +153,14 @@ def _train_with_variation(
         check_uncompensated(stage, path, base)
     elif "compensation" not in base:
         raise UserError(f"finetune: {path} is no model of `compensate`; `inject` trains one that is not compensated")
-    analog = convert(model, devices.make(s.variation), s.seed)
+    data = runtime.load(s, base, path)
+    analog = convert(model, devices.make(s.variation), s.seed, digital_layers(s, model, data.train))
     hooks = Hooks(
         before_batch=lambda draw: program(analog, streams.chip(f"train-{stage}", draw)),
         update_batchnorm=getattr(s, stage).batchnorm == "updated",
     )
     weights, _ = storage.model_files(path)
-    _train(stage, analog, base, runtime.load(s, base, path), settings, hooks, out, runtime, [weights])
+    _train(stage, analog, base, data, settings, hooks, out, runtime, [weights])
 
 
 def compensate(settings: Settings, base: Path, found: Sequence[Path], out: Path, runtime: Runtime) -> None:
@@ -182,20 +183,19 @@ def compensate(settings: Settings, base: Path, found: Sequence[Path], out: Path,
     best = results[best_state(means, [r["overhead"] for r in results])]
     model, described = read_network(base, runtime.device)
     check_uncompensated("compensate", base, described)
-    device = devices.make(s.variation)
+    data, device = runtime.load(s, described, base), devices.make(s.variation)
+    digital = digital_layers(s, model, data.train)
     analog, plan, hooks = compensation_training.prepare(
-        model, best["filters"], s.compensate, device, s.seed, "compensate"
+        model, best["filters"], s.compensate, device, s.seed, "compensate", exclude=digital
     )
     described |= {"compensation": plan, "overhead": compensation.overhead(model, plan["filters"]), "search": best}
     parameters = compensation_training.trained_parameters(analog, s.compensate)
     if not parameters:
-        data = runtime.load(s, described, base)
         metrics = {"epochs": 0, "validation": clean_accuracy(analog, data.validation)}
         write_network(out, analog, described, "compensate", settings, metrics)
         storage.write_text(out / "log.csv", "epoch\n")
         return
     inputs = [storage.model_files(base)[0], *found]
-    data = runtime.load(s, described, base)
 
     def judge() -> dict[str, Any]:
         simulation = Simulation(memory=runtime.memory)
