@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 # Names of the registries, so that a mistake in one is found when settings are read.
 DataSetName = Literal[tuple(DATASETS)]
 NetworkName = Literal[tuple(NETWORKS)]
+# Which weights are protected, and how they are divided among the layers (`correctnet.methods.selection`).
+Selection = Literal["random", "magnitude", "fisher", "sampled"]
+Allocation = Literal["global", "equal", "weighted"]
 
 
 class Data(Sourced):

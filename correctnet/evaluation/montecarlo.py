@@ -27,6 +27,7 @@ from correctnet.crossbar.convert import chip_of, programmed
 from correctnet.crossbar.layers import AnalogLayer, AnalogModule, analog_layers
 from correctnet.crossbar.probe import left_alone
 from correctnet.datasets.batches import Batches, Data
+from correctnet.devices.protected import Protected
 from correctnet.engine.engine import MEMORY, Method
 from correctnet.errors import UserError, whole
 from correctnet.evaluation.counting import (
@@ -268,15 +269,20 @@ def _values(metric: Metric, tally: Tally, images: int, sample: int) -> dict[str,
 
 
 def _device_text(model: nn.Module) -> str:
-    """The device model as text: its name and settings, without the moments that follow from them."""
-    described = dict(analog_layers(model)[0].variation.describe())
-    name = described.pop("model", type(analog_layers(model)[0].variation).__name__)
+    """The device model as text: its name and settings, without the moments that follow from them.
+
+    Which weights are protected is said by `state_digest`: their chips can be compared with those without protection.
+    """
+    device = analog_layers(model)[0].variation
+    device = device.device if isinstance(device, Protected) else device
+    described = dict(device.describe())
+    name = described.pop("model", type(device).__name__)
     settings = (f"{key}={value}" for key, value in described.items() if key not in ("mean", "cv"))
     return f"{name}({', '.join(settings)})"
 
 
 def state_digest(model: nn.Module) -> str:
-    """A digest of the network: its modules' types and settings, its parameters and buffers, and which layers vary."""
+    """A digest of the network: its modules' types and settings, its parameters and buffers, and which weights vary."""
     digest = hashlib.blake2b(digest_size=8)
     for name, module in model.named_modules():
         index = module.layer_index if isinstance(module, AnalogLayer) else ""
@@ -285,6 +291,9 @@ def state_digest(model: nn.Module) -> str:
         index += " ".join(("", *getattr(module, "analog_parameters", ())))
         settings = re.sub(r"0x[0-9a-fA-F]+", "", module.extra_repr())  # without addresses of objects
         digest.update(f"{name}:{type(module).__qualname__}:{index}:{settings};".encode())
+    for device in {id(own.variation): own.variation for own in analog_layers(model)}.values():
+        if isinstance(device, Protected):
+            digest.update(f"protected:{device.describe()['masks']};".encode())
     state = {**model.state_dict(), **dict(model.named_buffers())}  # buffers that are not persistent, too
     for name, tensor in state.items():
         if isinstance(tensor, Tensor):

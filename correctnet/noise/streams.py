@@ -38,6 +38,7 @@ PURPOSES = {
     "policy": "initial weights of the search's policy (overhead limit)",
     "actions": "actions that the policy draws (overhead limit)",
     "random-search": "states of the random search (overhead limit)",
+    "mask": "which weights are protected (layer)",
     "benchmark": "weights and images of benchmarks, and noise of their baseline loops (what)",
 }
 
