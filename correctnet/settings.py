@@ -154,6 +154,22 @@ class Digital(Grown):
     """names of further layers that are digital"""
 
 
+class Protect(Grown):
+    """Weights that are exact on every chip, as they are kept in digital memory; they count as overhead (a baseline)."""
+
+    later = ("fraction", "select", "allocation", "images")
+
+    fraction: float = Field(0.0, ge=0, le=1)
+    """protected weights / weights that carry variation"""
+    select: Selection = "fisher"
+    """which ones: random ones; the largest; those of the largest importance w^2 E[(dL/dw)^2]; or drawn by importance"""
+    allocation: Allocation | None = None
+    """how many in each layer: as the selection over all layers has it, the same fraction, or in proportion to the
+    importance of all of a layer's weights; empty: the same fraction for random ones, else over all layers"""
+    images: int | None = Field(2000, ge=1)
+    """training images from which the importance is found; empty: all"""
+
+
 class Training(Section):
     """One training run."""
 
@@ -385,7 +401,7 @@ class Sensitivity(Section):
 class Settings(Grown):
     """All settings of one row of a pair."""
 
-    later = ("digital",)
+    later = ("digital", "protect")
 
     seed: int = Field(0, ge=0, lt=2**63)
     """seed of every random draw"""
@@ -393,6 +409,7 @@ class Settings(Grown):
     network: Network = Network()
     variation: AnyVariation = VariationSettings()
     digital: Digital = Digital()
+    protect: Protect = Protect()
     base: Literal["pretrain", "suppress", "inject"] = "suppress"
     """the stage whose network is swept, searched and compensated; suppress in the paper"""
     pretrain: Pretrain = Pretrain()

@@ -592,6 +592,7 @@ SHARED = {
     "network": {"pretrain"},
     "variation": set(STAGES) - {"pretrain"},
     "digital": set(STAGES) - {"pretrain", "suppress"},
+    "protect": {"evaluate"},
     "montecarlo": {"sweep", "search", "evaluate", "sensitivity"},
     "compensate": {"search", "compensate"},
     "compensate.epochs": {"compensate"},  # a state of the search trains for search.train_epochs
@@ -605,7 +606,7 @@ SHARED = {
     "evaluate.chunk": set(),
 }
 OTHER = {"seed": 7, "base": "inject", "data.dataset": "mnist", "network.name": "vgg16", "network.widths": [8, 8, 8, 8]}
-OTHER |= {"digital.layers": ["conv1"], "pretrain.sizes": [16], "suppress.sizes": [16]}
+OTHER |= {"digital.layers": ["conv1"], "protect.allocation": "equal", "pretrain.sizes": [16], "suppress.sizes": [16]}
 OTHER |= {"search.limits": [0.5], "search.ratios": [0.0, 0.3], "evaluate.sigmas": [0.7]}
 OTHER |= {"data.folder": "x", "data.npz": "x", "data.factory": "a:b", "data.digest": "0", "network.factory": "a:b"}
 OTHER |= {"network.options": {"a": 1}, "network.weights": "x", "network.digest": "0"}

@@ -3,9 +3,11 @@
 import itertools
 import math
 
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from by_hand import succeed
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -263,3 +265,35 @@ def test_gradients_that_are_not_finite(tiny, blobs):
     with pytest.raises(UserError, match=r"the gradients of .* are not finite"):
         importance(tiny, Split(blobs.images[:2], blobs.labels[:2]))
     assert tiny[4].weight.isinf().all(), "the network is left as it was"
+
+
+def test_rows_with_protected_weights(tmp_path):
+    """The stage: all weights protected are the nominal network on every chip; the columns say what is protected."""
+    model, parameters = tmp_path / "pretrain", 61706
+    succeed("pretrain", "--quiet", "--threads", 1, "--epochs", 3, "--batch", 64, "--out", model)
+
+    def table(name, *options):
+        out = tmp_path / f"{name}.csv"
+        few = ["--quiet", "--threads", 1, "--chips", 4, "--images", 100, "--protect-images", 50]
+        succeed("evaluate", *few, *options, "--note", "pair=p", "--note", f"row={name}", "--model", model, "--out", out)
+        return pd.read_csv(out)
+
+    bare, clean = table("bare"), table("clean", "--sigma", 0)
+    everything = table("everything", "--fraction", 1, "--select", "random")
+    assert everything["correct"].tolist() == [clean["correct"][0]] * 4
+    assert everything["protected"].tolist() == [61470] * 4
+    assert everything["overhead"].tolist() == [61470 / parameters] * 4
+    assert bare["correct"].nunique() > 1
+    assert "protected" not in bare
+
+    important, again = (table(name, "--fraction", 0.2) for name in ("important", "again"))
+    random = table("random", "--fraction", 0.2, "--select", "random")
+    assert important["correct"].tolist() == again["correct"].tolist() != random["correct"].tolist()
+    assert important["overhead"].tolist() == random["overhead"].tolist() == [12294 / parameters] * 4
+    assert important["masks"][0] == again["masks"][0] != random["masks"][0]
+    assert important["device"][0] == bare["device"][0], "rows pair over chips"
+    both = table("both", "--fraction", 1, "--front", 1)
+    assert both["overhead"][0] == pytest.approx(61470 / parameters)
+    files = [tmp_path / f"{name}.csv" for name in ("bare", "important", "random")]
+    succeed("collect", *files, "--out", tmp_path / "samples.csv")
+    assert len(pd.read_csv(tmp_path / "samples.csv")) == 12

@@ -54,7 +54,7 @@ EVALUATION = {
     **dict.fromkeys(("factor_mean", "factor_cv"), MAYBE_SHARE),
     **dict.fromkeys(("pair", "row", "network", "dataset", "split", "centre"), TEXT),
     **dict.fromkeys(("epochs", "variation", "on", "resample", "data", "device", "model"), MAYBE_TEXT),
-    **dict.fromkeys(("trained_sigma", "prefixes", "cell", "unit", "scale", "time", "measurement"), MAYBE_TEXT),
+    **dict.fromkeys(("trained_sigma", "prefixes", "cell", "unit", "scale", "time", "measurement", "masks"), MAYBE_TEXT),
 }
 COLUMNS = {
     **EVALUATION,

@@ -157,6 +157,7 @@ STAGES: dict[Stage, StageSpec] = {
             *IMAGES,
             "variation",
             "digital",
+            "protect",
             "montecarlo",
             "evaluate.split",
             "evaluate.images",

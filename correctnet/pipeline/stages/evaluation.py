@@ -12,6 +12,7 @@ from torch import nn
 from correctnet import devices
 from correctnet.crossbar.convert import convert
 from correctnet.crossbar.layers import analog_layers, analog_names
+from correctnet.crossbar.protection import protect
 from correctnet.devices.configuration import DeviceSettings
 from correctnet.devices.lognormal import LogNormalVariation
 from correctnet.engine.engine import describe
@@ -23,6 +24,7 @@ from correctnet.files import storage
 from correctnet.methods import candidates as sweeping
 from correctnet.methods import recalibration
 from correctnet.methods.front import digital_share
+from correctnet.methods.selection import protected_share, protected_weights
 from correctnet.noise import streams
 from correctnet.pipeline.models import image_shape, last_stage, network_name, read_network, trained_sigma
 from correctnet.pipeline.runtime import Runtime, digital_layers, discard, resumable, stage_identity
@@ -85,6 +87,16 @@ def evaluate_chips(
     images = getattr(data, s.evaluate.split).take(s.evaluate.images)
     digital = digital_layers(s, model, data.train)
     analog = convert(model, devices.make(s.variation), s.seed, digital)
+    first = streams.chips(s.evaluate.split, chips, start).start
+    if s.variation.level > 0:
+        check_coverage(model, analog, images.images[:8], sample=first)
+    else:
+        chips = min(chips, 1)
+    masks = {}
+    if s.protect.fraction:
+        known, how = data.train.take(s.protect.images), {"exclude": digital, "seed": s.seed}
+        masks = protected_weights(model, s.protect.fraction, s.protect.select, s.protect.allocation, data=known, **how)
+        protect(analog, masks)
     history = description.get("history", [])
     plan = description.get("compensation") or {"filters": {}}
     columns = {
@@ -92,18 +104,13 @@ def evaluate_chips(
         "dataset": s.data.name,
         "split": s.evaluate.split,
         **_variation_columns(analog),
-        "overhead": description.get("overhead", 0.0) + digital_share(model, digital),
+        "overhead": description.get("overhead", 0.0) + digital_share(model, digital) + protected_share(model, masks),
         "layers": len(plan["filters"]),
         "epochs": " + ".join(f"{h['epochs']} {h['stage']}" for h in history),
         "trained_sigma": trained_sigma(history),
     }
     if taken := sorted(set(notes or {}) & {*columns, *COLUMNS, *IDENTITY, "prefixes"}):
         raise UserError(f"--note {taken[0]}: the evaluation has a column of that name")
-    first = streams.chips(s.evaluate.split, chips, start).start
-    if s.variation.level > 0:
-        check_coverage(model, analog, images.images[:8], sample=first)
-    else:
-        chips = min(chips, 1)
     calibration = data.train.take(s.evaluate.recalibrate_images).images
     prepare = None
     if s.evaluate.recalibrate == "simulated":
