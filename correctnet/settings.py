@@ -237,6 +237,15 @@ class Inject(Training):
     pre-training, as a chip does that is not recalibrated"""
 
 
+class Distil(Inject):
+    """Variation-aware training that also learns from the original network (a baseline, after [8])."""
+
+    temperature: float = Field(2.0, gt=0)
+    """T, by which the logits of both networks are divided where the student learns from the teacher"""
+    alpha: float = Field(0.5, ge=0, le=1)
+    """weight of the teacher in the loss, (1 - alpha) cross entropy + alpha T^2 KL divergence"""
+
+
 class Sweep(Section):
     """Candidate layers: variation from the last layer backwards to the i-th."""
 
@@ -415,6 +424,7 @@ class Settings(Grown):
     pretrain: Pretrain = Pretrain()
     suppress: Suppress = Suppress()
     inject: Inject = Inject()
+    distil: Distil = Distil()
     sweep: Sweep = Sweep()
     search: Search = Search()
     compensate: Compensate = Compensate()

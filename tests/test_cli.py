@@ -33,7 +33,11 @@ from correctnet.training import loop as training
 
 FAST = ["--quiet", "--threads", "1", "--batch", "64"]
 # Stages that train with variation, and what each begins with.
-WITH_VARIATION = [("inject", "--pretrained", "pretrain"), ("finetune", "--compensated", "compensate")]
+WITH_VARIATION = [
+    ("inject", "--pretrained", "pretrain"),
+    ("distil", "--pretrained", "pretrain"),
+    ("finetune", "--compensated", "compensate"),
+]
 
 
 def fail(*arguments):
@@ -405,7 +409,7 @@ def test_a_gpu_without_kernels_is_said_once(stage, built, tmp_path, monkeypatch)
     monkeypatch.setattr(device, "_problem", Kernels.problem)
     monkeypatch.setattr(device, "kernels", lambda: Kernels if built else None)
     inputs = {"sweep": ["--pretrained", "p", "--base", "b"], "search": ["--base", "b", "--candidates", "c"]}
-    inputs |= {name: ["--pretrained", "p"] for name in ("suppress", "inject")}
+    inputs |= {name: ["--pretrained", "p"] for name in ("suppress", "inject", "distil")}
     inputs |= {name: ["--model", "m"] for name in ("sensitivity", "evaluate")}
     inputs |= {"compensate": ["--base", "b", "--found", "f"], "finetune": ["--compensated", "c"]}
     lines = succeed(stage, "--device", "cuda", "--quiet", *inputs.get(stage, []), "--out", tmp_path / "o").output

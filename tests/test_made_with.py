@@ -48,7 +48,7 @@ def begin(stage, model):
     }.get(stage, ["--pretrained", model])
 
 
-STAGES = ["suppress", "inject", "sweep", "search", "compensate", "finetune", "sensitivity", "evaluate"]
+STAGES = ["suppress", "inject", "distil", "sweep", "search", "compensate", "finetune", "sensitivity", "evaluate"]
 FUNCTIONS = {"evaluate": "evaluate_chips"}
 
 

@@ -29,3 +29,11 @@ def test_compensators_are_trained_and_judged_on_ten_chips_with_and_without():
     )
     seconds = STAGES["compensate"].seconds(settings, Costs(train=0.01, test=1e-4, sample=0.32, layers=5), None)
     assert seconds == pytest.approx(2 * 45_000 * (0.01 + 0.01) + 2 * 10 * 5_000 * 1e-4)
+
+
+def test_a_teacher_sees_each_image_as_well():
+    settings = Settings.model_validate(
+        {"data": {"dataset": "cifar10", "validation": 0.1}, "distil": {"epochs": 2, "batch": 32}}
+    )
+    seconds = STAGES["distil"].seconds(settings, Costs(train=0.01, test=1e-3, sample=0.32, layers=5), None)
+    assert seconds == pytest.approx(2 * 45_000 * (0.01 + 0.01 + 1e-3))

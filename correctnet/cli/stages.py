@@ -57,6 +57,18 @@ def inject(settings: Settings, runtime: Runtime, pretrained: Path, out: Path) ->
 
 
 @click.command()
+@settings_options("distil")
+@runtime_options
+@pretrained_option
+@out_option
+def distil(settings: Settings, runtime: Runtime, pretrained: Path, out: Path) -> None:
+    """Train on with variation in all weights, and with the original network as a teacher (a baseline)."""
+    from correctnet.pipeline import stages
+
+    stages.distil(settings, pretrained, out, runtime)
+
+
+@click.command()
 @settings_options("sweep")
 @runtime_options
 @pretrained_option

@@ -57,6 +57,7 @@ CHIPS = (
     "validate-compensate",  # whether trained compensators are kept, see `compensation.judge`
     "train-fit_compensators",
     "validate-fit_compensators",
+    "train-distil",
 )
 CHIPS_EACH = 1 << 28
 

@@ -18,7 +18,16 @@ from correctnet.sections import Section, validate
 from correctnet.settings import Compensate, Data, Search, Settings
 
 Stage = Literal[
-    "pretrain", "suppress", "inject", "sweep", "search", "compensate", "finetune", "evaluate", "sensitivity"
+    "pretrain",
+    "suppress",
+    "inject",
+    "distil",
+    "sweep",
+    "search",
+    "compensate",
+    "finetune",
+    "evaluate",
+    "sensitivity",
 ]
 MODEL = ("model.safetensors", "model.json", "log.csv")
 
@@ -115,6 +124,13 @@ STAGES: dict[Stage, StageSpec] = {
         reads=("seed", "data", "variation", "digital", "inject"),
         after=("pretrain",),
         seconds=lambda s, cost, _: workload.training_with_variation(s, s.inject, cost),
+        resumes=True,
+    ),
+    "distil": StageSpec(
+        reads=("seed", "data", "variation", "digital", "distil"),
+        after=("pretrain",),
+        version=1,
+        seconds=lambda s, cost, _: workload.distil(s, cost),
         resumes=True,
     ),
     "sweep": StageSpec(

@@ -55,6 +55,11 @@ def training_with_variation(s: Settings, section: Inject, cost: Costs) -> float:
     return section.epochs * training_images(s)[0] * (cost.train + cost.sample / section.batch)
 
 
+def distil(s: Settings, cost: Costs) -> float:
+    """A training with variation in which the teacher also sees each image."""
+    return training_with_variation(s, s.distil, cost) + s.distil.epochs * training_images(s)[0] * cost.test
+
+
 def layer_by_layer(s: Settings, chips: int, images: int | None, cost: Costs) -> float:
     """`chips` for each layer, on validation images."""
     return chips * cost.layers * (images or training_images(s)[1]) * cost.test

@@ -68,6 +68,10 @@ class Hooks:
     """loss of a batch, a mean over its images; None: that of the metric, else the cross entropy"""
     metric: Metric = ACCURACY
     """what the outputs are judged by, which says what labels are"""
+    loss_weight: float = 1.0
+    """factor of the loss of the labels, where there is a `term` beside it"""
+    term: Callable[[Tensor | Inputs, Any], Tensor] | None = None
+    """a further term of a batch's loss, of the images as they are trained on and the network's outputs"""
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -307,6 +311,8 @@ def _epoch(
                 outputs = _outputs(model, images, source.images)
             check_outputs(outputs, images, largest, "training", hooks.metric)
             loss = _loss(hooks, outputs, labels)
+            if hooks.term is not None:
+                loss = hooks.loss_weight * loss + hooks.term(images, outputs)
             (loss / hooks.draws_per_batch).backward()
             losses += loss.detach().double() * len(labels) / hooks.draws_per_batch
             if classes:

@@ -59,6 +59,21 @@ use rule suppress as inject with:
         command=layout.command("inject"),
 
 
+# The same with the original network as a teacher.
+use rule suppress as distil with:
+    output:
+        **layout.model("distil"),
+    log:
+        layout.log("{pair}/distil{variant}"),
+    benchmark:
+        layout.benchmark("{pair}/distil{variant}")
+    resources:
+        **layout.resources("distil"),
+    params:
+        settings=layout.canonical("distil"),
+        command=layout.command("distil"),
+
+
 # The compensators of the best state that the searches found.
 use rule pretrain as compensate with:
     input:

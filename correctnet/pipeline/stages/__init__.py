@@ -8,10 +8,11 @@ and whole, and keeps resume checkpoints in a folder of its own (`correctnet.pipe
 
 from correctnet.pipeline.stages.evaluation import evaluate_chips, sensitivity
 from correctnet.pipeline.stages.searching import search, search_state, sweep
-from correctnet.pipeline.stages.training import compensate, finetune, inject, pretrain, suppress
+from correctnet.pipeline.stages.training import compensate, distil, finetune, inject, pretrain, suppress
 
 __all__ = [
     "compensate",
+    "distil",
     "evaluate_chips",
     "finetune",
     "inject",

@@ -16,6 +16,7 @@ from correctnet.evaluation.montecarlo import clean_accuracy
 from correctnet.evaluation.simulation import Simulation
 from correctnet.files import storage
 from correctnet.methods import compensation, compensation_training
+from correctnet.methods.distillation import learn_from
 from correctnet.methods.search_log import best_state
 from correctnet.methods.suppression_training import regularised
 from correctnet.networks.building import check_fits, load_weights
@@ -133,6 +134,11 @@ def inject(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) ->
     _train_with_variation("inject", settings, pretrained, out, runtime)
 
 
+def distil(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) -> None:
+    """Variation-aware training that also learns from the pre-trained network, after [8]; without overhead."""
+    _train_with_variation("distil", settings, pretrained, out, runtime)
+
+
 def finetune(settings: Settings, compensated: Path, out: Path, runtime: Runtime) -> None:
     """Train analog weights and compensators of a compensated network together, with variation; beyond the paper.
 
@@ -143,13 +149,13 @@ def finetune(settings: Settings, compensated: Path, out: Path, runtime: Runtime)
 
 
 def _train_with_variation(
-    stage: Literal["inject", "finetune"], settings: Settings, path: Path, out: Path, runtime: Runtime
+    stage: Literal["inject", "distil", "finetune"], settings: Settings, path: Path, out: Path, runtime: Runtime
 ) -> None:
     """Train all parameters of the model at `path`, with a fresh chip sample for each batch."""
     s = STAGES[stage].read(settings)
     model, base = read_network(path, runtime.device)
     split_seed(s, base, path)  # mistakes are found before any work
-    if stage == "inject":
+    if stage != "finetune":
         check_uncompensated(stage, path, base)
     elif "compensation" not in base:
         raise UserError(f"finetune: {path} is no model of `compensate`; `inject` trains one that is not compensated")
@@ -159,6 +165,8 @@ def _train_with_variation(
         before_batch=lambda draw: program(analog, streams.chip(f"train-{stage}", draw)),
         update_batchnorm=getattr(s, stage).batchnorm == "updated",
     )
+    if stage == "distil":
+        learn_from(model, hooks, s.distil)
     weights, _ = storage.model_files(path)
     _train(stage, analog, base, data, settings, hooks, out, runtime, [weights])
 
