@@ -32,6 +32,7 @@ _PUBLIC = {
     "find_candidates": "methods.candidates",
     "Sweep": "methods.candidates",
     "sensitivity": "methods.candidates",
+    "adapt": "methods.adaptation",
     "distil": "methods.distillation",
     "front_layers": "methods.front",
     "digital_share": "methods.front",

@@ -246,6 +246,34 @@ class Distil(Inject):
     """weight of the teacher in the loss, (1 - alpha) cross entropy + alpha T^2 KL divergence"""
 
 
+class Adapt(Grown):
+    """Online training of the protected weights on each chip, all else frozen (a baseline, after [8] and [9])."""
+
+    later = ("passes", "images", "batch", "optimizer", "learning_rate", "warmup", "precision", "clip")
+
+    passes: int = Field(0, ge=0)
+    """passes over the images on each chip; 0: the weights are not trained"""
+    images: int | None = Field(None, ge=1)
+    """training images that each chip is trained on; empty: all"""
+    batch: int = Field(128, ge=1)
+    """images a step"""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with Nesterov momentum 0.9, without weight decay"""
+    learning_rate: float = Field(1e-3, gt=0)
+    """peak learning rate of the one-cycle schedule"""
+    warmup: float = Field(0.1, ge=0, lt=1)
+    """fraction of the steps over which the learning rate rises"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """arithmetic of forward and backward, as for the other trainings"""
+    clip: float | None = Field(None, gt=0)
+    """gradient clipping, as for the other trainings"""
+
+    def training(self) -> Training:
+        """The training that these settings describe."""
+        values = {key: value for key, value in dict(self).items() if key not in ("passes", "images")}
+        return Training(epochs=self.passes, weight_decay=0.0, **values)
+
+
 class Sweep(Section):
     """Candidate layers: variation from the last layer backwards to the i-th."""
 
@@ -410,7 +438,7 @@ class Sensitivity(Section):
 class Settings(Grown):
     """All settings of one row of a pair."""
 
-    later = ("digital", "protect")
+    later = ("digital", "protect", "adapt")
 
     seed: int = Field(0, ge=0, lt=2**63)
     """seed of every random draw"""
@@ -419,6 +447,7 @@ class Settings(Grown):
     variation: AnyVariation = VariationSettings()
     digital: Digital = Digital()
     protect: Protect = Protect()
+    adapt: Adapt = Adapt()
     base: Literal["pretrain", "suppress", "inject"] = "suppress"
     """the stage whose network is swept, searched and compensated; suppress in the paper"""
     pretrain: Pretrain = Pretrain()

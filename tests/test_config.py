@@ -593,6 +593,7 @@ SHARED = {
     "variation": set(STAGES) - {"pretrain"},
     "digital": set(STAGES) - {"pretrain", "suppress"},
     "protect": {"evaluate"},
+    "adapt": {"evaluate"},
     "montecarlo": {"sweep", "search", "evaluate", "sensitivity"},
     "compensate": {"search", "compensate"},
     "compensate.epochs": {"compensate"},  # a state of the search trains for search.train_epochs

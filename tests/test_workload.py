@@ -37,3 +37,18 @@ def test_a_teacher_sees_each_image_as_well():
     )
     seconds = STAGES["distil"].seconds(settings, Costs(train=0.01, test=1e-3, sample=0.32, layers=5), None)
     assert seconds == pytest.approx(2 * 45_000 * (0.01 + 0.01 + 1e-3))
+
+
+def test_a_chip_that_is_trained_takes_a_training_more():
+    data, cost = {"dataset": "cifar10", "validation": 0.1}, Costs(train=0.01, test=1e-3, sample=0.32, layers=5)
+
+    def seconds(**sections):
+        return STAGES["evaluate"].seconds(Settings.model_validate({"data": data, **sections}), cost, 4)
+
+    bare = seconds()
+    assert bare == pytest.approx(4 * 10_000 * 1e-3)
+    assert seconds(protect={"fraction": 0.1, "select": "random"}) == bare
+    chosen = seconds(protect={"fraction": 0.1, "images": 500})
+    assert chosen == pytest.approx(bare + 500 * 2 * 0.01)
+    adapted = seconds(protect={"fraction": 0.1, "images": 500}, adapt={"passes": 2, "images": 3200, "batch": 32})
+    assert adapted == pytest.approx(chosen + 4 * 2 * 3200 * (0.01 + 0.01))

@@ -25,6 +25,8 @@ VALUES = ["sample", "value", "images", "metric", "seed"]
 IDENTITY = ["data", "device", "model"]
 """columns that say what was evaluated, where it is known: digest of images and labels, device model, digest of the
 network"""
+PER_CHIP = ["sample", "correct", "accuracy", "value", "adapt_seconds"]
+"""columns that may differ from chip to chip of an evaluation"""
 NO_INTERVAL = "1 chip, no interval"
 # Columns in which two results must agree, apart from chips and images, to be compared chip by chip: the device, by
 # whichever columns describe it, and the images.
@@ -175,7 +177,7 @@ class Result:
             raise UserError("chunks of a Monte Carlo run overlap: a chip occurs twice")
         if table["images"].nunique() != 1:
             raise UserError("chunks of a Monte Carlo run saw different numbers of images")
-        for column in ["seed", *table.columns.difference([*COLUMNS, *VALUES])]:
+        for column in ["seed", *table.columns.difference([*COLUMNS, *VALUES, *PER_CHIP])]:
             if table[column].nunique(dropna=False) != 1:
                 found = ", ".join("none" if pd.isna(value) else str(value) for value in table[column].unique())
                 raise UserError(f"chunks of a Monte Carlo run differ in {column} ({found})")
@@ -251,7 +253,7 @@ def read_chips(path: str | Path, by: Sequence[str] = ()) -> pd.DataFrame:
         read.refuse(row, "sample", f"chip {table['sample'].iloc[row]} occurs twice")
     groups = [table] if not by else [rows for _, rows in table.groupby(by, sort=False)]
     for rows in groups:
-        for column in rows.columns.difference(["sample", "correct", "accuracy", "value"]):
+        for column in rows.columns.difference(PER_CHIP):
             first = rows[column].iloc[0]
             other = rows[column].ne(first) & ~(rows[column].isna() & pd.isna(first))
             if other.any():

@@ -182,6 +182,8 @@ class Config(Section):
                 )
                 if settings.evaluate.recalibrate != "none" and not _has_batchnorm(settings.network):
                     yield f"{source}: pairs.{pair}.rows: {row!r} recalibrates BatchNorm, which the network has not"
+                if settings.adapt.passes and not settings.protect.fraction:
+                    yield f"{source}: pairs.{pair}.rows: {row!r} trains protected weights (adapt), and protects none"
                 stages = lineage(settings, self.rows[row].evaluate)
                 yield from (
                     f"{source}: pairs.{pair}.rows: {row!r}: {text}"

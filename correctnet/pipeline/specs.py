@@ -174,6 +174,7 @@ STAGES: dict[Stage, StageSpec] = {
             "variation",
             "digital",
             "protect",
+            "adapt",
             "montecarlo",
             "evaluate.split",
             "evaluate.images",

@@ -88,7 +88,22 @@ def compensate(s: Settings, cost: Costs) -> float:
 def evaluate(s: Settings, chips: int, cost: Costs) -> float:
     """`chips` on the images of an evaluation."""
     all_images = facts(s).test if s.evaluate.split == "test" else training_images(s)[1]
-    return chips * (s.evaluate.images or all_images) * cost.test
+    images = s.evaluate.images or all_images
+    return chips * (images * cost.test + adaptation(s, cost)) + importance(s, cost)
+
+
+def adaptation(s: Settings, cost: Costs) -> float:
+    """Training of the protected weights on a chip, which is drawn in each step."""
+    images = min(s.adapt.images or training_images(s)[0], training_images(s)[0])
+    return s.adapt.passes * images * (cost.train + cost.sample / s.adapt.batch)
+
+
+def importance(s: Settings, cost: Costs) -> float:
+    """Importance of the weights, image by image, where weights are protected by it."""
+    own = s.protect
+    if not own.fraction or (own.select in ("random", "magnitude") and own.allocation != "weighted"):
+        return 0.0
+    return min(own.images or training_images(s)[0], training_images(s)[0]) * 2 * cost.train
 
 
 def _scoring(s: Settings, cost: Costs) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 
 from correctnet import devices
-from correctnet.crossbar.convert import convert
+from correctnet.crossbar.convert import chip_of, convert
 from correctnet.crossbar.layers import analog_layers, analog_names
 from correctnet.crossbar.protection import protect
 from correctnet.devices.configuration import DeviceSettings
@@ -23,6 +25,7 @@ from correctnet.evaluation.results import COLUMNS, IDENTITY, Result, record
 from correctnet.files import storage
 from correctnet.methods import candidates as sweeping
 from correctnet.methods import recalibration
+from correctnet.methods.adaptation import adapt
 from correctnet.methods.front import digital_share
 from correctnet.methods.selection import protected_share, protected_weights
 from correctnet.noise import streams
@@ -82,6 +85,8 @@ def evaluate_chips(
     storage.check_writable(out)
     if prefixes and s.variation.level != 0:
         raise UserError("--prefix: the nominal network alone is judged on fewer images, too; it needs --sigma 0")
+    if s.adapt.passes and not s.protect.fraction:
+        raise UserError("adapt: the weights that are trained on each chip are the protected ones; set protect.fraction")
     model, description = read_network(path, runtime.device)
     data = runtime.load(s, description, path)
     images = getattr(data, s.evaluate.split).take(s.evaluate.images)
@@ -112,30 +117,42 @@ def evaluate_chips(
     if taken := sorted(set(notes or {}) & {*columns, *COLUMNS, *IDENTITY, "prefixes"}):
         raise UserError(f"--note {taken[0]}: the evaluation has a column of that name")
     calibration = data.train.take(s.evaluate.recalibrate_images).images
-    prepare = None
+    steps: list[Callable[[nn.Module], None]] = []
     if s.evaluate.recalibrate == "simulated":
         simulated = streams.chips("recalibration", RECALIBRATION_CHIPS)
         recalibration.recalibrate(analog, calibration, simulated, s.montecarlo.precision)
     elif s.evaluate.recalibrate == "chip":
+        steps.append(lambda chip: recalibration.recalibrate(chip, calibration, None, s.montecarlo.precision))
+    times: dict[int, float] = {}
+    if s.adapt.passes and s.variation.level > 0:  # without variation there is nothing to adapt to
+        columns |= {"adapt_images": len(data.train.take(s.adapt.images)), "adapt_passes": s.adapt.passes}
+        steps.append(lambda chip: adapt(chip, data.train, seed=s.seed, **dict(s.adapt)))
 
-        def prepare(chip: nn.Module) -> None:
-            recalibration.recalibrate(chip, calibration, None, s.montecarlo.precision)
+    def prepare(chip: nn.Module) -> None:
+        began = time.perf_counter()
+        for step in steps:
+            step(chip)
+        times[chip_of(chip).sample] = time.perf_counter() - began
 
+    on_chip = prepare if steps else None
     save = None
     if runtime.work:
         # Rows of other settings or another model are in a file of another name.
         save = resumable(
             runtime.work, "chips", stage_identity("evaluate", settings, description, *storage.model_files(path))
         )
-    result = simulate(analog, images, chips, runtime.simulation(s, first), save=save, prepare=prepare)
+    result = simulate(analog, images, chips, runtime.simulation(s, first), save=save, prepare=on_chip)
     silent = runtime.simulation(s, first, progress=False)
     counts = {
-        n: simulate(analog, images.take(n), 1, silent, prepare=prepare).table["correct"][0]
+        n: simulate(analog, images.take(n), 1, silent, prepare=on_chip).table["correct"][0]
         for n in sorted(set(prefixes))
         if n < len(images)
     }
     if counts:
         columns["prefixes"] = " ".join(f"{n}:{correct}" for n, correct in counts.items())
+    if s.adapt.passes and s.variation.level > 0:  # of the chips that were not done before a resumption
+        seconds = result.table["sample"].map(times).astype(float).round(3)
+        result = replace(result, table=result.table.assign(adapt_seconds=seconds))
     result = record(result, {**(notes or {}), **columns})
     result.to_csv(out)
     if save:
