@@ -229,12 +229,17 @@ class Suppress(Resized):
     """the loss divides the logits by it; below 1 it offsets the small logits of suppressed networks"""
 
 
-class Inject(Training):
+class Inject(Training, Grown):
     """Variation-aware training: variation in all weights, a fresh chip sample each batch (a baseline, after [11])."""
+
+    later = ("gradient",)
 
     batchnorm: Literal["updated", "frozen"] = "updated"
     """normalise with each batch, which is one chip's, and update the statistics; or normalise with those of
     pre-training, as a chip does that is not recalibrated"""
+    gradient: Literal["through", "straight"] = "through"
+    """of the nominal weights: through the variation, e^theta times that of the chip's weights, or straight, as if these
+    were the nominal ones"""
 
 
 class Distil(Inject):

@@ -21,6 +21,7 @@ from correctnet.crossbar.probe import left_alone, run
 from correctnet.datasets.batches import Batches, Data
 from correctnet.datasets.inputs import Inputs
 from correctnet.devices.base import Variation
+from correctnet.devices.straight import with_gradient
 from correctnet.errors import UserError, whole
 from correctnet.evaluation.montecarlo import clean_value
 from correctnet.methods import work as folder
@@ -122,7 +123,8 @@ def distil(
     if compensation_modules(network):
         raise UserError("distil: the network is compensated already; distil first, then compensate")
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    analog, trained, shown = convert(network, variation, seed, exclude), copy_model(network, "distil"), None
+    analog = convert(network, with_gradient(variation, section.gradient), seed, exclude)
+    trained, shown = copy_model(network, "distil"), None
     if validation is not None:  # read once, not after each epoch
         with left_alone(analog):
             shown = Data.of(validation, what="distil: validation", targets=metric.targets)

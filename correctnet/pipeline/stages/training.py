@@ -11,6 +11,7 @@ from torch import nn
 from correctnet import devices
 from correctnet.crossbar.convert import convert, program
 from correctnet.datasets.base import DataSet
+from correctnet.devices.straight import with_gradient
 from correctnet.errors import UserError
 from correctnet.evaluation.montecarlo import clean_accuracy
 from correctnet.evaluation.simulation import Simulation
@@ -160,7 +161,8 @@ def _train_with_variation(
     elif "compensation" not in base:
         raise UserError(f"finetune: {path} is no model of `compensate`; `inject` trains one that is not compensated")
     data = runtime.load(s, base, path)
-    analog = convert(model, devices.make(s.variation), s.seed, digital_layers(s, model, data.train))
+    device = with_gradient(devices.make(s.variation), getattr(s, stage).gradient)
+    analog = convert(model, device, s.seed, digital_layers(s, model, data.train))
     hooks = Hooks(
         before_batch=lambda draw: program(analog, streams.chip(f"train-{stage}", draw)),
         update_batchnorm=getattr(s, stage).batchnorm == "updated",
