@@ -36,6 +36,8 @@ _PUBLIC = {
     "distil": "methods.distillation",
     "front_layers": "methods.front",
     "digital_share": "methods.front",
+    "multiplications": "methods.costs",
+    "digital_multiplications": "methods.costs",
     "importance": "methods.selection",
     "protected_weights": "methods.selection",
     "protected_share": "methods.selection",
