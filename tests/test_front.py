@@ -178,6 +178,9 @@ def test_every_stage_behind_digital_layers(trained):
 
     front = table(pre, "--front", 1)
     assert front["overhead"].tolist() == [share] * 3
+    macs = [28 * 28 * 150, 100 * 2400, 48000, 120 * 84, 840]
+    assert front["digital_macs"].tolist() == [macs[0] / sum(macs)] * 3
+    assert "digital_macs" not in table(pre)
     named = table(pre, "--layers", "conv1")
     assert named["correct"].tolist() == front["correct"].tolist()
     assert table(pre)["correct"].tolist() != front["correct"].tolist()

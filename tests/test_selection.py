@@ -284,6 +284,7 @@ def test_rows_with_protected_weights(tmp_path):
     assert everything["protected"].tolist() == [61470] * 4
     assert everything["overhead"].tolist() == [61470 / parameters] * 4
     assert bare["correct"].nunique() > 1
+    assert everything["digital_macs"].tolist() == [1.0] * 4
     assert "protected" not in bare
 
     important, again = (table(name, "--fraction", 0.2) for name in ("important", "again"))

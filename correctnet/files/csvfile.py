@@ -55,7 +55,9 @@ EVALUATION = {
     **dict.fromkeys(("pair", "row", "network", "dataset", "split", "centre"), TEXT),
     **dict.fromkeys(("epochs", "variation", "on", "resample", "data", "device", "model"), MAYBE_TEXT),
     **dict.fromkeys(("trained_sigma", "prefixes", "cell", "unit", "scale", "time", "measurement", "masks"), MAYBE_TEXT),
-    **dict.fromkeys(("protected", "adapt_images", "adapt_passes", "adapt_seconds"), Column(float, 0, empty=True)),
+    **dict.fromkeys(
+        ("digital_macs", "protected", "adapt_images", "adapt_passes", "adapt_seconds"), Column(float, 0, empty=True)
+    ),
 }
 COLUMNS = {
     **EVALUATION,

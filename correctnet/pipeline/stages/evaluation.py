@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from correctnet import devices
 from correctnet.crossbar.convert import chip_of, convert
@@ -26,6 +26,7 @@ from correctnet.files import storage
 from correctnet.methods import candidates as sweeping
 from correctnet.methods import recalibration
 from correctnet.methods.adaptation import adapt
+from correctnet.methods.costs import digital_multiplications
 from correctnet.methods.front import digital_share
 from correctnet.methods.selection import protected_share, protected_weights
 from correctnet.noise import streams
@@ -114,6 +115,8 @@ def evaluate_chips(
         "epochs": " + ".join(f"{h['epochs']} {h['stage']}" for h in history),
         "trained_sigma": trained_sigma(history),
     }
+    if digital or masks or plan["filters"]:
+        columns["digital_macs"] = _multiplications(model, images.images[:2], digital, masks)
     if taken := sorted(set(notes or {}) & {*columns, *COLUMNS, *IDENTITY, "prefixes"}):
         raise UserError(f"--note {taken[0]}: the evaluation has a column of that name")
     calibration = data.train.take(s.evaluate.recalibrate_images).images
@@ -158,6 +161,16 @@ def evaluate_chips(
     if save:
         discard(save)
     return result
+
+
+def _multiplications(
+    model: nn.Module, images: Tensor, digital: Sequence[str], masks: Mapping[str, Tensor]
+) -> float | None:
+    """Digital multiplications / those of the original network; None for networks whose layers are not all counted."""
+    try:
+        return digital_multiplications(model, images, digital, masks)
+    except UserError:  # attention, recurrent layers
+        return None
 
 
 def describe_engine(path: Path) -> str:
