@@ -20,74 +20,76 @@ constexpr size_t kNotKept = SIZE_MAX;
 
 float bfloat16_to_float(uint16_t b) { return noise::from_bits(uint32_t(b) << 16); }
 
-// The 4-byte cells of one image for `count` pixels: a channel in float32, or two in bfloat16. A null channel is zero.
-void to_cells(Type type, const float* even, const float* odd, size_t count, uint32_t* cells) {
-  if (!even) {
-    memset(cells, 0, count * sizeof(uint32_t));
-  } else if (type == Type::float32) {
-    memcpy(cells, even, count * sizeof(uint32_t));
-  } else {
-    for (size_t p = 0; p < count; ++p) cells[p] = noise::bfloat16(even[p]);
-    for (size_t p = 0; odd && p < count; ++p) cells[p] |= uint32_t(noise::bfloat16(odd[p])) << 16;
+// How the numbers of an image lie in memory: (channels, height, width), or (height, width, channels) where `last`. In
+// lanes they are cells of 4 bytes, a channel in float32 or two in bfloat16. A row of cells follows memory: the pixels of
+// a slot, or the slots of a pixel.
+struct Order {
+  bool last;
+  Type type;
+  size_t channels, area, slots;
+
+  Order(bool last, Type type, Shape shape, int slots)
+      : last(last), type(type), channels(shape.channels), area(size_t(shape.height) * shape.width), slots(slots) {}
+  size_t slot_channels() const { return type == Type::float32 ? 1 : 2; }
+  size_t rows() const { return last ? area : slots; }
+  size_t cells() const { return last ? slots : area; }
+  // Of a cell: its place among the slots of all pixels, and that of its first channel in an image.
+  size_t place(size_t row, size_t cell) const { return last ? row * slots + cell : cell * slots + row; }
+  size_t number(size_t row, size_t cell) const {
+    return last ? row * channels + cell * slot_channels() : row * slot_channels() * area + cell;
   }
+  // From a cell to the next, and from its first channel to its second, in an image.
+  size_t step() const { return last ? slot_channels() : 1; }
+  size_t second() const { return last ? 1 : area; }
+  // How many of `count` cells have a second channel in bfloat16: all but the last of an odd number of channels.
+  size_t pairs(size_t row, size_t cell, size_t count) const {
+    if (!last) return 2 * row + 1 < channels ? count : 0;
+    return std::min(count, channels / 2 - std::min(cell, channels / 2));
+  }
+};
+
+constexpr size_t kPiece = 128;  // cells of 16 images that stay in the cache
+
+void read_cells(const Order& order, const float* image, size_t row, size_t cell, size_t count, uint32_t* cells) {
+  const float* x = image + order.number(row, cell);
+  if (order.type == Type::float32) {
+    memcpy(cells, x, count * sizeof(uint32_t));
+    return;
+  }
+  const size_t step = order.step(), second = order.second(), pairs = order.pairs(row, cell, count);
+  for (size_t k = 0; k < count; ++k) cells[k] = noise::bfloat16(x[k * step]);
+  for (size_t k = 0; k < pairs; ++k) cells[k] |= uint32_t(noise::bfloat16(x[k * step + second])) << 16;
 }
 
-// Converts (images, channels, height, width) in float32 to images in lanes, beginning at image `first`. Lanes past the
-// last image are zero. Proceeds in pieces of a map that stay in the cache.
-void to_lanes(Type type, const float* images, Shape shape, int64_t first, int64_t count, int blocks, char* y) {
-  constexpr size_t kPiece = 128;
-  const size_t area = size_t(shape.height) * shape.width, size = area * shape.channels;
-  const int slots = slots_of(type, shape.channels), slot_channels = type == Type::float32 ? 1 : 2;
+void write_cells(const Order& order, const uint32_t* cells, size_t row, size_t cell, size_t count, float* image) {
+  float* x = image + order.number(row, cell);
+  if (order.type == Type::float32) {
+    memcpy(x, cells, count * sizeof(float));
+    return;
+  }
+  const size_t step = order.step(), second = order.second(), pairs = order.pairs(row, cell, count);
+  for (size_t k = 0; k < count; ++k) x[k * step] = bfloat16_to_float(uint16_t(cells[k]));
+  for (size_t k = 0; k < pairs; ++k) x[k * step + second] = bfloat16_to_float(uint16_t(cells[k] >> 16));
+}
+
+// Converts images in float32 to images in lanes, beginning at image `first`. Lanes past the last image are zero.
+void to_lanes(const Order& order, const float* images, int64_t first, int64_t count, int blocks, char* y) {
   uint32_t cells[kLanes][kPiece];
-  for (int slot = 0; slot < slots; ++slot)
+  for (size_t row = 0; row < order.rows(); ++row)
     for (int block = 0; block < blocks; ++block)
-      for (size_t begin = 0; begin < area; begin += kPiece) {
-        const size_t pixels = std::min(kPiece, area - begin);
+      for (size_t begin = 0; begin < order.cells(); begin += kPiece) {
+        const size_t piece = std::min(kPiece, order.cells() - begin);
         for (int i = 0; i < kLanes; ++i) {
           const int64_t image = first + block * kLanes + i;
-          const int channel = slot * slot_channels;
-          const float* even = image < count ? images + image * size + channel * area + begin : nullptr;
-          to_cells(type, even, even && channel + 1 < shape.channels ? even + area : nullptr, pixels, cells[i]);
+          if (image < count)
+            read_cells(order, images + image * order.channels * order.area, row, begin, piece, cells[i]);
+          else
+            memset(cells[i], 0, piece * sizeof(uint32_t));
         }
-        for (size_t p = 0; p < pixels; ++p) {
-          uint32_t vector[kLanes];
-          for (int i = 0; i < kLanes; ++i) vector[i] = cells[i][p];
-          memcpy(y + (((begin + p) * slots + slot) * blocks + block) * kVectorBytes, vector, kVectorBytes);
-        }
-      }
-}
-
-// `to_lanes` of (images, height, width, channels).
-void last_to_lanes(Type type, const float* images, Shape shape, int64_t first, int64_t count, int blocks, char* y) {
-  constexpr int kPiece = 128;
-  const size_t area = size_t(shape.height) * shape.width;
-  const int slots = slots_of(type, shape.channels), slot_channels = type == Type::float32 ? 1 : 2;
-  uint32_t cells[kLanes][kPiece] = {};
-  for (size_t p = 0; p < area; ++p)
-    for (int block = 0; block < blocks; ++block)
-      for (int begin = 0; begin < slots; begin += kPiece) {
-        const int piece = std::min(kPiece, slots - begin);
-        const int channels = std::min(piece * slot_channels, shape.channels - begin * slot_channels);
-        for (int i = 0; i < kLanes; ++i) {
-          const int64_t image = first + block * kLanes + i;
-          if (image >= count) {
-            memset(cells[i], 0, sizeof cells[i]);
-            continue;
-          }
-          const float* x = images + (image * area + p) * shape.channels + begin * slot_channels;
-          if (type == Type::float32) {
-            memcpy(cells[i], x, channels * sizeof(float));
-          } else {
-            for (int c = 0; c < channels; c += 2)
-              cells[i][c / 2] =
-                  noise::bfloat16(x[c]) | (c + 1 < channels ? uint32_t(noise::bfloat16(x[c + 1])) << 16 : 0);
-          }
-        }
-        char* out = y + ((p * slots + begin) * blocks + block) * kVectorBytes;
-        for (int k = 0; k < piece; ++k) {
+        for (size_t k = 0; k < piece; ++k) {
           uint32_t vector[kLanes];
           for (int i = 0; i < kLanes; ++i) vector[i] = cells[i][k];
-          memcpy(out + size_t(k) * blocks * kVectorBytes, vector, kVectorBytes);
+          memcpy(y + (order.place(row, begin + k) * blocks + block) * kVectorBytes, vector, kVectorBytes);
         }
       }
 }
@@ -97,59 +99,20 @@ void widen(const char* x, size_t vectors, int block, int blocks, char* y) {
   for (size_t i = 0; i < vectors; ++i) memcpy(y + (i * blocks + block) * kVectorBytes, x + i * kVectorBytes, kVectorBytes);
 }
 
-// Converts images in lanes, of which the first `count` are wanted, to (images, channels, height, width) in float32:
-// `to_lanes` the other way.
-void to_images(Type type, const char* x, Shape shape, int slots, int64_t count, int blocks, float* images) {
-  constexpr size_t kPiece = 128;
-  const size_t area = size_t(shape.height) * shape.width, size = area * shape.channels;
-  const int slot_channels = type == Type::float32 ? 1 : 2;
+// Converts images in lanes, of which the first `count` are wanted, to images in float32: `to_lanes` the other way.
+void to_images(const Order& order, const char* x, int64_t count, int blocks, float* images) {
   uint32_t cells[kLanes][kPiece];
-  for (int slot = 0; slot < slots; ++slot)
+  for (size_t row = 0; row < order.rows(); ++row)
     for (int block = 0; block < blocks && block * kLanes < count; ++block)
-      for (size_t begin = 0; begin < area; begin += kPiece) {
-        const size_t pixels = std::min(kPiece, area - begin);
-        for (size_t p = 0; p < pixels; ++p) {
+      for (size_t begin = 0; begin < order.cells(); begin += kPiece) {
+        const size_t piece = std::min(kPiece, order.cells() - begin);
+        for (size_t k = 0; k < piece; ++k) {
           uint32_t vector[kLanes];
-          memcpy(vector, x + (((begin + p) * slots + slot) * blocks + block) * kVectorBytes, kVectorBytes);
-          for (int i = 0; i < kLanes; ++i) cells[i][p] = vector[i];
-        }
-        for (int i = 0; i < kLanes && block * kLanes + i < count; ++i)
-          for (int half = 0; half < slot_channels; ++half) {
-            const int channel = slot * slot_channels + half;
-            if (channel >= shape.channels) continue;
-            float* out = images + (block * kLanes + i) * size + channel * area + begin;
-            if (type == Type::float32)
-              memcpy(out, cells[i], pixels * sizeof(float));
-            else
-              for (size_t p = 0; p < pixels; ++p) out[p] = bfloat16_to_float(uint16_t(cells[i][p] >> (16 * half)));
-          }
-      }
-}
-
-// `last_to_lanes` the other way.
-void to_last_images(Type type, const char* x, Shape shape, int slots, int64_t count, int blocks, float* images) {
-  constexpr int kPiece = 128;
-  const size_t area = size_t(shape.height) * shape.width;
-  const int slot_channels = type == Type::float32 ? 1 : 2;
-  uint32_t cells[kLanes][kPiece];
-  for (size_t p = 0; p < area; ++p)
-    for (int block = 0; block < blocks && block * kLanes < count; ++block)
-      for (int begin = 0; begin * slot_channels < shape.channels; begin += kPiece) {
-        const int piece = std::min(kPiece, slots - begin);
-        const int channels = std::min(piece * slot_channels, shape.channels - begin * slot_channels);
-        const char* in = x + ((p * slots + begin) * blocks + block) * kVectorBytes;
-        for (int k = 0; k < piece; ++k) {
-          uint32_t vector[kLanes];
-          memcpy(vector, in + size_t(k) * blocks * kVectorBytes, kVectorBytes);
+          memcpy(vector, x + (order.place(row, begin + k) * blocks + block) * kVectorBytes, kVectorBytes);
           for (int i = 0; i < kLanes; ++i) cells[i][k] = vector[i];
         }
-        for (int i = 0; i < kLanes && block * kLanes + i < count; ++i) {
-          float* out = images + ((block * kLanes + i) * area + p) * shape.channels + begin * slot_channels;
-          if (type == Type::float32)
-            memcpy(out, cells[i], channels * sizeof(float));
-          else
-            for (int c = 0; c < channels; ++c) out[c] = bfloat16_to_float(uint16_t(cells[i][c / 2] >> (16 * (c % 2))));
-        }
+        for (int i = 0; i < kLanes && block * kLanes + i < count; ++i)
+          write_cells(order, cells[i], row, begin, piece, images + (block * kLanes + i) * order.channels * order.area);
       }
 }
 
@@ -342,7 +305,8 @@ void Plan::Impl::run_operation(Worker& worker, const Images& images, const Part&
   char* y = address(index, worker, images, part);
   if (op.kind == Kind::input) {
     const int64_t first = (part.chunk * images.chunk_blocks + part.block) * kLanes;
-    return (images.run.images_last ? last_to_lanes : to_lanes)(type, images.run.images, out.shape, first, images.run.count, blocks, y);
+    return to_lanes({images.run.images_last, type, out.shape, out.slots}, images.run.images, first, images.run.count,
+                    blocks, y);
   }
   const Value& in = values[op.inputs[0]];
   const char* x = address(op.inputs[0], worker, images, part);
@@ -411,9 +375,8 @@ Plan::Impl::Counts Plan::Impl::collect(Worker& worker, const Images& images, int
   Counts counts;
   const int64_t count = std::min<int64_t>(run.count - first, blocks * kLanes);
   if (run.outputs)
-    (run.outputs_last ? to_last_images : to_images)(
-        stored, y, v.shape, v.slots, count, blocks,
-        run.outputs + (sample * run.count + first) * v.shape.channels * pixels);
+    to_images({run.outputs_last, stored, v.shape, v.slots}, y, count, blocks,
+              run.outputs + (sample * run.count + first) * v.shape.channels * pixels);
   for (int64_t i = 0; i < count; ++i) {
     if (run.labels) {
       int best = 0;
