@@ -403,13 +403,17 @@ def test_decisions_on_the_number_of_images_or_on_data_are_left_to_torch(ask) -> 
         Engine(convert(OfTheBatch(ask), VARIATION), inputs(6, 4))
 
 
+class OwnConv(nn.Conv2d):
+    """A convolution whose forward could be another."""
+
+
 class Mixed(nn.Module):
-    """What no plan can express (Softplus, circular padding, softmax) between what it can."""
+    """What no plan can express (Softplus, a subclass, softmax) between what it can."""
 
     def __init__(self) -> None:
         super().__init__()
         self.one = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Softplus(), nn.MaxPool2d(2))
-        self.two = nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular")
+        self.two = OwnConv(8, 8, 3, padding=1)
         self.three = nn.Sequential(nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
         self.head = nn.Linear(4, 6)
 
@@ -427,7 +431,7 @@ def test_what_no_plan_can_express_runs_through_torch(first_layer: int) -> None:
     assert report.fused == ("one.0", "three.0", "three.2", "head")
     assert report.unfused == ("two",)
     assert report.plans == 3
-    assert {"one_2 (Softplus)", "two (AnalogConv2d)", "softmax (softmax)", "mul (mul)"} <= set(report.torch)
+    assert {"one_2 (Softplus)", "two (AnalogOwnConv)", "softmax (softmax)", "mul (mul)"} <= set(report.torch)
     assert "unfused: two" in str(report)
     assert str(replace(report, torch=("a (GELU)", "b (mul)", "c (GELU)", "d (GELU)"))).endswith("torch: GELU (3), mul")
     assert str(replace(report, torch=("a (GELU)", "b (mul)"))).endswith("torch: a (GELU), b (mul)")
@@ -653,6 +657,55 @@ def test_no_layer_is_computed_twice_where_its_value_is_read_twice() -> None:
     with programmed(analog, 4), torch.no_grad():
         wanted = analog(x)
     torch.testing.assert_close(engine.outputs(x, [4])[0], wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+
+
+class _Called(nn.Module):
+    """A convolution before and after a function."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.before, self.after, self.function = nn.Conv2d(3, 5, 1), nn.Conv2d(5, 4, 3), function
+
+    def forward(self, x):
+        return self.after(self.function(self.before(x)))
+
+
+MOVING = {
+    **{f"conv {mode}": lambda mode=mode: nn.Conv2d(5, 5, 3, padding=(2, 1), padding_mode=mode)
+       for mode in ("reflect", "replicate", "circular")},
+    "conv same, even kernel": lambda: nn.Conv2d(5, 5, (4, 2), padding="same"),
+    "conv same, reflect": lambda: nn.Conv2d(5, 5, (2, 5), padding="same", padding_mode="reflect"),
+    "ZeroPad2d": lambda: nn.ZeroPad2d((1, 0, 2, 3)),
+    "ZeroPad2d that cuts": lambda: nn.ZeroPad2d((-1, 2, 0, -2)),
+    "ReflectionPad2d": lambda: nn.ReflectionPad2d((2, 1, 0, 3)),
+    "ReplicationPad2d": lambda: nn.ReplicationPad2d(2),
+    "CircularPad2d": lambda: nn.CircularPad2d((0, 1, 2, 0)),
+    "ConstantPad2d": lambda: nn.ConstantPad2d(1, 0.0),
+    "Upsample": lambda: nn.Upsample(scale_factor=2),
+    "Upsample to a size": lambda: nn.Upsample(size=(13, 9), mode="nearest-exact"),
+    "F.pad": lambda: lambda x: F.pad(x, (1, 2, 3, 0)),
+    "F.pad reflect": lambda: lambda x: F.pad(x, [1] * 4, mode="reflect"),
+    "F.interpolate": lambda: lambda x: F.interpolate(x, size=(x.shape[2] + 3, 11)),
+}  # fmt: skip
+STILL = {
+    "a constant": lambda: nn.ConstantPad2d(1, 0.5),
+    "averages": lambda: nn.Upsample(scale_factor=2, mode="bilinear"),
+    "F.interpolate bicubic": lambda: lambda x: F.interpolate(x, size=(9, 9), mode="bicubic"),
+}
+
+
+@pytest.mark.parametrize("name", [*MOVING, *STILL])
+def test_what_moves_pixels_is_part_of_the_plan(name) -> None:
+    torch.manual_seed(0)
+    analog = convert(_Called({**MOVING, **STILL}[name]()).eval(), LogNormalVariation(0.3))
+    x = torch.randn(19, 3, 8, 7)
+    engine = Engine(analog, x)
+    assert engine.report.plans == (1 if name in MOVING else 2), engine.report
+    for precision, bound in (("float32", 1e-5), ("bfloat16", 0.03)):
+        found = Engine(analog, x, precision=precision).outputs(x, [6])[0]
+        with programmed(analog, 6), torch.no_grad():
+            wanted = analog(x)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=bound * wanted.abs().max().item())
 
 
 @pytest.mark.parametrize("slow", ["engine", "torch"])

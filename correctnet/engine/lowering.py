@@ -347,10 +347,10 @@ class Lowering:
     def _emit(self, plan: Any, op: Op, x: list[int], chain: _Function, pool: bool, first_layer: int) -> int:
         """Append an operation to a plan; return the number of its value."""
         if op.kind == "conv":
-            layer, padding = op.detail
+            layer, padding, moved = op.detail
             chain.shift = chain.shift + chain.scale * _bias(layer)
             return plan.conv(
-                x[0],
+                plan.pixels(x[0], *moved) if moved else x[0],
                 stride=layer.stride,
                 padding=padding,
                 dilation=layer.dilation,
@@ -381,6 +381,8 @@ class Lowering:
             return plan.concat(x)
         if op.kind == "channels":
             return plan.channels(x[0], op.detail)
+        if op.kind == "pixels":
+            return plan.pixels(x[0], *op.detail)
         if op.kind in ("add", "multiply"):
             return getattr(plan, op.kind)(x[0], x[1], chain.pointwise())
         return plan.pointwise(x[0], chain.pointwise())
@@ -392,7 +394,9 @@ _ABSORBED = ("affine", "activation", "same")
 
 def _has_kernel(op: Op) -> bool:
     """Return whether the CUDA kernels have the operation."""
-    if op.last or op.turns or op.kind in ("multiply", "channels", "group_norm"):
+    if op.last or op.turns or op.kind in ("multiply", "channels", "group_norm", "pixels"):
+        return False
+    if op.kind == "conv" and op.detail[2]:
         return False
     return op.kind != "activation" or op.detail == RELU
 

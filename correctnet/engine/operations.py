@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from correctnet.crossbar.layers import AnalogConv2d, AnalogLayer, AnalogLinear, AnalogModule, nominal_weight
 from correctnet.devices.base import drawn_by_kernels
 from correctnet.engine.activations import ACTIVATIONS, function_activation, module_activation
+from correctnet.engine.moves import PADS, UPSAMPLINGS, Moves, of_function, of_module, of_padding
 from correctnet.engine.trace import bind, changed_by, hooked, shape_of
 from correctnet.reloading import survives_reload
 
@@ -48,6 +49,7 @@ class Op:
         "same",
         "concat",
         "channels",
+        "pixels",
         "add",
         "multiply",
     ]
@@ -87,8 +89,7 @@ def _module_op(node: fx.Node, module: nn.Module) -> Op | None:
     if kind in (nn.Conv2d, AnalogConv2d, nn.Linear, AnalogLinear) and nominal_weight(module).numel() == 0:
         return None
     if kind in (nn.Conv2d, AnalogConv2d):
-        padding = _conv_padding(module)
-        return Op("conv", (x,), (module, padding)) if padding is not None and len(shape) == 3 else None
+        return _conv(x, module) if len(shape) == 3 else None
     if kind in (nn.Linear, AnalogLinear):
         return Op("linear", (x,), module, last=len(shape) > 1) if len(shape) <= 3 else None
     if kind is nn.LayerNorm:
@@ -108,6 +109,8 @@ def _module_op(node: fx.Node, module: nn.Module) -> Op | None:
         return Op("same", (x,), last=None)
     if kind is nn.Flatten:
         return _flatten(node, x)
+    if kind in (*PADS, *UPSAMPLINGS):
+        return _pixels(x, of_module(module, shape)) if len(shape) == 3 else None
     if kind is nn.MaxPool2d:
         return _pool("max_pool", x, vars(module))
     if kind is nn.AvgPool2d:
@@ -117,15 +120,17 @@ def _module_op(node: fx.Node, module: nn.Module) -> Op | None:
     return None
 
 
-def _conv_padding(conv: nn.Conv2d) -> tuple[int, int] | None:
-    if conv.padding_mode != "zeros":
-        return None
-    if conv.padding == "valid":
-        return 0, 0
-    if conv.padding == "same":
-        spans = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        return None if any(s % 2 for s in spans) else (spans[0] // 2, spans[1] // 2)
-    return _pair(conv.padding)
+def _conv(x: fx.Node, conv: nn.Conv2d) -> Op | None:
+    """Return a convolution with (layer, zeros on each side, moves of the pixels before it or None)."""
+    left, right, top, bottom = conv._reversed_padding_repeated_twice
+    if conv.padding_mode == "zeros" and left == right and top == bottom:
+        return Op("conv", (x,), (conv, (top, left), None))
+    moved = of_padding(conv, shape_of(x))
+    return Op("conv", (x,), (conv, (0, 0), moved)) if moved else None
+
+
+def _pixels(x: fx.Node, moved: Moves | None) -> Op | None:
+    return Op("pixels", (x,), moved) if moved else None
 
 
 def _batchnorm(norm: nn.modules.batchnorm._BatchNorm) -> tuple[np.ndarray, np.ndarray]:
@@ -399,6 +404,9 @@ def _function_op(root: nn.Module, node: fx.Node, name: str) -> Op | None:
         return Op("same", (x,), last=None) if bound and bound["training"] is False else None
     if name in ("flatten", "view", "reshape"):
         return _flatten(node, x)
+    if name in ("pad", "interpolate"):
+        shape = shape_of(x)
+        return _pixels(x, of_function(node, shape)) if shape is not None and len(shape) == 3 else None
     if name == "contiguous":
         return Op("same", (x,), last=None)
     if name == "max_pool2d":
@@ -435,6 +443,8 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
         "permute": (torch.permute,),
         "layer_norm": (F.layer_norm,),
         "dropout": (F.dropout,),
+        "pad": (F.pad,),
+        "interpolate": (F.interpolate,),
         "flatten": (torch.flatten,),
         "reshape": (torch.reshape,),
         "max_pool2d": (F.max_pool2d, torch.max_pool2d),

@@ -379,6 +379,7 @@ Engine::Impl::Impl(const Plan::Impl& plan, int number)
     op.dilation_w = source->dilation_w;
     if (!source->whole) throw std::invalid_argument("cuda: there is no kernel for a selection of channels");
     if (source->kind == Kind::normalize) throw std::invalid_argument("cuda: there is no kernel for LayerNorm and GroupNorm");
+    if (source->kind == Kind::pixels) throw std::invalid_argument("cuda: there is no kernel that moves pixels");
     Geometry g = {};
     Arrays a;
     if (op.kind == Kind::conv) {
@@ -598,7 +599,8 @@ void Engine::Impl::run_operation(const Step& step, int index) const {
       launch_elementwise(kernel, work(p.channels), samples, step.stream, p, "pointwise");
       break;
     }
-    case Kind::normalize: break;  // refused above
+    case Kind::normalize:
+    case Kind::pixels: break;  // refused above
     case Kind::concat: {
       int first = 0;
       for (int part : op.inputs) {

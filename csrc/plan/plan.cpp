@@ -395,6 +395,24 @@ int Plan::channels(int x, const std::vector<int>& order) {
   return impl_->append(std::move(op), shape);
 }
 
+int Plan::pixels(int x, const std::vector<int>& rows, const std::vector<int>& cols) {
+  Shape shape = impl_->value(x).shape;
+  const auto check = [](const std::vector<int>& of, int size) {
+    for (int from : of)
+      if (from < -1 || from >= size) fail("pixels: there is no row or column " + std::to_string(from));
+  };
+  check(rows, shape.height);
+  check(cols, shape.width);
+  auto op = std::make_unique<Operation>();
+  op->kind = Kind::pixels;
+  op->inputs = {x};
+  op->row_of = rows;
+  op->col_of = cols;
+  shape.height = int(rows.size());
+  shape.width = int(cols.size());
+  return impl_->append(std::move(op), shape);
+}
+
 // ---- memory ---------------------------------------------------------------------------------------------------------
 
 void Plan::finish(int output) {

@@ -116,6 +116,7 @@ class Plan {
   int adaptive_average_pool(int x, int height, int width);
   int concat(const std::vector<int>& values);  // of channels
   int channels(int x, const std::vector<int>& order);  // the channels with these numbers
+  int pixels(int x, const std::vector<int>& rows, const std::vector<int>& cols);  // (i, j): x at rows[i], cols[j]; -1: 0
   int pointwise(int a, const Pointwise& pointwise);
   int add(int a, int b, const Pointwise& pointwise);  // pointwise(a + b)
   int multiply(int a, int b, const Pointwise& pointwise);  // pointwise(a * b); b may be 1 x 1 for each channel

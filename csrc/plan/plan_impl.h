@@ -51,7 +51,7 @@ struct PaddedPointwise {
   Epilogue view() const;
 };
 
-enum class Kind { input, conv, pool, pointwise, normalize, concat, flatten, unfold };
+enum class Kind { input, conv, pool, pointwise, normalize, concat, flatten, unfold, pixels };
 
 struct Operation {
   Kind kind;
@@ -84,6 +84,9 @@ struct Operation {
 
   // unfold
   int kernel_w = 0, dilation_w = 0;
+
+  // pixels: the row and the column of x that each row and column of the result shows; -1 for zeros
+  std::vector<int> row_of, col_of;
 };
 
 struct Plan::Impl {

@@ -348,6 +348,15 @@ void Plan::Impl::run_operation(Worker& worker, const Images& images, const Part&
         kernels.assemble({y + p * out_pixel, runs.data(), int(runs.size()), blocks});
       }
       break;
+    case Kind::pixels:
+      for (size_t p = 0; p < pixels; ++p) {
+        const int row = op.row_of[p / out.shape.width], col = op.col_of[p % out.shape.width];
+        if (row < 0 || col < 0)
+          memset(y + p * out_pixel, 0, out_pixel);
+        else
+          memcpy(y + p * out_pixel, x + (size_t(row) * in.shape.width + col) * in_pixel, out_pixel);
+      }
+      break;
     case Kind::unfold:
       for (size_t p = 0; p < pixels; ++p) {
         const Taps& taps = op.cols[p % out.shape.width];

@@ -107,6 +107,8 @@ void bind_plan(py::module_& m) {
            [](BoundPlan& p, int x, int height, int width) { return p.plan.adaptive_average_pool(x, height, width); })
       .def("concat", [](BoundPlan& p, const std::vector<int>& parts) { return p.plan.concat(parts); })
       .def("channels", [](BoundPlan& p, int x, const std::vector<int>& order) { return p.plan.channels(x, order); })
+      .def("pixels", [](BoundPlan& p, int x, const std::vector<int>& rows,
+                        const std::vector<int>& cols) { return p.plan.pixels(x, rows, cols); })
       .def("pointwise", [](BoundPlan& p, int x, const Pointwise& f) { return p.plan.pointwise(x, f); })
       .def("add", [](BoundPlan& p, int a, int b, const Pointwise& f) { return p.plan.add(a, b, f); })
       .def("multiply", [](BoundPlan& p, int a, int b, const Pointwise& f) { return p.plan.multiply(a, b, f); })

@@ -387,6 +387,9 @@ void test_errors() {
   check_throws("eps is at least 0", [&] { plan_with([&](Plan& p) { p.layer_norm(0, NAN, {}); }); });
   check_throws("ceil goes with", [&] { plan_with([&](Plan& p) { p.average_pool(0, {2, 2, 2, 2, 0, 0, true}); }); });
   check_throws("multiply: two shapes", [&] { plan_with([&](Plan& p) { p.multiply(p.max_pool(0, {6, 6, 1, 1}), 0, {}); }); });
+  check_throws("no row or column 6", [&] { plan_with([&](Plan& p) { p.pixels(0, {0, 6}, {0}); }); });
+  check_throws("no row or column -2", [&] { plan_with([&](Plan& p) { p.pixels(0, {0}, {-2}); }); });
+  check_throws("empty", [&] { plan_with([&](Plan& p) { p.pixels(0, {}, {0}); }); });
   check_throws("no channel 4 of 4", [&] { plan_with([&](Plan& p) { p.channels(0, {3, 4}); }); });
   check_throws("empty", [&] { plan_with([&](Plan& p) { p.channels(0, {}); }); });
   conv_fails("cannot be fused with the activation silu", 72, [](Conv& c) {

@@ -355,6 +355,15 @@ void test_small_operations(const Kernels& kernels, Type type) {
         for (int i = 0; i < 42; ++i) picked.at(n, int(c), i / 6, i % 6) = x.at(n, order[c], i / 6, i % 6);
     check("channels", picked, [&](Plan& p) { return p.channels(p.input(), order); });
 
+    const std::vector<int> rows = {1, 0, 6, -1, 6}, cols = {-1, 5, 2, 2, 0, -1, 4};
+    Tensor moved({channels, 5, 7}, x.count);
+    for (int n = 0; n < x.count; ++n)
+      for (int c = 0; c < channels; ++c)
+        for (int i = 0; i < 5; ++i)
+          for (int j = 0; j < 7; ++j)
+            moved.at(n, c, i, j) = rows[i] < 0 || cols[j] < 0 ? 0 : x.at(n, c, rows[i], cols[j]);
+    check("pixels", moved, [&](Plan& p) { return p.pixels(p.input(), rows, cols); });
+
     Conv one;  // to one channel, so that what follows it begins at an odd one if `channels` is even
     one.outputs = 1;
     one.weight.assign(channels, 1);
