@@ -22,6 +22,8 @@ _PUBLIC = {
     "noisy_conv2d": "crossbar.operators",
     "check_coverage": "evaluation.coverage",
     "evaluate": "evaluation.montecarlo",
+    "compare": "evaluation.comparison",
+    "Comparison": "evaluation.comparison",
     "clean_accuracy": "evaluation.montecarlo",
     "clean_value": "evaluation.montecarlo",
     "Metric": "metrics",

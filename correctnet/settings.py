@@ -401,11 +401,15 @@ class MonteCarlo(Section):
     kernels (the same bits); or in memory for cuBLAS and cuDNN (other bits). No effect on a CPU"""
 
 
-class Evaluate(Section):
+class Evaluate(Grown):
     """Monte Carlo evaluation."""
+
+    later = ("until",)
 
     chips: int = Field(250, ge=1, le=2**28)
     """chip samples of a Table I row"""
+    until: float | None = Field(None, gt=0)
+    """half-width of the 95 % interval of the mean (0.002: 0.2 points) at which fewer chips are enough; empty: all"""
     split: Literal["test", "validation"] = "test"
     """images that are classified; "validation" for every choice between settings"""
     images: int | None = Field(None, ge=1)

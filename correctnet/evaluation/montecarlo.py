@@ -11,11 +11,12 @@ goes through torch, and a warning names it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ from correctnet.engine.engine import MEMORY, Method
 from correctnet.errors import UserError, whole
 from correctnet.evaluation.counting import (
     ChipSetup,
+    Counter,
     EngineWarning,
     OutputWarning,
     Tally,
@@ -41,6 +43,7 @@ from correctnet.evaluation.counting import (
 )
 from correctnet.evaluation.results import COLUMNS, IDENTITY, VALUES, Result, read_chips
 from correctnet.evaluation.simulation import Simulation
+from correctnet.evaluation.stopping import PILOT, check_until, chips_for
 from correctnet.files import storage
 from correctnet.metrics import ACCURACY, Metric, checked
 from correctnet.precision import Precision
@@ -105,6 +108,7 @@ def evaluate(
     save: str | Path | None = None,
     prepare: Callable[[nn.Module], None] | None = None,
     metric: Metric | None = None,
+    until: float | None = None,
     progress: bool = True,
     title: str = "chips",
 ) -> Result:
@@ -121,7 +125,7 @@ def evaluate(
             or {"a": a, "b": b, "labels": labels}. A loader is read once for each chunk of chips where its batches do
             not fit `memory`. For a network that looks across a batch, batches of a loader are kept as they are, and
             tensors are divided into batches of `batch` images.
-        chips: number of chip samples, >= 1.
+        chips: number of chip samples, >= 1; with `until`, the largest number.
         start: number of the first; chip 137 is the same chip whatever `start` and `chips` are.
         first_layer: layers of a smaller index stay nominal; all do for the last index + 1.
         engine: "auto": the C++ core, with torch for what the core cannot run and an `EngineWarning`; "torch": torch
@@ -141,6 +145,9 @@ def evaluate(
             restored at the end.
         metric: a `correctnet.Metric`, e.g. `correctnet.metrics.top_k(5)` or `.mean_squared_error()`; None: the
             accuracy.
+        until: as many chips as are needed for a 95 % interval of the mean of at most this half-width, in units of the
+            metric (0.002: mean +- 0.2 points), and `chips` at most: 64, and as many more as their standard deviation
+            asks for (`correctnet.evaluation.stopping`). None: `chips`.
         progress: show a progress bar.
         title: of the progress bar.
 
@@ -159,7 +166,7 @@ def evaluate(
     """
     simulation = Simulation(start, engine, precision, gpu_method, memory, progress)
     options = {"first_layer": first_layer, "batch": batch, "chunk": chunk, "save": save, "prepare": prepare}
-    return simulate(model, data, chips, simulation, metric=metric, title=title, **options)
+    return simulate(model, data, chips, simulation, metric=metric, until=until, title=title, **options)
 
 
 def simulate(
@@ -174,6 +181,7 @@ def simulate(
     save: str | Path | None = None,
     prepare: Callable[[nn.Module], None] | None = None,
     metric: Metric | None = None,
+    until: float | None = None,
     title: str = "chips",
 ) -> Result:
     """`evaluate`, with the options that say how chips are simulated in one object; the other arguments are the same."""
@@ -192,7 +200,7 @@ def simulate(
         raise UserError(f"evaluate: prepare is called with the model, but a {type(prepare).__name__} cannot be called")
     if save is not None and not isinstance(save, str | os.PathLike):
         raise UserError(f"evaluate: save is the path of a file, not a {type(save).__name__}")
-    metric = checked(metric, "evaluate")
+    metric, until = checked(metric, "evaluate"), check_until(until, "evaluate")
     columns = [*(COLUMNS if metric.is_accuracy else VALUES), *IDENTITY]
     in_file = [*columns, "settings"]
     _check_save(save, in_file)
@@ -220,41 +228,64 @@ def simulate(
             )
         rows = storage.resume(save, lambda path: read_chips(path)[in_file].to_dict("records"), [])
         _check_rows(save, rows, saved)
-        done = {row["sample"] for row in rows}
-        todo = [sample for sample in range(simulation.start, end) if sample not in done]
         not_finite: dict[int, int] = {}
-        if todo:
+        evaluated = 0
+        possible = range(simulation.start, end)
+
+        def missing(samples: Sequence[int]) -> list[int]:
+            done = {row["sample"] for row in rows}
+            return [sample for sample in samples if sample not in done]
+
+        @functools.cache
+        def counter() -> tuple[Counter, int]:
             setup = ChipSetup(simulation, first_layer, prepare, put_back)
-            counter, size = make_counter(model, images, todo, setup, metric)
-            size = chunk or size
-            with ProgressBar(
-                desc=title,
-                unit="image",
-                unit_scale=True,
-                total=images.images * chips,
-                disable=not simulation.progress,
-                mininterval=1,
-            ) as bar:
-                bar.update(images.images * (chips - len(todo)))
-                for i in range(0, len(todo), size):
-                    samples = todo[i : i + size]
-                    for sample, tally in zip(samples, counter(samples, bar.update), strict=True):
-                        if tally.bad:
-                            not_finite[sample] = tally.bad
-                        rows.append({"sample": sample, **_values(metric, tally, images.images, sample), **saved})
-                    if save:
-                        storage.write_csv(Path(save), pd.DataFrame(rows, columns=in_file))
+            count_chips, size = make_counter(model, images, missing(possible), setup, metric)
+            return count_chips, chunk or size
+
+        def finish(samples: Sequence[int]) -> None:
+            nonlocal evaluated
+            todo = missing(samples)
+            bar.update(images.images * (len(samples) - len(todo)))
+            for i in range(0, len(todo), counter()[1] if todo else 1):
+                part = todo[i : i + counter()[1]]
+                for sample, tally in zip(part, counter()[0](part, bar.update), strict=True):
+                    if tally.bad:
+                        not_finite[sample] = tally.bad
+                    rows.append({"sample": sample, **_values(metric, tally, images.images, sample), **saved})
+                evaluated += len(part)
+                if save:
+                    storage.write_csv(Path(save), pd.DataFrame(rows, columns=in_file))
+
+        wanted = possible if until is None else possible[:PILOT]
+        with ProgressBar(
+            desc=title,
+            unit="image",
+            unit_scale=True,
+            total=images.images * len(wanted),
+            disable=not simulation.progress or not missing(possible),
+            mininterval=1,
+        ) as bar:
+            finish(wanted)
+            if until is not None:
+                value = {row["sample"]: row["accuracy" if metric.is_accuracy else "value"] for row in rows}
+                needed = chips_for([value[sample] for sample in wanted], until)
+                wanted, rest = possible[:needed], possible[len(wanted) : needed]
+                bar.total = images.images * len(wanted)
+                finish(rest)
         if not_finite:
             listed = ", ".join(map(str, list(not_finite)[:5])) + (", ..." if len(not_finite) > 5 else "")
             warnings.warn(
-                f"outputs that are NaN or infinite on {len(not_finite)} of {len(todo)} chips ({listed}), for up to "
+                f"outputs that are NaN or infinite on {len(not_finite)} of {evaluated} chips ({listed}), for up to "
                 f"{max(not_finite.values())} of {images.images} images"
                 + ("; an image with a NaN is counted as wrong" if metric.is_accuracy else ""),
                 OutputWarning,
                 stacklevel=3,
             )
     table = pd.DataFrame(rows, columns=columns).sort_values("sample", ignore_index=True)
-    return Result(table[table["sample"].between(simulation.start, end - 1)].reset_index(drop=True), metric)
+    table = table[table["sample"].isin(wanted)].reset_index(drop=True)
+    if until is not None:
+        table["pilot"] = min(chips, PILOT)
+    return Result(table, metric)
 
 
 def _values(metric: Metric, tally: Tally, images: int, sample: int) -> dict[str, float]:

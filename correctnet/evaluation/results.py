@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from correctnet.errors import UserError
+from correctnet.evaluation.stopping import half_width
 from correctnet.files import csvfile, storage
 from correctnet.metrics import ACCURACY, Metric
 
@@ -25,6 +26,8 @@ VALUES = ["sample", "value", "images", "metric", "seed"]
 IDENTITY = ["data", "device", "model"]
 """columns that say what was evaluated, where it is known: digest of images and labels, device model, digest of the
 network"""
+PILOT = "pilot"
+"""column of evaluations that stopped early: the number of chips from which their number was found"""
 PER_CHIP = ["sample", "correct", "accuracy", "value", "adapt_seconds"]
 """columns that may differ from chip to chip of an evaluation"""
 NO_INTERVAL = "1 chip, no interval"
@@ -95,9 +98,17 @@ class Result:
     def interval(self, level: float = 0.95) -> Interval:
         """Student's t interval of the mean: mean +- t std / sqrt(chips); NaN bounds for one chip.
 
+        Of an evaluation with `until`, t and std are found from the first chips alone, see
+        `correctnet.evaluation.stopping`.
+
         Raises UserError unless `level` is a fraction between 0 and 1.
         """
-        return _mean_interval(self.values, level)
+        return _mean_interval(self.values, level, self._pilot)
+
+    @property
+    def _pilot(self) -> int | None:
+        """Number of the first chips from which the number of chips was found; None: it was given."""
+        return int(self.table[PILOT].iloc[0]) if PILOT in self.table and self.table[PILOT].notna().all() else None
 
     def percentile(self, q: float) -> float:
         """The q-th percentile of the chips' values. Raises UserError unless 0 <= q <= 100."""
@@ -143,7 +154,8 @@ class Result:
                 here, there = (_known(r.table[column]) for r in (self, other))
                 if here and there and here != there:
                     raise UserError(f"{what}: {column} is {', '.join(here)} here and {', '.join(there)} there")
-        return _mean_interval(self.values - other.values, level)
+        pilot = next((found for found in (self._pilot, other._pilot) if found is not None), None)
+        return _mean_interval(self.values - other.values, level, pilot)
 
     def to_csv(self, path: str | Path) -> None:
         """Write the table, atomically."""
@@ -169,6 +181,8 @@ class Result:
         Raises UserError for a chip that occurs twice, and for chunks of different evaluations.
         """
         results = list(results)
+        if len(results) > 1 and any(PILOT in r.table for r in results):
+            raise UserError("chunks of a Monte Carlo run that stopped early cannot be put together")
         metrics = {str(r.metric.describe()): r.metric for r in results}
         if len(metrics) > 1:
             raise UserError(f"chunks of a Monte Carlo run differ in metric ({', '.join(map(str, metrics.values()))})")
@@ -291,14 +305,17 @@ def _check_level(level: float) -> None:
         raise UserError(f"level: a fraction between 0 and 1 is expected (0.95, not 95); it is {level}")
 
 
-def _mean_interval(values: np.ndarray, level: float) -> Interval:
+def _mean_interval(values: np.ndarray, level: float, pilot: int | None = None) -> Interval:
     _check_level(level)
     mean = float(values.mean())
     if len(values) == 1:
         return Interval(mean, math.nan, math.nan)
-    from scipy import stats
+    if pilot is not None:
+        half = half_width(values[:pilot], len(values), level)
+    else:
+        from scipy import stats
 
-    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values))
+        half = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values))
     return Interval(mean, mean - half, mean + half)
 
 

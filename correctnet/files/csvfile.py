@@ -56,7 +56,8 @@ EVALUATION = {
     **dict.fromkeys(("epochs", "variation", "on", "resample", "data", "device", "model"), MAYBE_TEXT),
     **dict.fromkeys(("trained_sigma", "prefixes", "cell", "unit", "scale", "time", "measurement", "masks"), MAYBE_TEXT),
     **dict.fromkeys(
-        ("digital_macs", "protected", "adapt_images", "adapt_passes", "adapt_seconds"), Column(float, 0, empty=True)
+        ("digital_macs", "pilot", "protected", "adapt_images", "adapt_passes", "adapt_seconds"),
+        Column(float, 0, empty=True),
     ),
 }
 COLUMNS = {

@@ -339,8 +339,8 @@ class Layout:
 
     @staticmethod
     def chunk_names(settings: Settings, chips: int) -> list[str]:
-        """The names of the chunks of `chips` chips."""
-        size = settings.evaluate.chunk
+        """The names of the chunks of `chips` chips; one where the first of them say how many are enough."""
+        size = settings.evaluate.chunk if settings.evaluate.until is None else chips
         return [f"chips-{start}-{min(start + size, chips)}" for start in range(0, chips, size)]
 
     def _evaluation(self, pair: str, row: str, sigma: str) -> str:

@@ -180,6 +180,7 @@ STAGES: dict[Stage, StageSpec] = {
             "evaluate.images",
             "evaluate.recalibrate",
             "evaluate.recalibrate_images",
+            "evaluate.until",
         ),
         after=(),
         writes=(),

@@ -75,6 +75,7 @@ def evaluate_chips(
         settings: settings of `evaluate`.
         path: the model.
         chips: number of chip samples; at level 0 of the variation all are the nominal network, which is evaluated once.
+            With `evaluate.until`, the largest number.
         start: number of the first chip among those for these images: test and validation images have separate chips
             (`correctnet.noise.streams`), as choices are made on the latter.
         notes: further columns of one value each (pair, row), placed before the others.
@@ -144,7 +145,8 @@ def evaluate_chips(
         save = resumable(
             runtime.work, "chips", stage_identity("evaluate", settings, description, *storage.model_files(path))
         )
-    result = simulate(analog, images, chips, runtime.simulation(s, first), save=save, prepare=on_chip)
+    until = s.evaluate.until if s.variation.level > 0 else None
+    result = simulate(analog, images, chips, runtime.simulation(s, first), save=save, prepare=on_chip, until=until)
     silent = runtime.simulation(s, first, progress=False)
     counts = {
         n: simulate(analog, images.take(n), 1, silent, prepare=on_chip).table["correct"][0]
