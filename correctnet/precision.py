@@ -30,7 +30,8 @@ def _has_bfloat16(device: str) -> bool:
 
 
 @cache
-def _say_once(text: str) -> None:
+def say_once(text: str) -> None:
+    """Write a line for the user, above a progress bar if there is one, and only once in a process."""
     tqdm.write(text)
 
 
@@ -40,7 +41,7 @@ def available(precision: Precision, device: torch.device | str) -> Precision:
     Torch would emulate bfloat16 one number at a time there, many times slower than the more precise float32.
     """
     if precision == "bfloat16" and not _has_bfloat16(torch.device(device).type):
-        _say_once("note: this CPU has no instructions for bfloat16; torch's products are computed in float32 instead")
+        say_once("note: this CPU has no instructions for bfloat16; torch's products are computed in float32 instead")
         return "float32"
     return precision
 

@@ -136,7 +136,7 @@ def test_training_multiplies_in_here(calls, monkeypatch):
 
 def test_bfloat16_where_there_are_no_instructions_for_it(monkeypatch, capsys):
     monkeypatch.setattr(arithmetic, "_has_bfloat16", lambda kind: kind != "cpu")
-    arithmetic._say_once.cache_clear()
+    arithmetic.say_once.cache_clear()
     assert available("bfloat16", "cpu") == "float32" == available("bfloat16", torch.device("cpu"))
     assert available("bfloat16", "cuda:1") == "bfloat16"
     said = capsys.readouterr()
@@ -147,7 +147,7 @@ def test_bfloat16_where_there_are_no_instructions_for_it(monkeypatch, capsys):
 
 def test_bfloat16_where_there_are(monkeypatch, capsys):
     monkeypatch.setattr(arithmetic, "_has_bfloat16", lambda kind: True)
-    arithmetic._say_once.cache_clear()
+    arithmetic.say_once.cache_clear()
     with products("bfloat16", "cpu"):
         assert nn.Linear(3, 2)(torch.ones(1, 3)).dtype == torch.bfloat16
     with products("float32", "cpu"):

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from correctnet import LogNormalVariation, UserError, convert, evaluate
 from correctnet.datasets.batches import Data, DataWarning, looks_across
 from correctnet.evaluation.montecarlo import EngineWarning, OutputWarning, clean_accuracy
+from correctnet.noise import core
 
 HALF = LogNormalVariation(0.5)
 LITTLE = 1 << 20  # bytes; the images of `Changing` take more
@@ -338,7 +339,8 @@ def changed(model: nn.Module) -> nn.Module:
         ("settings", lambda: {"prepare": lambda model: None}),
     ],
 )
-def test_saved_chips_of_another_simulation_are_refused(tmp_path, what, other):
+def test_saved_chips_of_another_simulation_are_refused(tmp_path, monkeypatch, what, other):
+    monkeypatch.setattr(core, "multiplies_bfloat16", lambda: True)  # slowly, on some CPUs
     usual = {"analog": convert(network(), HALF), "given": data()}
 
     def run(chips: int, analog: nn.Module, given: object, **options: object) -> list[float]:

@@ -16,6 +16,7 @@ from correctnet.errors import UserError
 from correctnet.evaluation.montecarlo import EngineWarning, clean_accuracy, count_correct, evaluate
 from correctnet.evaluation.results import COLUMNS, IDENTITY, Result, record
 from correctnet.methods.recalibration import recalibrate
+from correctnet.precision import say_once
 
 
 def result(accuracies, images=1000, start=0, seed=0):
@@ -332,3 +333,18 @@ def test_the_ways_of_a_gpu_change_nothing_on_a_cpu_and_say_so(tiny, blobs):
         pd.testing.assert_frame_equal(found.table, wanted.table)
     with pytest.raises(UserError, match="method must be one of auto, fused, materialise, library, not 'cudnn'"):
         evaluate(analog, blobs, 2, gpu_method="cudnn", progress=False)
+
+
+def test_bfloat16_is_for_cpus_that_multiply_it(isa, tiny, blobs, capsys):
+    say_once.cache_clear()
+    analog = convert(tiny, LogNormalVariation(0.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EngineWarning)  # without the core torch computes
+        found, usual = (
+            evaluate(analog, blobs, 6, precision=precision, progress=False) for precision in ("bfloat16", "float32")
+        )
+    said = capsys.readouterr()
+    slow = isa in ("portable", "avx2", "avx512")
+    assert (said.out + said.err).count("no instructions for bfloat16; chips are evaluated in float32") == slow
+    if slow:
+        assert found.table.equals(usual.table)

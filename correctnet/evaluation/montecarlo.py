@@ -130,7 +130,8 @@ def evaluate(
         first_layer: layers of a smaller index stay nominal; all do for the last index + 1.
         engine: "auto": the C++ core, with torch for what the core cannot run and an `EngineWarning`; "torch": torch
             alone.
-        precision: of weights and activations in the core, "float32" or "bfloat16" (sums are float32).
+        precision: of weights and activations in the core, "float32" or "bfloat16" (sums are float32). On CPUs without
+            instructions for bfloat16 it is float32, with a note.
         gpu_method: where noisy weights are generated on a GPU, see `correctnet.engine.engine`. On a CPU, where there is
             one way, any value but "auto" has no effect, and an `EngineWarning` says so.
         memory: bytes that the core may use, approximately, and that a loader's batches may take to be kept.
@@ -193,6 +194,7 @@ def simulate(
     if batch < 1:
         raise UserError(f"evaluate: batch must be at least 1, not {batch}")
     chip = chip_of(model)
+    simulation = simulation.on(next(model.parameters()).device)
     last = analog_layers(model)[-1].layer_index
     if not 0 <= first_layer <= last + 1:
         raise UserError(f"evaluate: first_layer must lie in 0 to {last + 1} (no layer varies), not {first_layer}")

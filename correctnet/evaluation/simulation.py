@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+import torch
 
 from correctnet.engine.engine import MEMORY, Method, check_method
 from correctnet.errors import UserError, whole
-from correctnet.precision import Precision
+from correctnet.noise import core
+from correctnet.precision import Precision, say_once
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,8 @@ class Simulation:
         start: number of the first chip sample, in [0, 2^32).
         engine: "auto": the C++ core, with torch for what the core cannot run, or torch alone where a network is in
             several pieces and that is faster; "torch": torch alone.
-        precision: of weights and activations in the core, "float32" or "bfloat16" (sums are float32).
+        precision: of weights and activations in the core, "float32" or "bfloat16" (sums are float32). On CPUs without
+            instructions for bfloat16, where float32 is faster, it is float32.
         gpu_method: where noisy weights are generated on a GPU, see `correctnet.engine.engine`; without effect on a CPU.
         memory: bytes that the core may use, approximately, >= 1.
         progress: show progress bars.
@@ -44,3 +48,10 @@ class Simulation:
         if self.engine not in ("auto", "torch"):
             raise UserError(f"evaluate: engine must be 'auto' or 'torch', not {self.engine!r}")
         check_method(self.gpu_method)
+
+    def on(self, device: torch.device) -> Simulation:
+        """What is done on a device: in float32, with a note, where a CPU has no instructions for bfloat16."""
+        if self.precision == "float32" or device.type != "cpu" or core.multiplies_bfloat16():
+            return self
+        say_once("note: this CPU has no instructions for bfloat16; chips are evaluated in float32 instead")
+        return replace(self, precision="float32")

@@ -125,6 +125,12 @@ def status(check: bool = True) -> Status:
     return Status(True, core.isa(), available, reason, tuple(core.built_isas()), _problem(core))
 
 
+def multiplies_bfloat16() -> bool:
+    """Return whether the core in use has instructions for products in bfloat16; True without a core."""
+    core = loaded()
+    return core is None or core.isa() in ("avx512bf16", "amx")
+
+
 def _hidden_package() -> str | None:
     """Explain that the sources shadow an installed package that has the core, in one line; None where they do not."""
     here = Path(__file__).resolve().parents[1]

@@ -19,6 +19,7 @@ from correctnet.crossbar.layers import analog_layers
 from correctnet.datasets import own
 from correctnet.engine.engine import Engine, Unsupported
 from correctnet.errors import UserError
+from correctnet.evaluation.simulation import Simulation
 from correctnet.machine import available_cpus
 from correctnet.networks import NETWORKS
 from correctnet.networks.building import build, build_own
@@ -86,6 +87,7 @@ def costs(settings: Settings) -> Costs:
 def _test_seconds(analog: nn.Module, images: Tensor, precision: Precision) -> float:
     """An image on one chip, its share of drawing the chip included."""
     labels = torch.zeros(len(images), dtype=torch.int64)
+    precision = Simulation(precision=precision).on(images.device).precision
     try:
         engine = Engine(analog, images, precision=precision)
     except Unsupported:
