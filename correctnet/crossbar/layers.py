@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from correctnet.crossbar.chips import Chip, ChipWeight
+from correctnet.crossbar.converters import Periphery
 from correctnet.crossbar.kinds import crossbars
 from correctnet.crossbar.operators import noisy_conv2d, noisy_linear
 from correctnet.devices.base import KernelNoise, Variation, kernel_noise
@@ -40,6 +41,7 @@ class OnCrossbar:
         chip: the programmed chip, shared with the network's other crossbars.
         owner: the module that holds the weights.
         parameter: the attribute of the module that gives them.
+        periphery: converters of inputs and outputs, in use while a chip is programmed; None: both are exact.
     """
 
     variation: Variation
@@ -47,6 +49,7 @@ class OnCrossbar:
     chip: Chip
     owner: AnalogModule
     parameter: str = "weight"
+    periphery: Periphery | None = None
     # Weak references to the modules that the owner is a copy of, and to their weights: code that still runs those
     # carries no variation, which `correctnet.crossbar.probe` reports.
     _copied_from: tuple[weakref.ref[Any], ...] = ()
@@ -253,7 +256,22 @@ class AnalogLayer(OnCrossbar, AnalogModule):
         """See `AnalogModule.crossbars`."""
         return [self, *super().crossbars()]
 
-    def _on_chips(self, x: Tensor) -> Tensor:
+    def _computed(self, x: Tensor) -> Tensor:
+        """Apply the layer on the programmed chip, or on several, with its converters."""
+        if self.periphery is None or not self.varies:
+            return self._product(x, self.bias)
+        sums = self.periphery.outputs(self._product(self.periphery.inputs(x), None))
+        return sums if self.bias is None else sums + self.along_outputs(self.bias.to(sums.dtype))
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Apply the layer with another bias, without converters."""
+        return self._on_chips(x, bias) if self._shares_batch else self._apply_weight(x, self.chip_weight(), bias)
+
+    def along_outputs(self, bias: Tensor) -> Tensor:
+        """Return a number for each output in the dimensions of the layer's outputs."""
+        return bias
+
+    def _on_chips(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Apply the layer on several chips, each to an equal part of the batch x (N, ...), in order."""
         samples, least = self.chip.sample, 4 if isinstance(self, nn.Conv2d) else 2
         if x.dim() < least or x.shape[0] % len(samples):
@@ -264,9 +282,9 @@ class AnalogLayer(OnCrossbar, AnalogModule):
         parts = x.unflatten(0, (len(samples), x.shape[0] // len(samples)))
         noise = kernel_noise(self.variation)
         if noise is not None and self._operator_fits(x):
-            return self._operator(parts, noise).flatten(0, 1)
+            return self._operator(parts, noise, bias).flatten(0, 1)
         return torch.cat(
-            [self._apply_weight(part, self._draw_chip(chip)) for part, chip in zip(parts, samples, strict=True)]
+            [self._apply_weight(part, self._draw_chip(chip), bias) for part, chip in zip(parts, samples, strict=True)]
         )
 
     def _operator_fits(self, x: Tensor) -> bool:
@@ -280,11 +298,11 @@ class AnalogLayer(OnCrossbar, AnalogModule):
             and self.nominal.numel() > 0
         )
 
-    def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Apply the layer to x with `weight` in place of its own."""
+    def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Apply the layer to x with `weight` and `bias` in place of its own."""
         raise NotImplementedError
 
-    def _operator(self, parts: Tensor, noise: KernelNoise) -> Tensor:
+    def _operator(self, parts: Tensor, noise: KernelNoise, bias: Tensor | None) -> Tensor:
         """Apply the layer's operator to `parts` (S, N, ...), one of each of the S chips."""
         raise NotImplementedError
 
@@ -305,16 +323,16 @@ class AnalogLinear(AnalogLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        return self._on_chips(x) if self._shares_batch else self._apply_weight(x, self.chip_weight())
+        return self._computed(x)
 
-    def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See `AnalogLayer._apply_weight`."""
-        return F.linear(x, weight, self.bias)
+        return F.linear(x, weight, bias)
 
-    def _operator(self, parts: Tensor, noise: KernelNoise) -> Tensor:
+    def _operator(self, parts: Tensor, noise: KernelNoise, bias: Tensor | None) -> Tensor:
         """See `AnalogLayer._operator`."""
         address = {"seed": self.chip.seed, "layer": self.layer_index, "samples": self.chip.sample}
-        y = noisy_linear(parts.flatten(1, -2), self.nominal, self.bias, **address, **noise._asdict())
+        y = noisy_linear(parts.flatten(1, -2), self.nominal, bias, **address, **noise._asdict())
         return y.unflatten(1, parts.shape[1:-1])
 
 
@@ -326,17 +344,21 @@ class AnalogConv2d(AnalogLayer, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        return self._on_chips(x) if self._shares_batch else self._apply_weight(x, self.chip_weight())
+        return self._computed(x)
 
-    def _apply_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See `AnalogLayer._apply_weight`."""
-        return self._conv_forward(x, weight, self.bias)
+        return self._conv_forward(x, weight, bias)
 
-    def _operator(self, parts: Tensor, noise: KernelNoise) -> Tensor:
+    def along_outputs(self, bias: Tensor) -> Tensor:
+        """See `AnalogLayer.along_outputs`."""
+        return bias[:, None, None]
+
+    def _operator(self, parts: Tensor, noise: KernelNoise, bias: Tensor | None) -> Tensor:
         """See `AnalogLayer._operator`."""
         address = {"seed": self.chip.seed, "layer": self.layer_index, "samples": self.chip.sample}
         geometry = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
-        return noisy_conv2d(parts, self.nominal, self.bias, **address, **noise._asdict(), **geometry)
+        return noisy_conv2d(parts, self.nominal, bias, **address, **noise._asdict(), **geometry)
 
     def _operator_fits(self, x: Tensor) -> bool:
         return self.padding_mode == "zeros" and not isinstance(self.padding, str) and super()._operator_fits(x)

@@ -215,7 +215,7 @@ def make_analog(
     return None
 
 
-OWN = ("variation", "layer_index", "chip", "parts", "_copied_from")
+OWN = ("variation", "layer_index", "chip", "parts", "periphery", "_copied_from")
 """attributes of analog modules"""
 
 

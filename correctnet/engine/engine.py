@@ -107,6 +107,8 @@ class Engine:
         self._layers = {s.node: graph.varied(s.node, first_layer) for s in self._steps} if self.library else {}
         self._nominal = {m: _nominal(m, precision) for own in self._layers.values() for m in own.values()}
         for layer in self._nominal:
+            if layer.periphery is not None:
+                raise Unsupported("method 'library' has no converters")
             if layer.owner._parameters.get(layer.parameter) is None:
                 raise Unsupported("method 'library' cannot replace weights that pruning or a parametrization derives")
         self._arrays = {

@@ -423,11 +423,11 @@ def _bias(layer: nn.Module) -> np.ndarray | float:
 
 
 def _varies(layer: nn.Module | OnCrossbar, first_layer: int) -> bool:
-    """Return whether the layer's weights differ from chip to chip."""
+    """Return whether the layer is another one on a chip: its weights, or its inputs and outputs by converters."""
     if not isinstance(layer, OnCrossbar) or layer.layer_index < first_layer:
         return False
     noise = kernel_noise(layer.variation)
-    return noise is None or any(noise)
+    return noise is None or any(noise) or layer.periphery is not None
 
 
 def _weights(layer: nn.Module, first_layer: int) -> dict[str, Any]:

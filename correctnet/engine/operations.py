@@ -84,7 +84,7 @@ def _module_op(node: fx.Node, module: nn.Module) -> Op | None:
         return None
     x, kind = node.args[0], type(module)
     shape = shape_of(x)
-    if isinstance(module, AnalogLayer) and not drawn_by_kernels(module.variation):
+    if isinstance(module, AnalogLayer) and (module.periphery is not None or not drawn_by_kernels(module.variation)):
         return None
     if kind in (nn.Conv2d, AnalogConv2d, nn.Linear, AnalogLinear) and nominal_weight(module).numel() == 0:
         return None

@@ -24,6 +24,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from correctnet.crossbar.calibration import warn_of_clipping
 from correctnet.crossbar.convert import chip_of, programmed
 from correctnet.crossbar.layers import AnalogLayer, AnalogModule, analog_layers
 from correctnet.crossbar.probe import left_alone
@@ -158,6 +159,8 @@ def evaluate(
 
     Warns:
         EngineWarning: what runs through torch, and why.
+        ClippingWarning: converters that clip more than 1 % of what a layer reads or computes, on the first chip and
+            batch.
         OutputWarning: outputs that are not finite, or change from call to call.
         CoverageWarning: layers that the network does not use.
 
@@ -240,6 +243,7 @@ def simulate(
 
         @functools.cache
         def counter() -> tuple[Counter, int]:
+            warn_of_clipping(model, next(iter(images))[0][:batch], simulation.start, first_layer)
             setup = ChipSetup(simulation, first_layer, prepare, put_back)
             count_chips, size = make_counter(model, images, missing(possible), setup, metric)
             return count_chips, chunk or size
@@ -327,6 +331,9 @@ def state_digest(model: nn.Module) -> str:
     for device in {id(own.variation): own.variation for own in analog_layers(model)}.values():
         if isinstance(device, Protected):
             digest.update(f"protected:{device.describe()['masks']};".encode())
+    for own in analog_layers(model):
+        if own.periphery is not None:
+            digest.update(f"converters:{own.layer_index}:{own.periphery};".encode())
     state = {**model.state_dict(), **dict(model.named_buffers())}  # buffers that are not persistent, too
     for name, tensor in state.items():
         if isinstance(tensor, Tensor):
