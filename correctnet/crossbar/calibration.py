@@ -106,6 +106,20 @@ def _periphery(name: str, converters: Converters, ranges: tuple[float, float]) -
     return Periphery(*made)
 
 
+@contextmanager
+def without_converters(*models: nn.Module) -> Iterator[None]:
+    """Take the converters off networks for the length of a block."""
+    layers = [own for model in models for own in analog_layers(model)]
+    before = [own.periphery for own in layers]
+    try:
+        for own in layers:
+            own.periphery = None
+        yield
+    finally:
+        for own, periphery in zip(layers, before, strict=True):
+            own.periphery = periphery
+
+
 def ranges_of(model: nn.Module) -> Ranges:
     """Return the ranges of a network's converters, by name of the layer; 0 where there is none."""
     names = analog_names(model)

@@ -1,7 +1,8 @@
 """Lowering of a traced network to plans, the pieces that the C++ core runs.
 
-A plan computes one value from one other. Each convolution or linear layer is fused with what follows it: bias,
-BatchNorm and an activation in either order, a 2 x 2 max-pool. Torch computes the values that no plan can.
+A plan computes one value from one other. Each convolution or linear layer is fused with what follows it: its ADC, bias,
+BatchNorm and an activation in either order, a 2 x 2 max-pool, the DAC of the next layer. Torch computes the values that
+no plan can.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from correctnet.crossbar.converters import Periphery, Quantizer
 from correctnet.crossbar.layers import OnCrossbar, nominal_weight
 from correctnet.devices.base import kernel_noise
 from correctnet.engine import cuda
 from correctnet.engine.activations import RELU, Activation
-from correctnet.engine.operations import Op, op_of
+from correctnet.engine.operations import Op, layer_of, op_of
 from correctnet.engine.trace import Traced, changed_by, read_by, shape_of
 from correctnet.noise import core
 from correctnet.noise import device as gpu
@@ -124,6 +126,8 @@ class _Function:
     activation: Activation | None = None
     after_scale: np.ndarray | None = None
     after_shift: np.ndarray | None = None
+    adc: tuple[float, int] | None = None  # a converter before the maps, and one after them, as `_converter` has them
+    dac: tuple[float, int] | None = None
 
     @np.errstate(invalid="ignore", over="ignore")  # infinities and NaN must reach the outputs
     def absorb(self, op: Op) -> bool:
@@ -149,7 +153,15 @@ class _Function:
 
     def identity(self, op: Op) -> bool:
         """Return whether `op` with what was appended to it is the identity."""
-        return op.kind == "same" and self.activation is None and isinstance(self.scale, float)
+        return op.kind == "same" and self.activation is None and isinstance(self.scale, float) and self.dac is None
+
+    def convert(self, own: Periphery) -> None:
+        """Convert the outputs of a layer, whose inputs a DAC has made whole numbers."""
+        unit = 1.0 if own.dac is None else own.dac.step
+        if own.adc is not None:
+            self.adc = unit / own.adc.step, own.adc.steps
+            unit = own.adc.step
+        self.scale = self.scale * unit
 
     @np.errstate(invalid="ignore", over="ignore")
     def pointwise(self) -> Any:
@@ -167,6 +179,8 @@ class _Function:
             high=high,
             after_scale=array(self.after_scale),
             after_shift=array(self.after_shift),
+            adc=self.adc,
+            dac=self.dac,
         )
 
     @property
@@ -304,7 +318,7 @@ class Lowering:
         first = self.source_last[target] if source is self.sources[target] else self.last[source]
         lasts = first, self.last[target]
         plan = core.extension.Plan(precision, *_as_image(shape_of(source), lasts[0]))
-        values, done, layers = {source: 0}, set(), []
+        values, done, layers, converted = {source: 0}, set(), [], set()
         for node in region:
             if node in done:
                 continue
@@ -325,13 +339,34 @@ class Lowering:
                     break
                 last = after[0]
                 done.add(last)
+            if op.kind in ("conv", "linear", "add", "multiply", *_ABSORBED):
+                reader = self._converting(last, target, readers, first_layer)
+                if reader is not None:
+                    chain.dac = _converter(_converters(layer_of(self.ops[reader]), first_layer).dac)
+                    converted.add(reader)
             x = [values[n] for n in op.inputs]
+            own = _converters(layer_of(op), first_layer)
+            if own is not None and own.dac is not None and node not in converted:
+                x = [plan.pointwise(x[0], core.extension.Pointwise(dac=_converter(own.dac)))]
             values[last] = x[0] if chain.identity(op) else self._emit(plan, op, x, chain, pool, first_layer)
             if op.kind in ("conv", "linear"):
                 layers.append(node.target)
         plan.finish(values[target])
         on_device = cuda.Plan(plan, self.device, method) if gpu.reaches(self.device) else None
         return PlanStep(target, sampled, source, plan, shape_of(target), tuple(layers), on_device, lasts)
+
+    def _converting(
+        self, node: fx.Node, target: fx.Node, readers: dict[fx.Node, list[fx.Node]], first_layer: int
+    ) -> fx.Node | None:
+        """Return the layer with a DAC that is all that reads a value, whose numbers may be moved before; else None."""
+        while node is not target and len(readers[node]) == 1:
+            (node,) = readers[node]
+            own = _converters(layer_of(self.ops[node]), first_layer)
+            if own is not None:
+                return None if own.dac is None else node
+            if self.ops[node].kind not in _MOVING:
+                return None
+        return None
 
     def _region(self, target: fx.Node, source: fx.Node) -> list[fx.Node]:
         """Return the nodes between a plan's source and its target, in order."""
@@ -349,6 +384,8 @@ class Lowering:
         if op.kind == "conv":
             layer, padding, moved = op.detail
             chain.shift = chain.shift + chain.scale * _bias(layer)
+            if own := _converters(layer, first_layer):
+                chain.convert(own)
             return plan.conv(
                 plan.pixels(x[0], *moved) if moved else x[0],
                 stride=layer.stride,
@@ -362,6 +399,8 @@ class Lowering:
         if op.kind == "linear":
             layer = op.detail
             chain.shift = chain.shift + chain.scale * _bias(layer)
+            if own := _converters(layer, first_layer):
+                chain.convert(own)
             weights = _weights(layer, first_layer)
             if not op.last:
                 return plan.linear(x[0], pointwise=chain.pointwise(), **weights)
@@ -390,6 +429,8 @@ class Lowering:
 
 # Operations on single numbers, which are fused with each other and with what is before them.
 _ABSORBED = ("affine", "activation", "same")
+# Operations after which a DAC gives the same as before them.
+_MOVING = ("same", "flatten", "max_pool", "channels", "pixels")
 
 
 def _has_kernel(op: Op) -> bool:
@@ -397,6 +438,8 @@ def _has_kernel(op: Op) -> bool:
     if op.last or op.turns or op.kind in ("multiply", "channels", "group_norm", "pixels"):
         return False
     if op.kind == "conv" and op.detail[2]:
+        return False
+    if _converters(layer_of(op), 0) is not None:
         return False
     return op.kind != "activation" or op.detail == RELU
 
@@ -428,6 +471,16 @@ def _varies(layer: nn.Module | OnCrossbar, first_layer: int) -> bool:
         return False
     noise = kernel_noise(layer.variation)
     return noise is None or any(noise) or layer.periphery is not None
+
+
+def _converters(layer: nn.Module | None, first_layer: int) -> Periphery | None:
+    """Return the converters of a layer on the chips."""
+    return layer.periphery if isinstance(layer, OnCrossbar) and layer.layer_index >= first_layer else None
+
+
+def _converter(quantizer: Quantizer) -> tuple[float, int]:
+    """Return a converter as the core has it: 1 / step, and the number of steps above 0."""
+    return 1 / quantizer.step, quantizer.steps
 
 
 def _weights(layer: nn.Module, first_layer: int) -> dict[str, Any]:

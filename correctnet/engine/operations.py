@@ -59,6 +59,11 @@ class Op:
     turns: bool = False
 
 
+def layer_of(op: Op) -> nn.Module | None:
+    """Return the layer whose weights an operation multiplies with; None for other operations."""
+    return {"conv": lambda: op.detail[0], "linear": lambda: op.detail}.get(op.kind, lambda: None)()
+
+
 def op_of(root: nn.Module, node: fx.Node) -> Op | None:
     """Return a node as an operation of a plan; None where no operation is certain to compute the same."""
     op = None
@@ -84,7 +89,7 @@ def _module_op(node: fx.Node, module: nn.Module) -> Op | None:
         return None
     x, kind = node.args[0], type(module)
     shape = shape_of(x)
-    if isinstance(module, AnalogLayer) and (module.periphery is not None or not drawn_by_kernels(module.variation)):
+    if isinstance(module, AnalogLayer) and not drawn_by_kernels(module.variation):
         return None
     if kind in (nn.Conv2d, AnalogConv2d, nn.Linear, AnalogLinear) and nominal_weight(module).numel() == 0:
         return None

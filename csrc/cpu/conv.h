@@ -7,8 +7,15 @@
 namespace correctnet {
 namespace {
 
+CN_INLINE Lanes converted(const Converter& c, Lanes a) {
+  const Lanes magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to whole numbers
+  a = clamp(mul(a, splat(c.inverse)), splat(-c.steps), splat(c.steps));
+  return sub(add(a, magic), magic);
+}
+
 // The three parts of an epilogue; in `apply` there is no curve between the first and the last.
 CN_INLINE Lanes before(const Epilogue& e, int channel, Lanes a) {
+  if (e.adc.inverse != 0) a = converted(e.adc, a);
   return fma(a, splat(e.scale[channel]), splat(e.shift[channel]));
 }
 
@@ -22,6 +29,7 @@ CN_INLINE Lanes piecewise(const Epilogue& e, Lanes a) {
 
 CN_INLINE Lanes after(const Epilogue& e, int channel, Lanes a) {
   if (e.after_scale) a = fma(a, splat(e.after_scale[channel]), splat(e.after_shift[channel]));
+  if (e.dac.inverse != 0) a = converted(e.dac, a);
   return a;
 }
 

@@ -58,14 +58,20 @@ enum class Activation { none, relu, clamp, leaky, sigmoid, tanh, silu, gelu, gel
 
 constexpr Activation kFirstCurve = Activation::sigmoid;
 
-// y = after_scale * activation(scale * x + shift) + after_shift for every channel; `after` is optional. Where the
-// number of channels is odd, arrays end with an additional zero.
+// k = round(clamp(a * inverse, -steps, steps)), halves to even; not there where `inverse` is 0.
+struct Converter {
+  float inverse = 0, steps = 0;
+};
+
+// y = dac(after_scale * activation(scale * adc(x) + shift) + after_shift) for every channel; `after` and the converters
+// are optional. Where the number of channels is odd, arrays end with an additional zero.
 struct Epilogue {
   const float *scale, *shift;
   const float *after_scale, *after_shift;  // null: none
   Activation activation;
   float low, high;
   bool monotone;  // everything is finite and every scale positive: a max-pool before it gives the same as after it
+  Converter adc, dac;
 };
 
 struct ConvJob {

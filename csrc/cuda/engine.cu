@@ -379,6 +379,8 @@ Engine::Impl::Impl(const Plan::Impl& plan, int number)
     op.dilation_w = source->dilation_w;
     if (!source->whole) throw std::invalid_argument("cuda: there is no kernel for a selection of channels");
     if (source->kind == Kind::normalize) throw std::invalid_argument("cuda: there is no kernel for LayerNorm and GroupNorm");
+    if (source->pointwise.adc.inverse != 0 || source->pointwise.dac.inverse != 0)
+      throw std::invalid_argument("cuda: there is no kernel with converters");
     if (source->kind == Kind::pixels) throw std::invalid_argument("cuda: there is no kernel that moves pixels");
     Geometry g = {};
     Arrays a;

@@ -89,7 +89,14 @@ const char* name(Activation activation) {
   return "";
 }
 
-PaddedPointwise::PaddedPointwise(const Pointwise& p, int channels) : activation(p.activation), low(p.low), high(p.high) {
+PaddedPointwise::PaddedPointwise(const Pointwise& p, int channels)
+    : activation(p.activation), low(p.low), high(p.high), adc(p.adc), dac(p.dac) {
+  for (const Converter& c : {adc, dac}) {
+    if (!(c.inverse >= 0 && std::isfinite(c.inverse))) fail("pointwise: a converter with a negative step");
+    // Up to 2^22 steps are rounded by adding 1.5 * 2^23; no converter has as many.
+    if (c.inverse != 0 && !(c.steps >= 1 && c.steps <= 32767 && c.steps == std::floor(c.steps)))
+      fail("pointwise: a converter has 1 to 32767 steps above 0");
+  }
   if (std::isnan(low) || std::isnan(high)) fail("pointwise: a bound or slope that is NaN");
   if (activation == Activation::leaky && std::isinf(low)) fail("pointwise: an infinite slope");
   const auto padded = [channels](const std::vector<float>& v, float missing) {
@@ -116,7 +123,7 @@ PaddedPointwise::PaddedPointwise(const Pointwise& p, int channels) : activation(
 }
 
 Epilogue PaddedPointwise::view() const {
-  Epilogue e = {scale.data(), shift.data(), nullptr, nullptr, activation, low, high, monotone};
+  Epilogue e = {scale.data(), shift.data(), nullptr, nullptr, activation, low, high, monotone, adc, dac};
   if (!after_scale.empty()) {
     e.after_scale = after_scale.data();
     e.after_shift = after_shift.data();

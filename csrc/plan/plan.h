@@ -36,14 +36,16 @@ struct Shape {
   int channels, height, width;
 };
 
-// y = after_scale * activation(scale * x + shift) + after_shift for every channel. An empty vector means all ones
-// (scales) or zeros (shifts). Covers a bias, and BatchNorm before or after the activation. `low` and `high` are the bounds
-// of a clamp, `low` is the slope of a leaky ReLU.
+// y = dac(after_scale * activation(scale * adc(x) + shift) + after_shift) for every channel. An empty vector means all
+// ones (scales) or zeros (shifts). Covers a bias, and BatchNorm before or after the activation. `low` and `high` are the
+// bounds of a clamp, `low` is the slope of a leaky ReLU. `adc` converts the outputs of a crossbar, and `dac` the inputs
+// of the next one, both to whole numbers.
 struct Pointwise {
   std::vector<float> scale, shift;
   Activation activation = Activation::none;
   std::vector<float> after_scale, after_shift;
   float low = 0, high = 0;
+  Converter adc = {}, dac = {};
 };
 
 const char* name(Activation activation);

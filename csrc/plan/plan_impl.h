@@ -44,6 +44,7 @@ struct PaddedPointwise {
   std::vector<float> scale, shift, after_scale, after_shift;
   Activation activation = Activation::none;
   float low = 0, high = 0;
+  Converter adc, dac;
   bool monotone = true;
 
   PaddedPointwise() = default;

@@ -23,9 +23,12 @@ Activation activation_named(const std::string& text) {
 
 Pointwise pointwise(const std::optional<Floats>& scale, const std::optional<Floats>& shift,
                     const std::string& activation, const std::optional<Floats>& after_scale,
-                    const std::optional<Floats>& after_shift, float low, float high) {
+                    const std::optional<Floats>& after_shift, float low, float high,
+                    const std::optional<std::array<float, 2>>& adc, const std::optional<std::array<float, 2>>& dac) {
+  const auto converter = [](const auto& c) { return c ? Converter{(*c)[0], (*c)[1]} : Converter{}; };
   const auto get = [](const std::optional<Floats>& array) { return array ? values(*array) : std::vector<float>{}; };
-  return {get(scale), get(shift), activation_named(activation), get(after_scale), get(after_shift), low, high};
+  return {get(scale), get(shift), activation_named(activation), get(after_scale), get(after_shift), low, high,
+          converter(adc), converter(dac)};
 }
 
 }  // namespace
@@ -36,7 +39,7 @@ void bind_plan(py::module_& m) {
   py::class_<Pointwise>(m, "Pointwise")
       .def(py::init(&pointwise), py::kw_only(), py::arg("scale") = py::none(), py::arg("shift") = py::none(),
            py::arg("activation") = "none", py::arg("after_scale") = py::none(), py::arg("after_shift") = py::none(),
-           py::arg("low") = 0.0f, py::arg("high") = 0.0f);
+           py::arg("low") = 0.0f, py::arg("high") = 0.0f, py::arg("adc") = py::none(), py::arg("dac") = py::none());
 
   py::class_<BoundPlan>(m, "Plan")
       .def(py::init([](const std::string& precision, int channels, int height, int width) {

@@ -48,14 +48,21 @@ inline double activation(const Pointwise& p, double a) {
   return a;
 }
 
+// std::nearbyint rounds halves to even.
+inline double converted(const correctnet::Converter& c, double a) {
+  if (c.inverse == 0 || std::isnan(a)) return a;
+  return std::nearbyint(std::min(std::max(a * double(c.inverse), -double(c.steps)), double(c.steps)));
+}
+
 template <class Sum>
 Sum apply(const Pointwise& p, int channel, Sum a) {
+  a = Sum(converted(p.adc, a));
   if (!p.scale.empty()) a = a * p.scale[channel];
   if (!p.shift.empty()) a = a + p.shift[channel];
   a = Sum(activation(p, a));
   if (!p.after_scale.empty()) a = a * p.after_scale[channel];
   if (!p.after_shift.empty()) a = a + p.after_shift[channel];
-  return a;
+  return Sum(converted(p.dac, a));
 }
 
 inline int output_size(int input, int kernel, int stride, int padding, int dilation) {

@@ -41,6 +41,8 @@ Conv conv_of(const Case& c, std::mt19937& random) {
   conv.outputs = c.outputs;
   set_geometry(conv, c);
   conv.weight = integers(random, size_t(c.outputs) * c.kernel_h * c.kernel_w * (c.in.channels / c.groups), 3);
+  if (random() % 3 == 0) conv.pointwise.adc = {0.5f, float(1 + random() % 9)};  // many sums lie between two steps
+  if (random() % 3 == 0) conv.pointwise.dac = {0.25f, float(1 + random() % 9)};
   switch (random() % 6) {  // nothing, bias, BatchNorm before and after ReLU, other activations; negative scales too
     case 1: conv.pointwise.shift = integers(random, c.outputs, 5); break;
     case 2:
@@ -332,6 +334,14 @@ void test_small_operations(const Kernels& kernels, Type type) {
     Tensor sum = x;
     for (float& a : sum.data) a += 4 - std::max(0.0f, 2 * a - 3);
     check("pointwise, add", sum, [&](Plan& p) { return p.add(p.pointwise(p.input(), f), p.input(), {}); });
+
+    Pointwise converters;
+    converters.adc = {0.5f, 3};
+    converters.scale.assign(channels, -3);
+    converters.dac = {0.25f, 2};
+    Tensor steps = x;
+    for (size_t i = 0; i < x.data.size(); ++i) steps.data[i] = specification::apply<float>(converters, 0, 0 + x.data[i]);
+    check("converters", steps, [&](Plan& p) { return p.pointwise(p.input(), converters); });
 
     Pointwise bounded;  // to one bit more than a power of two, so that products of two are exact in bfloat16
     bounded.activation = Activation::clamp;
