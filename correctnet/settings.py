@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_validator
 
 from correctnet.datasets import DATASETS, Facts
-from correctnet.devices.configuration import AnyVariation, VariationSettings, replaced
+from correctnet.devices.configuration import AnyVariation, ConverterSettings, VariationSettings, replaced
 from correctnet.files.factories import check_name, source_digest
 from correctnet.files.storage import sha256
 from correctnet.networks import NETWORKS
@@ -447,13 +447,14 @@ class Sensitivity(Section):
 class Settings(Grown):
     """All settings of one row of a pair."""
 
-    later = ("digital", "protect", "adapt")
+    later = ("converters", "digital", "protect", "adapt")
 
     seed: int = Field(0, ge=0, lt=2**63)
     """seed of every random draw"""
     data: Data = Data()
     network: Network = Network()
     variation: AnyVariation = VariationSettings()
+    converters: ConverterSettings = ConverterSettings()
     digital: Digital = Digital()
     protect: Protect = Protect()
     adapt: Adapt = Adapt()

@@ -591,6 +591,7 @@ SHARED = {
     "data.augment": {"pretrain", "suppress", "inject", "distil", "search", "compensate", "finetune"},
     "network": {"pretrain"},
     "variation": set(STAGES) - {"pretrain"},
+    "converters": {"inject", "distil", "finetune", "evaluate"},
     "digital": set(STAGES) - {"pretrain", "suppress"},
     "protect": {"evaluate"},
     "adapt": {"evaluate"},

@@ -207,14 +207,16 @@ def test_pairs_under_devices_have_the_network_of_the_pair_that_they_are_like(tmp
 
 
 def test_the_configuration_of_the_page_is_right(tmp_path, monkeypatch):
-    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "devices.md").read_text(), re.S)
+    texts = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "devices.md").read_text(), re.S)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "levels.csv").write_text(LEVELS.replace("mean_uS", "mean").replace("std_uS", "std"))
-    (tmp_path / "page.yaml").write_text(text)
-    config = Config.load(ROOT / "config.yaml", tmp_path / "page.yaml")
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.yaml").write_text(text)
+    config = Config.load(ROOT / "config.yaml", *sorted(tmp_path.glob("*.yaml")))
     made = devices.make(config.settings("lenet5-mnist-rram", "correctnet").variation)
     assert made == Device.preset("rram-wan-2022", "1d", clip_rms=2.5).stuck(0.01)
     assert devices.make(config.settings("lenet5-mnist-own").variation).name == "levels.csv"
+    assert config.settings("lenet5-mnist-own").converters.adc_bits == 8
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,6 @@
-"""The section `variation` of the settings: the paper's lognormal, or a measured or published device.
+"""The sections `variation` and `converters` of the settings.
+
+The variation is the paper's lognormal, or a measured or published device.
 
 Both kinds have a `level`, how much the device varies in its own measure, and `at(level)`, the same settings at another.
 At level 0 every chip is the nominal network.
@@ -17,7 +19,7 @@ from correctnet import devices
 from correctnet.devices import DEVICES
 from correctnet.errors import UserError
 from correctnet.files.storage import sha256
-from correctnet.sections import Section, exact, place, tag
+from correctnet.sections import Grown, Section, exact, place, tag
 
 # Names of the registry, so that a mistake in one is found when settings are read.
 DeviceName = Literal[tuple(DEVICES)]
@@ -171,6 +173,21 @@ class DeviceSettings(Section):
 def _checked(settings: DeviceSettings) -> None:
     """Make the device once. The digest is one of the settings: a file that changes is read again."""
     devices.make(settings)
+
+
+class ConverterSettings(Grown):
+    """DACs of the inputs and ADCs of the outputs of analog layers, in use under variation (`add_converters`)."""
+
+    later = ("dac_bits", "adc_bits", "quantile", "images")
+
+    dac_bits: int | None = Field(None, ge=2, le=16)
+    """resolution of the inputs of each analog layer; empty: exact"""
+    adc_bits: int | None = Field(None, ge=2, le=16)
+    """resolution of its outputs; empty: exact"""
+    quantile: float = Field(0.999, gt=0, le=1)
+    """fraction of the magnitudes on calibration images that the range of a converter covers"""
+    images: int = Field(512, ge=1)
+    """calibration images, from the training set"""
 
 
 def _only_in(values: Mapping[str, Any], section: type[Section], other: type[Section]) -> str | None:

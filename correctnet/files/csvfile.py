@@ -59,6 +59,8 @@ EVALUATION = {
         ("digital_macs", "pilot", "protected", "adapt_images", "adapt_passes", "adapt_seconds"),
         Column(float, 0, empty=True),
     ),
+    **dict.fromkeys(("dac_bits", "adc_bits"), Column(float, 2, 16, empty=True)),
+    "clipped": MAYBE_FRACTION,
 }
 COLUMNS = {
     **EVALUATION,

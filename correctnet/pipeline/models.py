@@ -107,12 +107,20 @@ def _check_description(path: Path, description: dict[str, Any]) -> None:
     expect(path, "overhead", is_number(overhead), "a fraction that is at least 0", overhead)
     plan = description.get("compensation") or {"filters": {}}
     expect(path, "compensation", isinstance(plan, dict) and are_filters(plan.get("filters")), "filters by layer", plan)
+    converters = description.get("converters")
+    holds = converters is None or (isinstance(converters, dict) and _are_ranges(converters.get("ranges")))
+    expect(path, "converters", holds, "converters with two ranges for each layer", converters)
     made = description.get("data")
     if made is not None:
         holds = isinstance(made, dict) and is_whole(made.get("seed"), 0) and is_number(made.get("validation"), 0, 1)
         own = holds and any(isinstance(made.get(key), str) for key in Data.sources[1:])
         holds = holds and (own or made.get("dataset") in DATASETS)
         expect(path, "data", holds, "a data set, the fraction held out and a seed", made)
+
+
+def _are_ranges(value: Any) -> bool:
+    pairs = value.values() if isinstance(value, dict) else [()]
+    return all(isinstance(pair, list) and len(pair) == 2 and all(map(is_number, pair)) for pair in pairs)
 
 
 def _is_factory(value: Any) -> bool:

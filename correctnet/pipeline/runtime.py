@@ -12,6 +12,9 @@ from typing import Any
 
 from torch import nn
 
+from correctnet.crossbar.calibration import add_converters
+from correctnet.crossbar.converters import Converters
+from correctnet.crossbar.layers import analog_layers, analog_names
 from correctnet.datasets import loading
 from correctnet.datasets.base import DataSet, Split
 from correctnet.engine.engine import MEMORY
@@ -70,6 +73,28 @@ def digital_layers(settings: Settings, network: nn.Module, images: Split) -> tup
     names += tuple(name for name in settings.digital.layers if name not in names)
     digital_share(network, names)  # refuses unknown names
     return names
+
+
+def give_converters(
+    settings: Settings, analog: nn.Module, images: Split, saved: dict[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """Give a converted network the converters of the settings, and return what is saved with the model; None: none.
+
+    The ranges are those saved with a model that was trained with the same converters in the same layers, else those of
+    the first of `images`, of the training set.
+    """
+    own = settings.converters
+    described = own.model_dump(mode="json")
+    if not (converters := Converters(own.dac_bits, own.adc_bits, own.quantile)):
+        return None
+    names = analog_names(analog)
+    ranges = None
+    if saved is not None and {k: v for k, v in saved.items() if k != "ranges"} == described:
+        ranges = {name: tuple(limits) for name, limits in saved["ranges"].items()}
+        if set(ranges) != {names[id(layer)] for layer in analog_layers(analog)}:  # the layers of another conversion
+            ranges = None
+    seen = images.take(own.images).images if ranges is None else None
+    return {**described, "ranges": add_converters(analog, converters, seen, ranges)}
 
 
 def split_seed(settings: Settings, description: dict[str, Any] | None, source: Path | str) -> int:

@@ -121,13 +121,13 @@ STAGES: dict[Stage, StageSpec] = {
         resumes=True,
     ),
     "inject": StageSpec(
-        reads=("seed", "data", "variation", "digital", "inject"),
+        reads=("seed", "data", "variation", "converters", "digital", "inject"),
         after=("pretrain",),
         seconds=lambda s, cost, _: workload.training_with_variation(s, s.inject, cost),
         resumes=True,
     ),
     "distil": StageSpec(
-        reads=("seed", "data", "variation", "digital", "distil"),
+        reads=("seed", "data", "variation", "converters", "digital", "distil"),
         after=("pretrain",),
         version=1,
         seconds=lambda s, cost, _: workload.distil(s, cost),
@@ -162,7 +162,7 @@ STAGES: dict[Stage, StageSpec] = {
         resumes=True,
     ),
     "finetune": StageSpec(
-        reads=("seed", "data", "variation", "digital", "finetune"),
+        reads=("seed", "data", "variation", "converters", "digital", "finetune"),
         after=("compensate",),
         seconds=lambda s, cost, _: workload.training_with_variation(s, s.finetune, cost),
         resumes=True,
@@ -172,6 +172,7 @@ STAGES: dict[Stage, StageSpec] = {
             "seed",
             *IMAGES,
             "variation",
+            "converters",
             "digital",
             "protect",
             "adapt",

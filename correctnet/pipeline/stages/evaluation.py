@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from correctnet import devices
+from correctnet.crossbar.calibration import clipped, most_clipped
 from correctnet.crossbar.convert import chip_of, convert
 from correctnet.crossbar.layers import analog_layers, analog_names
 from correctnet.crossbar.protection import protect
@@ -31,12 +32,14 @@ from correctnet.methods.front import digital_share
 from correctnet.methods.selection import protected_share, protected_weights
 from correctnet.noise import streams
 from correctnet.pipeline.models import image_shape, last_stage, network_name, read_network, trained_sigma
-from correctnet.pipeline.runtime import Runtime, digital_layers, discard, resumable, stage_identity
+from correctnet.pipeline.runtime import Runtime, digital_layers, discard, give_converters, resumable, stage_identity
 from correctnet.pipeline.specs import STAGES
 from correctnet.settings import Settings
 
 # Simulated chips over which BatchNorm's statistics are estimated.
 RECALIBRATION_CHIPS = 20
+# Images on which it is counted what converters clip.
+CLIPPED_IMAGES = 100
 
 
 def sensitivity(settings: Settings, path: Path, out: Path, runtime: Runtime) -> None:
@@ -104,6 +107,8 @@ def evaluate_chips(
         known, how = data.train.take(s.protect.images), {"exclude": digital, "seed": s.seed}
         masks = protected_weights(model, s.protect.fraction, s.protect.select, s.protect.allocation, data=known, **how)
         protect(analog, masks)
+    if s.variation.level > 0:  # the nominal network is digital
+        give_converters(s, analog, data.train, description.get("converters"))
     history = description.get("history", [])
     plan = description.get("compensation") or {"filters": {}}
     columns = {
@@ -116,6 +121,12 @@ def evaluate_chips(
         "epochs": " + ".join(f"{h['epochs']} {h['stage']}" for h in history),
         "trained_sigma": trained_sigma(history),
     }
+    if any(layer.periphery is not None for layer in analog_layers(analog)):
+        # The first chip of all, since the chunks of an evaluation have the same columns.
+        same = streams.chips(s.evaluate.split, 1).start
+        fractions = clipped(analog, images.take(CLIPPED_IMAGES).images, same)
+        columns |= {"dac_bits": s.converters.dac_bits, "adc_bits": s.converters.adc_bits}
+        columns |= {"clipped": most_clipped(fractions)}
     if digital or masks or plan["filters"]:
         columns["digital_macs"] = _multiplications(model, images.images[:2], digital, masks)
     if taken := sorted(set(notes or {}) & {*columns, *COLUMNS, *IDENTITY, "prefixes"}):

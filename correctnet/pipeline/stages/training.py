@@ -34,7 +34,7 @@ from correctnet.pipeline.models import (
     read_network,
     write_network,
 )
-from correctnet.pipeline.runtime import Runtime, digital_layers, split_seed, stage_identity
+from correctnet.pipeline.runtime import Runtime, digital_layers, give_converters, split_seed, stage_identity
 from correctnet.pipeline.specs import STAGES, Stage
 from correctnet.settings import Settings
 from correctnet.training.loop import Checkpoint, Hooks, fit
@@ -163,6 +163,9 @@ def _train_with_variation(
     data = runtime.load(s, base, path)
     device = with_gradient(devices.make(s.variation), getattr(s, stage).gradient)
     analog = convert(model, device, s.seed, digital_layers(s, model, data.train))
+    base.pop("converters", None)  # of an earlier training
+    if converters := give_converters(s, analog, data.train):
+        base["converters"] = converters
     hooks = Hooks(
         before_batch=lambda draw: program(analog, streams.chip(f"train-{stage}", draw)),
         update_batchnorm=getattr(s, stage).batchnorm == "updated",
