@@ -5,142 +5,27 @@ The docstring below a setting is its help text on the command line.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from correctnet.datasets import DATASETS, Facts
-from correctnet.devices.configuration import AnyVariation, ConverterSettings, VariationSettings, replaced
-from correctnet.files.factories import check_name, source_digest
-from correctnet.files.storage import sha256
-from correctnet.networks import NETWORKS
-from correctnet.sections import Grown, Section, Sourced, merge, place
+from correctnet.devices.configuration import (
+    AnyVariation,
+    ConverterSettings,
+    DeviceSettings,
+    VariationSettings,
+    checked_variation,
+    replaced,
+)
+from correctnet.errors import UserError
+from correctnet.sections import Grown, Section, merge
+from correctnet.sources import Data, Network
 
-if TYPE_CHECKING:
-    from correctnet.datasets.description import Description
-
-# Names of the registries, so that a mistake in one is found when settings are read.
-DataSetName = Literal[tuple(DATASETS)]
-NetworkName = Literal[tuple(NETWORKS)]
 # Which weights are protected, and how they are divided among the layers (`correctnet.methods.selection`).
 Selection = Literal["random", "magnitude", "fisher", "sampled"]
 Allocation = Literal["global", "equal", "weighted"]
-
-
-class Data(Sourced):
-    """The data that the network is trained and evaluated on: a data set of `correctnet.datasets`, or your own."""
-
-    sources = ("dataset", "folder", "npz", "factory")
-    added = ("folder", "npz", "factory", "digest")
-
-    dataset: DataSetName | None = "digits"
-    """data set"""
-    validation: float = Field(0.1, gt=0, lt=1)
-    """fraction of the training data held out for every choice (sweep, search)"""
-    augment: Literal["none", "crop", "crop-flip"] = "none"
-    """while training: random crop after padding by 4 pixels, and horizontal flip"""
-    folder: str | None = None
-    """instead of a data set, a folder of pictures: a sub-folder a class, or train and test with a sub-folder a class"""
-    npz: str | None = None
-    """instead of a data set, an .npz file: train_images, train_labels, test_images and test_labels, or images and
-    labels"""
-    factory: str | None = None
-    """instead of a data set, package.module:function, which returns ((images, labels), (images, labels))"""
-    digest: str | None = None
-    """of the content of your own data, which is refused if it has another; found when it is not given"""
-
-    @field_validator("folder", "npz")
-    @classmethod
-    def _places(cls, value: str | None) -> str | None:
-        return None if value is None else place(value)
-
-    @field_validator("factory")
-    @classmethod
-    def _factory(cls, value: str | None) -> str | None:
-        return None if value is None else check_name(value)
-
-    @property
-    def place(self) -> str:
-        """The data set, folder, file or function."""
-        return getattr(self, self.kind)
-
-    @property
-    def name(self) -> str:
-        """The data set's name, for tables and results; of your own data the name of the folder, file or function."""
-        if self.kind == "dataset":
-            return self.place
-        from correctnet.datasets import own  # imports numpy, as below
-
-        return own.name_of(self.kind, self.place)
-
-    def described(self) -> Description | None:
-        """Of your own data; None for a data set. Raises UserError where there is no such data."""
-        if self.kind == "dataset":
-            return None
-        from correctnet.datasets import own
-
-        return own.describe(self.kind, self.place, self.digest)
-
-    def facts(self) -> Facts | None:
-        """Numbers of images and their sizes; None for a function, which is called when its images are needed."""
-        described = self.described()
-        return DATASETS[self.place] if described is None else described.facts
-
-
-class Network(Sourced):
-    """The network: one of `correctnet.networks`, or your own."""
-
-    sources = ("name", "factory")
-    added = ("factory", "options", "weights", "digest")
-    of_first = ("widths", "batchnorm", "dropout")
-
-    name: NetworkName | None = "lenet5"
-    """architecture"""
-    widths: tuple[int, ...] = ()
-    """outputs of each layer but the last: LeNet-5's two convolutions and two linear layers (empty: 6, 16, 120, 84), or
-    VGG16's thirteen convolutions and its linear layer (empty: 64 to 512)"""
-    batchnorm: Literal["before", "after", "none"] = "before"
-    """VGG16's BatchNorm: before ReLU, after it (the Keras network), or none"""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """fraction of each hidden layer's outputs that is dropped in training"""
-    factory: str | None = None
-    """instead of an architecture, package.module:function, which returns an nn.Module with outputs (N, classes)"""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """arguments of that function"""
-    weights: str | None = None
-    """a file of weights to start from (safetensors, or a state dict that torch saved); nothing is pre-trained then"""
-    digest: str | None = None
-    """of the function's source and the weights, which are refused if they have another; found when it is not given"""
-
-    @field_validator("widths")
-    @classmethod
-    def _widths(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if value and min(value) < 1:
-            raise ValueError("positive widths are expected")
-        return value
-
-    @field_validator("factory")
-    @classmethod
-    def _factory(cls, value: str | None) -> str | None:
-        return None if value is None else check_name(value)
-
-    @field_validator("weights")
-    @classmethod
-    def _weights(cls, value: str | None) -> str | None:
-        return None if value is None else place(value)
-
-    def found_digest(self) -> str | None:
-        """Of the source of the function and of the weights; None for an architecture without weights.
-
-        Raises UserError where one of them is not there.
-        """
-        parts = [] if self.factory is None else [source_digest(self.factory, "network.factory")]
-        parts += [] if self.weights is None else [sha256(Path(self.weights).expanduser())]
-        return hashlib.sha256(" ".join(parts).encode()).hexdigest() if parts else None
 
 
 class Digital(Grown):
@@ -404,7 +289,7 @@ class MonteCarlo(Section):
 class Evaluate(Grown):
     """Monte Carlo evaluation."""
 
-    later = ("until",)
+    later = ("until", "variation")
 
     chips: int = Field(250, ge=1, le=2**28)
     """chip samples of a Table I row"""
@@ -426,6 +311,20 @@ class Evaluate(Grown):
     """BatchNorm statistics: as trained, estimated once over simulated chips, or estimated on each chip"""
     recalibrate_images: int = Field(512, ge=2)
     """training images for the estimate"""
+    variation: dict[str, Any] = Field(default_factory=dict)
+    """settings of `variation` that differ where networks are evaluated: another time, or another device than the one
+    that they are trained for; empty: none"""
+
+    @field_validator("variation")
+    @classmethod
+    def _variation(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            checked_variation(value)
+        except UserError as error:
+            raise ValueError(
+                " and ".join(str(error).replace("evaluate: variation", "variation").splitlines())
+            ) from None
+        return value
 
     @field_validator("sigmas")
     @classmethod
@@ -472,6 +371,14 @@ class Settings(Grown):
     evaluate: Evaluate = Evaluate()
     sensitivity: Sensitivity = Sensitivity()
 
+    @property
+    def tested(self) -> VariationSettings | DeviceSettings:
+        """The variation under which networks are evaluated: `variation`, with what `evaluate.variation` changes."""
+        if not self.evaluate.variation:
+            return self.variation
+        own = {"variation": self.variation.model_dump(mode="json")}
+        return checked_variation(layered(own, {"variation": self.evaluate.variation})["variation"])
+
     def identified(self) -> Settings:
         """The settings with the digests of the user's own data, network and device, where they are not given.
 
@@ -484,6 +391,9 @@ class Settings(Grown):
             changed["network"] = self.network.model_copy(update={"digest": digest})
         if (variation := self.variation.identified()) is not self.variation:
             changed["variation"] = variation
+        if self.evaluate.variation:
+            tested = self.tested.identified().model_dump(mode="json")
+            changed["evaluate"] = self.evaluate.model_copy(update={"variation": tested})
         return self.model_copy(update=changed) if changed else self
 
 

@@ -14,6 +14,7 @@ FLOORS = (
     {"errors"},
     {"files", "metrics", "noise", "sections"},
     {"datasets", "devices", "networks"},
+    {"sources"},
     {"crossbar", "settings"},
     {"engine", "training"},
     {"evaluation"},

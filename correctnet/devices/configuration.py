@@ -19,7 +19,7 @@ from correctnet import devices
 from correctnet.devices import DEVICES
 from correctnet.errors import UserError
 from correctnet.files.storage import sha256
-from correctnet.sections import Grown, Section, exact, place, tag
+from correctnet.sections import Grown, Section, exact, place, tag, validate
 
 # Names of the registry, so that a mistake in one is found when settings are read.
 DeviceName = Literal[tuple(DEVICES)]
@@ -215,6 +215,15 @@ AnyVariation = Annotated[
     Annotated[VariationSettings, Tag(LOGNORMAL)] | Annotated[DeviceSettings, Tag(DEVICE)], Discriminator(_kind)
 ]
 """the settings of the lognormal or of a device"""
+
+
+def checked_variation(values: Mapping[str, Any]) -> VariationSettings | DeviceSettings:
+    """Check settings of a variation, or a part of them. Raises UserError with a line for each mistake."""
+    return validate(_Variation, {"variation": values}, "evaluate").variation
+
+
+class _Variation(Section):
+    variation: AnyVariation
 
 
 def replaced(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

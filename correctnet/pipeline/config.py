@@ -262,7 +262,7 @@ class Config(Section):
             if mine != other:
                 yield f"{row!r} has {key} {mine} and {first!r} {other}, which are no rows of one table; make it a pair"
         # A row is evaluated at the level of its pair, which is one of the pair's device.
-        mine, other = (getattr(s.variation, "device", "none") for s in (settings, self.settings(pair)))
+        mine, other = (getattr(s.tested, "device", "none") for s in (settings, self.settings(pair)))
         if mine != other:
             yield f"{row!r} has variation.device {mine} and the pair {other}; a table is of one device; make it a pair"
 
@@ -281,10 +281,11 @@ class Config(Section):
     def pretrains(self, pair: str) -> str:
         """The pair that trains the original network of a pair: of one under a device, the pair that it is like.
 
-        It does where both pairs have the same settings of `pretrain`, none of which is the device's.
+        It does where both pairs have the same settings of `pretrain`, none of which is the device's. So it does for a
+        pair that is evaluated under another variation than it is trained for.
         """
         like, own = self.pairs[pair].get("like"), self.settings(pair)
-        if like is None or not isinstance(own.variation, DeviceSettings):
+        if like is None or not (isinstance(own.variation, DeviceSettings) or own.evaluate.variation):
             return pair
         canonical = STAGES["pretrain"].canonical
         return like if canonical(own) == canonical(self.settings(like)) else pair
@@ -300,7 +301,7 @@ class Config(Section):
         """
         levels: dict[str, set[float]] = {}
         for pair in self.runs[run]:
-            variation = self.settings(pair).variation
+            variation = self.settings(pair).tested
             levels.setdefault(variation.level_key, set()).add(variation.level)
         for key, found in levels.items():
             if len(found) > 1:

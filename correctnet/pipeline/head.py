@@ -94,7 +94,7 @@ def summary(layout: Layout, runs: Iterable[str], configfiles: Iterable[str] = ()
 def _at(layout: Layout, run: str) -> str:
     """The level of a run's table as text: sigma of the lognormal, or the level of devices; empty where pairs differ."""
     level = layout.config.level_of(run)
-    key = layout.config.settings(layout.config.runs[run][0]).variation.level_key
+    key = layout.config.settings(layout.config.runs[run][0]).tested.level_key
     return "" if level is None else f" at {key} = {exact(level)}"
 
 

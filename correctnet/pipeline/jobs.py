@@ -131,7 +131,8 @@ class Jobs:
 
         As with data of one's own, its digest is one of the settings: a changed file reruns what has used it.
         """
-        variation = self.settings_of(wildcards).variation
+        settings = self.settings_of(wildcards)
+        variation = settings.tested if hasattr(wildcards, "sigma") else settings.variation
         path = variation.path if isinstance(variation, DeviceSettings) else None
         return [] if path is None or float(getattr(wildcards, "sigma", 1)) == 0 else [str(path)]
 
@@ -241,7 +242,7 @@ class Jobs:
 
         The level is sigma, or the multiple of a measured device's deviations.
         """
-        settings, own = self.config.settings(pair, row), self.config.settings(pair).variation.level
+        settings, own = self.config.settings(pair, row), self.config.settings(pair).tested.level
         chips = {0.0: 1}
         if self.config.rows[row].curve:
             chips |= dict.fromkeys(settings.evaluate.sigmas, settings.evaluate.curve_chips)
@@ -250,8 +251,8 @@ class Jobs:
     def chunk_settings(self, wildcards: Any) -> str:
         """The settings of `evaluate` at a job's level, as a canonical string."""
         settings = self.settings_of(wildcards)
-        sigma, own = float(wildcards.sigma), self.config.settings(wildcards.pair).variation.level
-        changed: dict[str, Any] = {"variation": settings.variation.at(sigma)}
+        sigma, own = float(wildcards.sigma), self.config.settings(wildcards.pair).tested.level
+        changed: dict[str, Any] = {"variation": settings.tested.at(sigma)}
         if sigma not in (0.0, own) and settings.evaluate.curve_images:
             images = {"images": settings.evaluate.curve_images}
             changed["evaluate"] = settings.evaluate.model_copy(update=images)

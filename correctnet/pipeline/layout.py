@@ -81,7 +81,7 @@ class Layout(Jobs):
         if level is not None:
             return f"--sigma {exact(level)}"
         pairs = self.config.runs[wildcards.run]
-        return " ".join(f"--level {pair}={exact(self.config.settings(pair).variation.level)}" for pair in pairs)
+        return " ".join(f"--level {pair}={exact(self.config.settings(pair).tested.level)}" for pair in pairs)
 
     def table_inputs(self, wildcards: Any) -> list[str]:
         """The files of Table I; raises UserError before any job runs where its pairs differ in sigma."""
