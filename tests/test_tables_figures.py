@@ -224,6 +224,12 @@ def files(tmp_path):
         table = pd.DataFrame({**columns, "accuracy": accuracy, "stage": stage})
         table.to_csv(pair / "sensitivity" / f"{stage}.csv", index=False)
     sample_file = [pair / "samples.csv"]
+    aged = complete().drop(columns="sigma")
+    aged = aged[aged["row"] == "correctnet"].assign(level=1.0, variation="device", model="a")
+    aged = aged.groupby("sample").head(1)
+    times = [aged.assign(time=time, row=f"row-{time}") for time in ("1s", "1d")]
+    (pair / "aged").mkdir()
+    pd.concat(times).to_csv(pair / "aged" / "samples.csv", index=False)
     return {
         "2": sample_file,
         "7": sample_file,
@@ -232,6 +238,7 @@ def files(tmp_path):
         "rows": sample_file,
         "yield": sample_file,
         "sensitivity": [pair / "sensitivity" / f"{stage}.csv" for stage in ("pretrain", "compensate")],
+        "time": [pair / "aged" / "samples.csv"],
     }
 
 

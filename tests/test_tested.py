@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
+from by_hand import run, succeed
 from workflows import configuration
 
 from correctnet.devices.configuration import DeviceSettings, VariationSettings
@@ -15,6 +17,7 @@ from correctnet.files.storage import sha256
 from correctnet.pipeline.config import Config
 from correctnet.pipeline.layout import Layout
 from correctnet.pipeline.specs import STAGES
+from correctnet.report import figures
 from correctnet.sections import validate
 from correctnet.settings import Settings
 
@@ -117,3 +120,84 @@ def test_a_pair_that_is_tested_elsewhere_has_the_network_of_the_pair_that_it_is_
     checked = Config.check(config)
     assert checked.pretrains("elsewhere") == "one"
     assert checked.pretrains("two") == "two"
+
+
+@pytest.fixture(scope="module")
+def aged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Samples of two networks at three times after programming, and of one at a single time."""
+    folder = tmp_path_factory.mktemp("aged")
+    few = ["--quiet", "--threads", 1]
+    for name, epochs in (("a", 1), ("b", 2)):
+        succeed("pretrain", *few, "--epochs", epochs, "--batch", 64, "--out", folder / name)
+    files = []
+    for name, time, level in [(n, t, 1) for n in "ab" for t in ("1s", "1d", "2d")] + [("a", "2d", 2)]:
+        files.append(folder / f"{name}-{time}-{level}.csv")
+        device = ["--device-model", "rram-wan-2022", "--time", time, "--level", level]
+        notes = ["--note", "pair=p", "--note", f"row={name}-{time}"]
+        succeed(
+            "evaluate",
+            *few,
+            "--images",
+            60,
+            "--chips",
+            3,
+            *device,
+            *notes,
+            "--model",
+            folder / name,
+            "--out",
+            files[-1],
+        )
+    succeed("collect", *files, "--out", folder / "samples.csv")
+    succeed("collect", files[0], "--out", folder / "one.csv")
+    return folder
+
+
+def test_accuracy_over_time_is_a_curve_for_each_network(aged: Path, tmp_path: Path) -> None:
+    samples = pd.read_csv(aged / "samples.csv")
+    (ax,) = figures.over_time([aged / "samples.csv"], {"a-1s": "first", "b-1s": "second"}, sigma=1.0).axes
+    assert ax.get_legend_handles_labels()[1] == ["first", "second"]
+    for line, name in zip(ax.get_lines(), "ab", strict=True):
+        assert line.get_xdata().tolist() == [1, 86400, 172800]
+        own = samples[(samples["level"] == 1) & samples["row"].str.startswith(name)]
+        assert line.get_ydata().tolist() == pytest.approx(
+            [own["accuracy"][own["time"] == time].mean() for time in ("1s", "1d", "2d")]
+        )
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["1s", "1d", "2d"]
+    assert ax.get_xlabel() == "time after programming rram-wan-2022"
+    out = tmp_path / "figure-time.png"
+    options = ["--sigma", 1, "--labels", '{"a-1s": "first"}']
+    succeed("figure", "time", aged / "samples.csv", *options, "--out", out)
+    assert out.stat().st_size > 10_000
+    refused = run("figure", "time", aged / "one.csv", "--out", out).output
+    assert "figure: no network is evaluated at two times after programming" in refused
+
+
+def test_tables_say_the_time_of_each_row(aged: Path) -> None:
+    files = [aged / f"a-{time}-1.csv" for time in ("1s", "1d")]
+    for time in ("1s", "1d"):
+        files.append(aged / f"a-{time}-0.csv")
+        few = ["--quiet", "--threads", 1, "--images", 60, "--sigma", 0, "--note", "pair=p", "--note", f"row=a-{time}"]
+        succeed("evaluate", *few, "--chips", 1, "--model", aged / "a", "--out", files[-1])
+    succeed("collect", *files, "--out", aged / "two.csv")
+    succeed("table", aged / "two.csv", "--sigma", 1, "--out", aged / "table1.csv")
+    table = pd.read_csv(aged / "table1.csv").set_index("row")["variation"]
+    assert table.to_dict() == {f"a-{time}": f"rram-wan-2022 after {time}, level 1" for time in ("1s", "1d")}
+
+
+def test_runs_with_several_times_have_the_figure() -> None:
+    config = configuration()
+    config["rows"]["later"] = {
+        "evaluate": "pretrain", "label": "l", "set": {"evaluate": {"variation": {"time": "2d"}}},
+    }  # fmt: skip
+    config["pairs"]["one"] |= {"variation": WAN, "rows": ["unprotected", "suppressed", "later"]}
+    here = Layout(Config.check(config))
+    assert "time" in here.figures("quick")
+    job = SimpleNamespace(run="quick", name="time")
+    assert here.figure_inputs(job) == ["results/one/samples.csv"]
+    assert here.figure_options(job).startswith("--sigma 1 --labels ")
+    config["rows"]["later"]["evaluate"] = "suppress"  # each network at one time but that of suppress
+    assert "time" in Layout(Config.check(config)).figures("quick")
+    config["pairs"]["one"]["rows"] = ["unprotected", "later"]
+    assert "time" not in Layout(Config.check(config)).figures("quick")
+    assert "time" not in Layout(Config.check(configuration())).figures("quick")

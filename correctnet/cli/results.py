@@ -127,13 +127,17 @@ def _beside(out: Path, *suffixes: str) -> list[Path]:
 
 
 @click.command()
-@click.argument("name", type=click.Choice(["2", "7", "9", "10", "rows", "yield", "sensitivity"]))
+@click.argument("name", type=click.Choice(["2", "7", "9", "10", "rows", "yield", "sensitivity", "time"]))
 @click.argument("files", type=PATH, nargs=-1, required=True)
-@click.option("--label", multiple=True, metavar="ROW=LABEL", help="Label of a row in `rows`; may be repeated.")
-@click.option("--labels", metavar="JSON", help="Labels of rows in `rows`, as a JSON object.")
+@click.option(
+    "--label", multiple=True, metavar="ROW=LABEL", help="Label of a row in `rows` and `time`; may be repeated."
+)
+@click.option("--labels", metavar="JSON", help="Labels of rows in `rows` and `time`, as a JSON object.")
 @click.option("--only", multiple=True, metavar="ROW", help="Show only this row in `rows`; may be repeated.")
 @click.option(
-    "--sigma", type=float, help="The sigma, or level, of Table I (7, rows, yield); else the largest that all rows have."
+    "--sigma",
+    type=float,
+    help="The sigma, or level, of Table I (7, rows, yield, time); else the largest that all rows have.",
 )
 @level_option
 @click.option("--out", type=PATH, required=True, help="PNG file to write, with an SVG beside it.")
@@ -147,10 +151,11 @@ def figure(
     level: tuple[str, ...],
     out: Path,
 ) -> None:
-    """Draw a figure: 2, 7, 9 or 10 of the paper, all rows, the yield over accuracy, or each layer's sensitivity.
+    """Draw a figure: 2, 7, 9 or 10 of the paper, all rows, the yield over accuracy, each layer's sensitivity, or
+    the accuracy over the time after programming.
 
-    FILES are per-chip results (2, 7, rows, yield), accuracy.csv of `sweep` (9), log.csv of `search` (10), or the files
-    of `sensitivity`; the title of a panel is the name of the folder of its pair.
+    FILES are per-chip results (2, 7, rows, yield, time), accuracy.csv of `sweep` (9), log.csv of `search` (10), or the
+    files of `sensitivity`; the title of a panel is the name of the folder of its pair.
     """
     import matplotlib
 

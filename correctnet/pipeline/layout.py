@@ -36,6 +36,7 @@ FIGURES = {
     "rows": "All rows",
     "yield": "Yield",
     "sensitivity": "Sensitivity of each layer",
+    "time": "Accuracy over time after programming",
 }
 # The stages whose networks `sensitivity` compares.
 COMPARED: tuple[Stage, ...] = ("pretrain", "suppress", "compensate")
@@ -97,7 +98,17 @@ class Layout(Jobs):
         """The names of the figures of a run."""
         first = ["2"] if self.pairs_with(run, "unprotected") else []
         of_method = ["7", "9", "10", "sensitivity"] if self.pairs_with(run, "correctnet") else []
-        return [*first, "rows", "yield", *of_method]
+        return [*first, "rows", "yield", *of_method, *(["time"] if self._over_time(run) else [])]
+
+    def _over_time(self, run: str) -> bool:
+        """Whether a network of a run is evaluated at several times after programming."""
+        times: dict[tuple[str, str], set[str | None]] = {}
+        for pair in self.config.runs[run]:
+            for row in self.config.rows_of(pair):
+                tested = self.config.settings(pair, row).tested
+                model = self.folder(pair, row, self.config.rows[row].evaluate)
+                times.setdefault((pair, model), set()).add(getattr(tested, "time", None))
+        return any(len(found - {None}) > 1 for found in times.values())
 
     @staticmethod
     def figure_label(wildcards: Any) -> dict[str, str]:
@@ -124,8 +135,9 @@ class Layout(Jobs):
 
     def figure_options(self, wildcards: Any) -> str:
         """Options of a figure: the level of Table I, and the labels of rows."""
-        level = self.table_level(wildcards) if wildcards.name in ("7", "rows", "yield") else ""
-        return f"{level} --labels {shlex.quote(self.labels(wildcards))}" if wildcards.name == "rows" else level
+        level = self.table_level(wildcards) if wildcards.name in ("7", "rows", "yield", "time") else ""
+        labelled = wildcards.name in ("rows", "time")
+        return f"{level} --labels {shlex.quote(self.labels(wildcards))}" if labelled else level
 
     def sensitivities(self, run: str) -> list[str]:
         """Accuracy lost to each layer, for the networks that lead to each pair's row `correctnet`."""

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
+from correctnet.devices.programming import seconds
 from correctnet.errors import UserError
 from correctnet.evaluation.results import Result, check_accuracies
 from correctnet.files import csvfile, storage
@@ -77,8 +78,8 @@ def draw(
     for option, value in (("--sigma", sigma), ("--level", levels or None)):
         if value is not None and name not in AT_SIGMA:
             raise UserError(f"{option}: figure {name} does not show one of several")
-    for option, given in (("--label", labels), ("--only", only)):
-        if given and name != "rows":
+    for option, given, names in (("--label", labels, LABELLED), ("--only", only, ("rows",))):
+        if given and name not in names:
             raise UserError(f"{option}: figure {name} names no rows")
     if out.suffix.lower() in (".pdf", ".eps", ".ps", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"):
         raise UserError(f"--out {out}: a PNG and an SVG are written; end the name with .png")
@@ -88,7 +89,9 @@ def draw(
     storage.check_distinct(paths.values(), files)
     with plt.rc_context(STYLE):
         at = {"sigma": sigma, "levels": levels} if name in AT_SIGMA else {}
-        figure = rows(files, labels, only, **at) if name == "rows" else FIGURES[name](files, **at)
+        at |= {"labels": labels} if name in LABELLED else {}
+        at |= {"only": only} if name == "rows" else {}
+        figure = FIGURES[name](files, **at)
         for kind, metadata in ((".png", None), (".svg", {"Date": None})):
             with storage.replacing(paths[kind]) as temporary:
                 figure.savefig(temporary, format=kind[1:], dpi=160, metadata=metadata)
@@ -395,6 +398,54 @@ def rows_key(stars: bool = False) -> list[Line2D]:
     ]
 
 
+def over_time(
+    files: Sequence[Path],
+    labels: Mapping[str, str] | None = None,
+    sigma: float | None = None,
+    levels: Mapping[str, float] | None = None,
+) -> plt.Figure:
+    """Accuracy of each network over the time after programming, at the level of Table I: mean and deviation over chips.
+
+    Rows that evaluate one network at several times are one curve, with the label of the first of them.
+
+    Args:
+        files: per-chip results.
+        labels: text for each row, by its name.
+        sigma, levels: see `draw`.
+
+    Raises:
+        UserError: no network of a pair is evaluated at two times.
+    """
+    samples = tables.read_samples(files)
+    timed = samples[samples["time"].notna()] if {"time", "model"} <= set(samples) else samples[:0]
+    at = {
+        pair: of_pair[of_pair["level"] == tables.own_level(of_pair, sigma, levels)]
+        for pair, of_pair in timed.groupby("pair", sort=False)
+    }
+    at = {pair: table for pair, table in at.items() if (table.groupby("model")["time"].nunique() > 1).any()}
+    if not at:
+        raise UserError("figure: no network is evaluated at two times after programming")
+    figure, axes = _panels(list(at))
+    for ax, table in zip(axes, at.values(), strict=True):
+        curves = [of_model for _, of_model in table.groupby("model", sort=False)]
+        for number, of_model in enumerate(curves):
+            row = of_model["row"].iloc[0]
+            colour, marker = ROW_STYLE.get(row, ((BLUE, GREEN, PINK, YELLOW, SKY, GREY)[number % 6], "o"))[:2]
+            by_time = of_model.assign(seconds=of_model["time"].map(seconds)).groupby("seconds")["accuracy"]
+            mean, std = by_time.mean(), by_time.std().fillna(0.0)
+            ax.plot(mean.index, mean, color=colour, marker=marker, markersize=4, label=(labels or {}).get(row, row))
+            ax.fill_between(mean.index, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
+        times = sorted(set(table["time"]), key=seconds)
+        ax.set_xscale("symlog", linthresh=1.0)  # 0 is right after programming
+        ax.set_xticks([seconds(time) for time in times], times)
+        ax.minorticks_off()
+        device = " and ".join(table["variation"].unique())
+        ax.set(xlabel=f"time after programming {device}", ylabel="accuracy")
+        ax.text(0.02, 0.02, _counts(table), transform=ax.transAxes, fontsize=7, color=GREY)
+        ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+    return figure
+
+
 def sensitivity(files: Sequence[Path]) -> plt.Figure:
     """Loss of accuracy under variation in one layer alone, by layer and network, on validation images."""
     by_pair: dict[str, list[Path]] = {}
@@ -436,5 +487,7 @@ FIGURES: dict[str, Callable[..., plt.Figure]] = {
     "rows": rows,
     "yield": yield_curve,
     "sensitivity": sensitivity,
+    "time": over_time,
 }
-AT_SIGMA = ("7", "rows", "yield")
+AT_SIGMA = ("7", "rows", "yield", "time")
+LABELLED = ("rows", "time")
