@@ -44,8 +44,8 @@ def test_clang() -> None:
     """The other compiler, without the tests that depend on the source alone (symbols, all 2^32 words)."""
     run(["cmake", "--preset", "clang"], cwd=ROOT / "csrc")
     build = ROOT / "build" / "clang"
-    run(["cmake", "--build", build, "--target", "test_lanes", "test_engine"])
-    print(run(["ctest", "--test-dir", build, "--output-on-failure", "--tests-regex", "^(lanes|engine)$"]))
+    run(["cmake", "--build", build, "--target", "test_lanes", "test_attention", "test_engine"])
+    print(run(["ctest", "--test-dir", build, "--output-on-failure", "--tests-regex", "^(lanes|attention|engine)$"]))
 
 
 # Flags that users and distributions set. Neither the noise nor the processors that it runs on may depend on them.

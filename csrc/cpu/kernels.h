@@ -22,7 +22,7 @@
 
 namespace correctnet {
 
-enum { kLanes = 16, kVectorBytes = 64, kPanelOutputs = 6 };
+enum { kLanes = 16, kVectorBytes = 64, kPanelOutputs = 6, kAttentionQueries = 32 };
 
 enum class Type { float32, bfloat16 };
 
@@ -149,6 +149,23 @@ struct AssembleJob {
   int run_count, image_blocks;
 };
 
+// Attention of several heads within each group of tokens, see attention.h. The heads' channels follow one another, in q,
+// k and v from the first one named; their numbers are even.
+struct AttentionJob {
+  const char *q, *k, *v;
+  char* y;
+  int image_blocks;
+  int q_slots, k_slots, v_slots, out_slots;  // a pixel
+  int q_first, k_first, v_first;             // the first channel of the first head
+  int heads, width;                          // and channels of a head
+  const int* tokens;                         // (groups, length): their pixels
+  int groups, length;
+  float scale;
+  const float* bias;  // (heads, length, length), added to the scores; null: none
+  const float* mask;  // (groups, length, length), added too
+  char* scratch;      // 4 * kLanes * ((2 * length + kPanelOutputs + kAttentionQueries) * width + kAttentionQueries * length) bytes
+};
+
 struct TypeKernels {
   size_t (*packed_bytes)(const ConvShape&, const Panel&);  // of one panel, a multiple of kVectorBytes
   size_t (*scratch_bytes)(const ConvShape&, int image_blocks);
@@ -159,6 +176,7 @@ struct TypeKernels {
   void (*normalize)(const NormalizeJob&);
   void (*flatten)(const FlattenJob&);
   void (*assemble)(const AssembleJob&);
+  void (*attention)(const AttentionJob&);
   int panel_width;  // the widest panel: kPanelOutputs, or 32 for AMX
   // Executes multiply-adds in registers and returns the number of floating-point operations, see peak.h.
   double (*peak)(int64_t repetitions);

@@ -1,6 +1,7 @@
 // Defines the table of kernels.h for the instruction set that the including file is compiled for.
 #pragma once
 
+#include "cpu/attention.h"
 #include "cpu/conv.h"
 #include "cpu/depthwise.h"
 #include "cpu/pack.h"
@@ -28,7 +29,7 @@ template <class Math>
 constexpr TypeKernels type_kernels() {
   return {packed_bytes_of<Math, packed_bytes<Math>>, nullptr, pack_of<Math, pack<Math>>, conv_of<Math, conv<Math>>,
           pool<Math>, pointwise<Math>, normalize<Math>, flatten<Math>,
-          assemble<Math>, kPanelOutputs, peak<Math>};
+          assemble<Math>, attention<Math>, kPanelOutputs, peak<Math>};
 }
 
 }  // namespace

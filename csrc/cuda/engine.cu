@@ -382,6 +382,8 @@ Engine::Impl::Impl(const Plan::Impl& plan, int number)
     if (source->pointwise.adc.inverse != 0 || source->pointwise.dac.inverse != 0)
       throw std::invalid_argument("cuda: there is no kernel with converters");
     if (source->kind == Kind::pixels) throw std::invalid_argument("cuda: there is no kernel that moves pixels");
+    if (source->kind == Kind::attention || source->kind == Kind::gather)
+      throw std::invalid_argument("cuda: there is no kernel for attention");
     Geometry g = {};
     Arrays a;
     if (op.kind == Kind::conv) {
@@ -602,6 +604,8 @@ void Engine::Impl::run_operation(const Step& step, int index) const {
       break;
     }
     case Kind::normalize:
+    case Kind::attention:
+    case Kind::gather:
     case Kind::pixels: break;  // refused above
     case Kind::concat: {
       int first = 0;

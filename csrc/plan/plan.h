@@ -76,6 +76,18 @@ struct Window {
   bool ceil = false, include_padding = true;
 };
 
+// Attention of several heads within each group of pixels, the tokens: y_i = sum_j softmax_j(scale * q_i . k_j + bias_ij +
+// mask_ij) v_j. The heads' channels follow one another, in q, k and v from the `first` one on.
+struct Attention {
+  int heads = 1, width = 1;    // channels a head, an even number
+  int first[3] = {0, 0, 0};    // of q, k, v, even numbers
+  float scale = 1;
+  std::vector<int> tokens;     // (groups, length): every pixel once, as its place in the order (h, w)
+  int length = 0;
+  std::vector<float> bias;     // (heads, length, length), or empty
+  std::vector<float> mask;     // (groups, length, length), or empty
+};
+
 // An image is classified correctly if none of its outputs is NaN and the first of the largest ones is the label's.
 struct Run {
   const float* images;  // (count, channels, height, width), or (count, height, width, channels)
@@ -126,6 +138,10 @@ class Plan {
   // pointwise((x - mean) / sqrt(variance + eps)), over the channels of each pixel; no activation of activations.h
   int layer_norm(int x, float eps, const Pointwise& pointwise);
   int group_norm(int x, int groups, float eps, const Pointwise& pointwise);  // over all pixels of a group of channels
+
+  int attention(int q, int k, int v, const Attention& attention);  // (heads * width) channels
+  // Pixel p of the (height, width) is x's pixel from[p] (zeros where it is -1) plus constant[p]: (pixels, channels) or empty.
+  int gather(int x, int height, int width, const std::vector<int>& from, const std::vector<float>& constant = {});
 
   // Declares the output of the network; called once, after the last operation.
   void finish(int output);

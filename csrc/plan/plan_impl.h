@@ -52,7 +52,7 @@ struct PaddedPointwise {
   Epilogue view() const;
 };
 
-enum class Kind { input, conv, pool, pointwise, normalize, concat, flatten, unfold, pixels };
+enum class Kind { input, conv, pool, pointwise, normalize, concat, flatten, unfold, pixels, attention, gather };
 
 struct Operation {
   Kind kind;
@@ -88,6 +88,13 @@ struct Operation {
 
   // pixels: the row and the column of x that each row and column of the result shows; -1 for zeros
   std::vector<int> row_of, col_of;
+
+  Attention attention;
+  size_t scratch = 0;  // bytes, of attention
+
+  // gather: the pixel of x that each pixel shows (-1: zeros), and what is added, (pixels, padded channels) or empty
+  std::vector<int> from;
+  std::vector<float> constant;
 };
 
 struct Plan::Impl {
@@ -125,6 +132,9 @@ struct Plan::Impl {
   char* address(int value, Worker& worker, const Images& images, const Part& part) const;
   void run_operations(Worker& worker, const Images& images, int64_t chunk, Chip* chip) const;
   void run_operation(Worker& worker, const Images& images, const Part& part, Chip* chip, int index) const;
+  AttentionJob attention_job(int index, int blocks, const char* q, const char* k, const char* v, char* y,
+                             char* scratch) const;
+  void run_gather(int index, int blocks, const char* x, char* y) const;
   void run_conv(Worker& worker, Chip* chip, int index, const char* x, char* y, int blocks) const;
   Counts collect(Worker& worker, const Images& images, int64_t chunk, int64_t sample) const;
 };

@@ -197,6 +197,7 @@ Plan::Impl::Worker::Sizes::Sizes(const Impl& plan, const Layout& layout) {
     buffers.push_back((size.block_bytes + kSlackBytes) * (size.narrow ? 1 : layout.chunk_blocks));
   for (size_t i = 0; i < plan.operations.size(); ++i) {
     const Operation& op = *plan.operations[i];
+    scratch = std::max(scratch, op.scratch);
     if (op.kind != Kind::conv) continue;
     if (plan.kernels.scratch_bytes)
       scratch = std::max(scratch, plan.kernels.scratch_bytes(op.shape, layout.chunk_blocks));
@@ -357,6 +358,12 @@ void Plan::Impl::run_operation(Worker& worker, const Images& images, const Part&
           memcpy(y + p * out_pixel, x + (size_t(row) * in.shape.width + col) * in_pixel, out_pixel);
       }
       break;
+    case Kind::attention: {
+      const char *k = address(op.inputs[1], worker, images, part), *v = address(op.inputs[2], worker, images, part);
+      kernels.attention(attention_job(index, blocks, x, k, v, y, worker.scratch.data()));
+      break;
+    }
+    case Kind::gather: run_gather(index, blocks, x, y); break;
     case Kind::unfold:
       for (size_t p = 0; p < pixels; ++p) {
         const Taps& taps = op.cols[p % out.shape.width];
@@ -515,6 +522,9 @@ Cost Plan::cost() const {
   Cost cost;
   for (size_t i = 0; i < impl_->operations.size(); ++i) {
     const Operation& op = *impl_->operations[i];
+    if (op.kind == Kind::attention)
+      (impl_->values[i].sampled ? cost.sampled : cost.shared) +=
+          4.0 * double(op.attention.tokens.size()) * op.attention.length * op.attention.heads * op.attention.width;
     if (op.kind != Kind::conv) continue;
     const auto taps = [pool = op.shape.pool](const std::vector<Taps>& all) {
       double sum = 0;

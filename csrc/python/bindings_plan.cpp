@@ -119,6 +119,28 @@ void bind_plan(py::module_& m) {
            [](BoundPlan& p, int x, float eps, const Pointwise& f) { return p.plan.layer_norm(x, eps, f); })
       .def("group_norm", [](BoundPlan& p, int x, int groups, float eps,
                             const Pointwise& f) { return p.plan.group_norm(x, groups, eps, f); })
+      .def(
+          "attention",
+          [](BoundPlan& p, int q, int k, int v, int heads, int width, std::array<int, 3> first, float scale,
+             const std::vector<int>& tokens, int length, const std::optional<Floats>& bias,
+             const std::optional<Floats>& mask) {
+            Attention a;
+            a.heads = heads, a.width = width, a.scale = scale, a.tokens = tokens, a.length = length;
+            std::copy(first.begin(), first.end(), a.first);
+            if (bias) a.bias = values(*bias);
+            if (mask) a.mask = values(*mask);
+            return p.plan.attention(q, k, v, a);
+          },
+          py::arg("q"), py::arg("k"), py::arg("v"), py::kw_only(), py::arg("heads"), py::arg("width"), py::arg("first"),
+          py::arg("scale"), py::arg("tokens"), py::arg("length"), py::arg("bias") = py::none(),
+          py::arg("mask") = py::none())
+      .def(
+          "gather",
+          [](BoundPlan& p, int x, int height, int width, const std::vector<int>& from,
+             const std::optional<Floats>& constant) {
+            return p.plan.gather(x, height, width, from, constant ? values(*constant) : std::vector<float>{});
+          },
+          py::arg("x"), py::arg("height"), py::arg("width"), py::arg("source"), py::arg("constant") = py::none())
       .def("finish",
            [](BoundPlan& p, int output) {
              p.plan.finish(output);

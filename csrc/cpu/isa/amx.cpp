@@ -11,7 +11,7 @@ const Kernels CN_TABLE = {
     {type_kernels<Float>(),
      {packed_bytes_of<Bfloat16, amx_packed_bytes>, amx_scratch_bytes, pack_of<Bfloat16, amx_pack>,
       conv_of<Bfloat16, amx_conv>, pool<Bfloat16>, pointwise<Bfloat16>, normalize<Bfloat16>,
-      flatten<Bfloat16>, assemble<Bfloat16>, kAmxOutputs, amx_peak}}};
+      flatten<Bfloat16>, assemble<Bfloat16>, attention<Bfloat16>, kAmxOutputs, amx_peak}}};
 // clang-format on
 
 }  // namespace correctnet
