@@ -76,6 +76,16 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def on_isa():
+    """Function that selects an instruction set until the end of the test."""
+    from correctnet import _native
+
+    before = _native.isa()
+    yield _native.select_isa
+    _native.select_isa(before)
+
+
 @pytest.fixture(params=["numpy", *ISAS])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Each set of instructions in turn, and the functions as they are without the core."""

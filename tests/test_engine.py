@@ -488,16 +488,6 @@ def test_a_network_that_is_one_layer() -> None:
             torch.testing.assert_close(out, analog(x))
 
 
-@pytest.fixture
-def on_isa():
-    """Function that selects an instruction set until the end of the test."""
-    from correctnet import _native
-
-    before = _native.isa()
-    yield _native.select_isa
-    _native.select_isa(before)
-
-
 @pytest.mark.parametrize("isa", core.status().available)
 def test_every_instruction_set(isa: str, on_isa) -> None:
     on_isa(isa)

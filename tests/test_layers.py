@@ -303,7 +303,7 @@ def test_evaluation_of_each_kind_counts_what_plain_networks_do(case):
             found = evaluate(analog, (x, labels), 5, engine=engine, progress=False)
         assert found.table.correct.tolist() == wanted, engine
         assert {w.category for w in caught} <= {EngineWarning}
-        if engine == "auto" and name not in ("own parameters",):
+        if engine == "auto" and name not in ("own parameters", "conv1d", "conv1d grouped"):
             assert caught, "not all of these kinds are fused"
 
 

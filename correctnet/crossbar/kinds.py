@@ -7,7 +7,7 @@ a crossbar where the attribute `analog_parameters` of the module names it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -115,8 +115,8 @@ class Crossbar(NamedTuple):
     @property
     def weight(self) -> Tensor:
         """The trained weights, also those that a parametrization derives, whichever chip is programmed."""
-        if (derived := _derived(self.module, self.parameter)) is not None:
-            return derived
+        if (anew := derived(self.module, self.parameter)) is not None:
+            return anew
         read = getattr(self.module, "nominal_of", None)
         return getattr(self.module, self.parameter) if read is None else read(self.parameter)
 
@@ -127,16 +127,24 @@ class Crossbar(NamedTuple):
         return (kind.matrices if known else _rows)(self.module, self.parameter, weight)
 
 
-def _derived(module: nn.Module, name: str) -> Tensor | None:
+def derived(module: nn.Module, name: str) -> Tensor | None:
     """Derive a weight anew as torch's old functions do before each pass, whose weight belongs to the pass; or None."""
     for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name:
+        if not derives(module, hook, name):
+            continue
+        if isinstance(hook, prune.BasePruningMethod):
             return hook.apply_mask(module)
-        if isinstance(hook, WeightNorm) and hook.name == name:
+        if isinstance(hook, WeightNorm):
             return hook.compute_weight(module)
-        if isinstance(hook, SpectralNorm) and hook.name == name:
-            return hook.compute_weight(module, do_power_iteration=False)
+        return hook.compute_weight(module, do_power_iteration=False)
     return None
+
+
+def derives(module: nn.Module, hook: Any, name: str = "weight") -> bool:
+    """Return whether a hook does nothing but derive a weight of a module, as those of torch's old functions do."""
+    if isinstance(hook, prune.BasePruningMethod):
+        return hook._tensor_name == name
+    return isinstance(hook, WeightNorm | SpectralNorm) and hook.name == name
 
 
 def crossbars(model: nn.Module) -> list[Crossbar]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from correctnet.crossbar.chips import Chip, ChipWeight
 from correctnet.crossbar.converters import Periphery
-from correctnet.crossbar.kinds import crossbars
+from correctnet.crossbar.kinds import crossbars, derived
 from correctnet.crossbar.operators import noisy_conv2d, noisy_linear
 from correctnet.devices.base import KernelNoise, Variation, kernel_noise
 from correctnet.errors import UserError, one_line
@@ -393,6 +393,12 @@ def analog_names(model: nn.Module) -> dict[int, str]:
         if isinstance(module, AnalogModule)
         for own in module.crossbars()
     }
+
+
+def trained_weight(layer: nn.Module) -> Tensor:
+    """Return `nominal_weight`, derived anew where torch's old functions derive it before each pass."""
+    found = derived(layer, "weight")
+    return nominal_weight(layer) if found is None else found
 
 
 def nominal_weight(layer: nn.Module) -> Tensor:

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from correctnet.crossbar.converters import Periphery, Quantizer
-from correctnet.crossbar.layers import OnCrossbar, nominal_weight
+from correctnet.crossbar.layers import OnCrossbar, trained_weight
 from correctnet.devices.base import kernel_noise
-from correctnet.engine import cuda
+from correctnet.engine import cuda, pieces
 from correctnet.engine.activations import RELU, Activation
-from correctnet.engine.operations import Op, layer_of, op_of
+from correctnet.engine.op import Op
+from correctnet.engine.operations import in_row, layer_of, op_of
 from correctnet.engine.trace import Traced, changed_by, read_by, shape_of
 from correctnet.noise import core
 from correctnet.noise import device as gpu
@@ -286,7 +287,7 @@ class Lowering:
         module = self.root.get_submodule(node.target) if node.op == "call_module" else None
         if not isinstance(module, (nn.Conv2d, nn.Linear)) or not shape_of(node):
             return 0.0, 0
-        weight = nominal_weight(module)
+        weight = trained_weight(module)
         pixels = math.prod(shape_of(node)) // weight.shape[0]  # or vectors, for a linear layer
         return 2.0 * weight.numel() * pixels, weight.numel()
 
@@ -348,7 +349,11 @@ class Lowering:
             own = _converters(layer_of(op), first_layer)
             if own is not None and own.dac is not None and node not in converted:
                 x = [plan.pointwise(x[0], core.extension.Pointwise(dac=_converter(own.dac)))]
-            values[last] = x[0] if chain.identity(op) else self._emit(plan, op, x, chain, pool, first_layer)
+            if op.kind in _PIECES:
+                first = op.last if op.last is not None else self.last[node]
+                values[last] = pieces.emit(plan, op, x[0], shape_of(op.inputs[0]), first)
+            else:
+                values[last] = x[0] if chain.identity(op) else self._emit(plan, op, x, chain, pool, first_layer)
             if op.kind in ("conv", "linear"):
                 layers.append(node.target)
         plan.finish(values[target])
@@ -386,15 +391,19 @@ class Lowering:
             chain.shift = chain.shift + chain.scale * _bias(layer)
             if own := _converters(layer, first_layer):
                 chain.convert(own)
+            weights, stride, dilation = _weights(layer, first_layer), layer.stride, layer.dilation
+            if len(stride) == 1:  # of one dimension
+                stride, dilation = in_row(stride), in_row(dilation)
+                weights |= {name: weights[name][:, None] for name in ("weight", "spread") if name in weights}
             return plan.conv(
                 plan.pixels(x[0], *moved) if moved else x[0],
-                stride=layer.stride,
+                stride=stride,
                 padding=padding,
-                dilation=layer.dilation,
+                dilation=dilation,
                 groups=layer.groups,
                 pointwise=chain.pointwise(),
                 pool=pool,
-                **_weights(layer, first_layer),
+                **weights,
             )
         if op.kind == "linear":
             layer = op.detail
@@ -407,6 +416,8 @@ class Lowering:
             for name in {"weight", "spread"} & set(weights):  # on each token
                 weights[name] = weights[name][:, None, None]
             return plan.conv(x[0], pointwise=chain.pointwise(), **weights)
+        if op.kind == "attention":
+            return plan.attention(*x, **op.detail)
         if op.kind in ("layer_norm", "group_norm"):
             *how, chain.scale, chain.shift = op.detail
             return getattr(plan, op.kind)(x[0], *how, chain.pointwise())
@@ -431,11 +442,12 @@ class Lowering:
 _ABSORBED = ("affine", "activation", "same")
 # Operations after which a DAC gives the same as before them.
 _MOVING = ("same", "flatten", "max_pool", "channels", "pixels")
+_PIECES = ("taken", "reshaped", "joined", "shifted")
 
 
 def _has_kernel(op: Op) -> bool:
     """Return whether the CUDA kernels have the operation."""
-    if op.last or op.turns or op.kind in ("multiply", "channels", "group_norm", "pixels"):
+    if op.last or op.turns or op.kind in ("multiply", "channels", "group_norm", "pixels", *_PIECES):
         return False
     if op.kind == "conv" and op.detail[2]:
         return False
@@ -446,7 +458,7 @@ def _has_kernel(op: Op) -> bool:
 
 def _rank_fits(source: fx.Node, last: bool) -> bool:
     shape = shape_of(source)
-    return shape is not None and len(shape) in ((2, 3) if last else (1, 3))
+    return shape is not None and len(shape) <= 3 and (not last or len(shape) > 1)
 
 
 def _as_image(shape: tuple[int, ...], last: bool) -> tuple[int, int, int]:
@@ -489,7 +501,7 @@ def _weights(layer: nn.Module, first_layer: int) -> dict[str, Any]:
     def array(tensor: Tensor) -> np.ndarray:
         return in_order(tensor.detach()).cpu().numpy()
 
-    weight = nominal_weight(layer)
+    weight = trained_weight(layer)
     if not _varies(layer, first_layer):
         return {"weight": array(weight)}
     index, noise = layer.layer_index, kernel_noise(layer.variation)

@@ -39,10 +39,11 @@ def moves(shape: tuple[int, ...], run: Callable[[Tensor], Tensor]) -> Moves | No
     return tuple((row_of.int() - 1).tolist()), tuple((col_of.int() - 1).tolist())
 
 
-def of_padding(conv: nn.Conv2d, shape: tuple[int, ...]) -> Moves | None:
+def of_padding(conv: nn.Conv1d | nn.Conv2d, shape: tuple[int, ...]) -> Moves | None:
     """Return what the padding of a convolution does that is not the same number of zeros on both sides."""
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    return moves(shape, lambda x: F.pad(x, conv._reversed_padding_repeated_twice, mode=mode))
+    sides = (*conv._reversed_padding_repeated_twice, 0, 0)[:4]
+    return moves((shape[0], *(1,) * (3 - len(shape)), *shape[1:]), lambda x: F.pad(x, sides, mode=mode))
 
 
 def of_module(module: nn.Module, shape: tuple[int, ...]) -> Moves | None:

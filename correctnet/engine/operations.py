@@ -6,57 +6,24 @@ import math
 import operator
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
-from correctnet.crossbar.layers import AnalogConv2d, AnalogLayer, AnalogLinear, AnalogModule, nominal_weight
+from correctnet.crossbar.kinds import derives, plain_type
+from correctnet.crossbar.layers import AnalogModule, trained_weight
 from correctnet.devices.base import drawn_by_kernels
 from correctnet.engine.activations import ACTIVATIONS, function_activation, module_activation
+from correctnet.engine.attention import heads_of, window_heads
+from correctnet.engine.expansion import window_attention
 from correctnet.engine.moves import PADS, UPSAMPLINGS, Moves, of_function, of_module, of_padding
+from correctnet.engine.op import Op, constant
+from correctnet.engine.pieces import joined, part_of, reshaped, shifted
 from correctnet.engine.trace import bind, changed_by, hooked, shape_of
-from correctnet.reloading import survives_reload
-
-
-@survives_reload
-@dataclass(frozen=True)
-class Op:
-    """An operation that a plan can express.
-
-    Attributes:
-        inputs: the nodes that it reads.
-        detail: its parameters.
-        last: whether the values that it reads have their channels last, (N, ..., C), not first, (N, C, ...); None: as
-            they come. Values (N, C) are both.
-        turns: whether its result has them the other way.
-    """
-
-    kind: Literal[
-        "conv",
-        "linear",
-        "layer_norm",
-        "group_norm",
-        "affine",
-        "activation",
-        "max_pool",
-        "average_pool",
-        "adaptive",
-        "flatten",
-        "same",
-        "concat",
-        "channels",
-        "pixels",
-        "add",
-        "multiply",
-    ]
-    inputs: tuple[fx.Node, ...]
-    detail: Any = None
-    last: bool | None = False
-    turns: bool = False
 
 
 def layer_of(op: Op) -> nn.Module | None:
@@ -84,27 +51,45 @@ def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
+def in_row(value: Any, above: int = 1) -> tuple[int, int]:
+    """Return a number of an operation of one dimension as those of one on a row, with `above` for the height."""
+    return (above, value if isinstance(value, int) else value[0])
+
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+
+
+def layer_type(module: nn.Module) -> type[nn.Module] | None:
+    """Return which of `LAYERS` a module is, also where its weight is derived from others; None for other modules.
+
+    Derived by a parametrization, pruning, weight_norm or spectral_norm. Other hooks and subclasses may do anything.
+    """
+    kind = plain_type(module)
+    if parametrize.is_parametrized(module):
+        kind = kind.__bases__[0]
+    known = not module._forward_hooks and all(derives(module, hook) for hook in module._forward_pre_hooks.values())
+    return kind if kind in LAYERS and known else None
+
+
 def _module_op(node: fx.Node, module: nn.Module) -> Op | None:
-    if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node) or hooked(module):
+    if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
         return None
-    x, kind = node.args[0], type(module)
+    x, kind, layer = node.args[0], type(module), layer_type(module)
     shape = shape_of(x)
-    if isinstance(module, AnalogLayer) and not drawn_by_kernels(module.variation):
+    if layer is not None:
+        return _layer(x, module, layer)
+    if hooked(module):
         return None
-    if kind in (nn.Conv2d, AnalogConv2d, nn.Linear, AnalogLinear) and nominal_weight(module).numel() == 0:
-        return None
-    if kind in (nn.Conv2d, AnalogConv2d):
-        return _conv(x, module) if len(shape) == 3 else None
-    if kind in (nn.Linear, AnalogLinear):
-        return Op("linear", (x,), module, last=len(shape) > 1) if len(shape) <= 3 else None
     if kind is nn.LayerNorm:
         return _layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
     if kind is nn.GroupNorm:
         return _group_norm(x, module.num_groups, module.weight, module.bias, module.eps)
-    if kind is nn.InstanceNorm2d and module.running_mean is None and len(shape) == 3:
+    if kind in (nn.InstanceNorm1d, nn.InstanceNorm2d) and module.running_mean is None:
+        if len(shape) != (3 if kind is nn.InstanceNorm2d else 2):
+            return None
         return _group_norm(x, module.num_features, module.weight, module.bias, module.eps)
     if kind in (nn.BatchNorm1d, nn.BatchNorm2d):
-        usable = module.running_mean is not None and len(shape) == (3 if kind is nn.BatchNorm2d else 1)
+        usable = module.running_mean is not None and len(shape) in ((3,) if kind is nn.BatchNorm2d else (1, 2))
         return Op("affine", (x,), _batchnorm(module)) if usable else None
     if activation := module_activation(module):
         return Op("activation", (x,), activation, last=None)
@@ -116,18 +101,33 @@ def _module_op(node: fx.Node, module: nn.Module) -> Op | None:
         return _flatten(node, x)
     if kind in (*PADS, *UPSAMPLINGS):
         return _pixels(x, of_module(module, shape)) if len(shape) == 3 else None
-    if kind is nn.MaxPool2d:
+    if kind in (nn.MaxPool1d, nn.MaxPool2d):
         return _pool("max_pool", x, vars(module))
-    if kind is nn.AvgPool2d:
+    if kind in (nn.AvgPool1d, nn.AvgPool2d):
         return _pool("average_pool", x, vars(module))
-    if kind is nn.AdaptiveAvgPool2d:
+    if kind in (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d):
         return _adaptive(node, x)
     return None
 
 
-def _conv(x: fx.Node, conv: nn.Conv2d) -> Op | None:
+def _layer(x: fx.Node, module: nn.Module, kind: type[nn.Module]) -> Op | None:
+    """Return a layer, one of `LAYERS`."""
+    rank = len(shape_of(x))
+    analog = isinstance(module, AnalogModule)
+    own = module.crossbar("weight") if analog else None
+    # A module with weights of another kind on crossbars, such as a bias, is not a layer of a plan.
+    if (own is not None and not drawn_by_kernels(own.variation)) or (analog and module.crossbars() != [own]):
+        return None
+    if trained_weight(module).numel() == 0:
+        return None
+    if kind is nn.Linear:
+        return Op("linear", (x,), module, last=rank > 1) if rank <= 3 else None
+    return _conv(x, module) if rank == {nn.Conv1d: 2, nn.Conv2d: 3}[kind] else None
+
+
+def _conv(x: fx.Node, conv: nn.Conv1d | nn.Conv2d) -> Op | None:
     """Return a convolution with (layer, zeros on each side, moves of the pixels before it or None)."""
-    left, right, top, bottom = conv._reversed_padding_repeated_twice
+    left, right, top, bottom = (*conv._reversed_padding_repeated_twice, 0, 0)[:4]
     if conv.padding_mode == "zeros" and left == right and top == bottom:
         return Op("conv", (x,), (conv, (top, left), None))
     moved = of_padding(conv, shape_of(x))
@@ -136,6 +136,22 @@ def _conv(x: fx.Node, conv: nn.Conv2d) -> Op | None:
 
 def _pixels(x: fx.Node, moved: Moves | None) -> Op | None:
     return Op("pixels", (x,), moved) if moved else None
+
+
+def _resized(node: fx.Node, x: fx.Node, name: str) -> Op | None:
+    """Return a padding or an upsampling of maps, (N, C, H, W), or a padding of (N, H, W, C) by zeros."""
+    shape = shape_of(x)
+    if shape is None or len(shape) != 3:
+        return None
+    sides = node.args[1] if name == "pad" and len(node.args) == 2 else ()
+    zeros = node.kwargs.get("mode", "constant") == "constant" and not node.kwargs.get("value")
+    if len(sides) != 6 or any(sides[:2]) or not zeros:
+        return _pixels(x, of_function(node, shape))
+    _, _, left, right, top, bottom = sides
+    if not all(isinstance(n, int) and n >= 0 for n in sides):
+        return None
+    rows, cols = ((*(-1,) * a, *range(n), *(-1,) * b) for a, n, b in ((top, shape[0], bottom), (left, shape[1], right)))
+    return Op("pixels", (x,), (rows, cols), last=True)
 
 
 def _batchnorm(norm: nn.modules.batchnorm._BatchNorm) -> tuple[np.ndarray, np.ndarray]:
@@ -156,8 +172,11 @@ def _flatten(node: fx.Node, x: fx.Node) -> Op | None:
         return Op("same", (x,), last=None)
     if shape is not None and len(shape) == 4:
         return _shuffled(node, x)
-    whole = shape is not None and result == (math.prod(shape),)
-    return Op("flatten", (x,)) if whole and len(shape) in (1, 3) else None
+    if shape is not None and len(shape) > 1 and result == shape[-1:]:
+        return Op("same", (x,), last=True)  # one token or pixel
+    if shape is None or len(result) > 1:
+        return None if shape is None else reshaped(shape, node, x)
+    return Op("flatten", (x,)) if result == (math.prod(shape),) and len(shape) <= 3 else None
 
 
 def _shuffle(x: fx.Node, groups: int) -> Op:
@@ -187,53 +206,26 @@ def _shuffled(node: fx.Node, x: fx.Node) -> Op | None:
     return _shuffle(source, split[0])
 
 
-def _parts(node: fx.Node) -> Op | None:
-    """Return a selection of channels: one of the parts of chunk or split, or a slice."""
-    source, index = node.args
-    if not isinstance(source, fx.Node):
-        return None
-    if isinstance(index, tuple):
-        shape = shape_of(source)
-        if index == (slice(None), slice(None), None, None) and shape is not None and len(shape) == 1:
-            return Op("same", (source,), last=None)
-        channels = index[1] if len(index) > 1 and index[0] == slice(None) else None
-        rest = all(i == slice(None) or i is Ellipsis for i in index[2:])
-        if shape is None or len(shape) not in (1, 3) or not rest or not isinstance(channels, slice):
-            return None
-        if any(isinstance(v, fx.Node) for v in (channels.start, channels.stop, channels.step)):
-            return None
-        return Op("channels", (source,), tuple(range(shape[0])[channels]))
-    function = {torch.chunk: "chunk", torch.split: "split"}.get(source.target, source.target)
-    if source.op not in ("call_function", "call_method") or function not in ("chunk", "split"):
-        return None
-    name = "chunks" if function == "chunk" else "split_size" if source.op == "call_method" else "split_size_or_sections"
-    bound, x = bind(source, (name, "dim"), dim=0), source.args[0]
-    shape = shape_of(x) if isinstance(x, fx.Node) else None
-    if bound is None or shape is None or len(shape) not in (1, 3) or bound["dim"] not in (1, -len(shape)):
-        return None
-    sizes = [meta.shape[1] for meta in source.meta["tensor_meta"]]
-    if not isinstance(index, int):
-        return None
-    index = range(len(sizes))[index]
-    first = sum(sizes[:index])
-    return Op("channels", (x,), tuple(range(first, first + sizes[index])))
-
-
 def _pool(kind: Any, x: fx.Node, options: dict[str, Any]) -> Op | None:
     shape = shape_of(x)
     include_padding = bool(options.get("count_include_pad", True))
     plain = (
         not options.get("return_indices")
         and options.get("divisor_override") is None
-        and _pair(options.get("dilation", 1)) == (1, 1)
+        and options.get("dilation", 1) in (1, (1,), (1, 1))
     )
-    if not plain or shape is None or len(shape) != 3:
+    if not plain or shape is None or len(shape) not in (2, 3):
         return None
-    kernel, padding = _pair(options["kernel_size"]), _pair(options.get("padding", 0))
+
+    def pair(value: Any, above: int = 1) -> tuple[int, int]:
+        return _pair(value) if len(shape) == 3 else in_row(value, above)
+
+    kernel, padding = pair(options["kernel_size"]), pair(options.get("padding", 0), 0)
     stride = options.get("stride")
-    stride = kernel if stride in (None, ()) else _pair(stride)
+    stride = kernel if stride in (None, ()) else pair(stride)
     # ceil_mode makes no difference where the windows end with the map.
-    rests = [(n + 2 * p - k) % s for n, p, k, s in zip(shape[1:], padding, kernel, stride, strict=True)]
+    size = shape[1:] if len(shape) == 3 else (1, shape[1])
+    rests = [(n + 2 * p - k) % s for n, p, k, s in zip(size, padding, kernel, stride, strict=True)]
     ceil = bool(options.get("ceil_mode")) and any(rests)
     if kind == "average_pool" and include_padding and ceil:
         return None  # its last windows count a part of the padding
@@ -242,9 +234,9 @@ def _pool(kind: Any, x: fx.Node, options: dict[str, Any]) -> Op | None:
 
 def _adaptive(node: fx.Node, x: fx.Node) -> Op | None:
     shape, result = shape_of(x), shape_of(node)
-    if shape is None or result is None or len(shape) != 3 or len(result) != 3:
+    if shape is None or result is None or len(shape) not in (2, 3) or len(result) != len(shape):
         return None
-    return Op("adaptive", (x,), result[1:])
+    return Op("adaptive", (x,), (*(1,) * (3 - len(shape)), *result[1:]))
 
 
 def _mean(node: fx.Node, x: fx.Node) -> Op | None:
@@ -254,7 +246,7 @@ def _mean(node: fx.Node, x: fx.Node) -> Op | None:
         return None
     rank = len(shape) + 1
     dims = {d % rank for d in ((bound["dim"],) if isinstance(bound["dim"], int) else bound["dim"])}
-    if rank == 4 and dims == {2, 3}:
+    if (rank, dims) in ((4, {2, 3}), (3, {2})):
         return Op("adaptive", (x,), (1, 1))
     tokens = (rank == 4 and dims == {1, 2}) or (rank == 3 and dims == {1})
     return Op("adaptive", (x,), (1, 1), last=True) if tokens and not bound["keepdim"] else None
@@ -270,7 +262,7 @@ def _layer_norm(x: fx.Node, over: Any, weight: Tensor | None, bias: Tensor | Non
 
 def _group_norm(x: fx.Node, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Op | None:
     shape = shape_of(x)
-    if shape is None or len(shape) not in (1, 3) or shape[0] % groups:
+    if shape is None or len(shape) > 3 or shape[0] % groups:
         return None
     scale, shift = _numbers(weight, 1.0), _numbers(bias, 0.0)
     return Op("group_norm", (x,), (groups, float(eps), scale, shift))
@@ -285,7 +277,7 @@ def _function_layer_norm(root: nn.Module, node: fx.Node, x: fx.Node) -> Op | Non
     found = {"weight": None, "bias": None, "eps": 1e-5} | found
     for name in ("weight", "bias"):
         if found[name] is not None:
-            found[name] = _constant(root, found[name])
+            found[name] = constant(root, found[name])
             if found[name] is None:
                 return None
     if any(isinstance(v, fx.Node) for v in found.values()) or not isinstance(found["normalized_shape"], list | tuple):
@@ -293,24 +285,25 @@ def _function_layer_norm(root: nn.Module, node: fx.Node, x: fx.Node) -> Op | Non
     return _layer_norm(x, found["normalized_shape"], found["weight"], found["bias"], found["eps"])
 
 
-def _constant(root: nn.Module, node: Any) -> Tensor | None:
-    """Return a digital float32 parameter or buffer that a node reads; None for any other node."""
-    if not isinstance(node, fx.Node) or node.op != "get_attr":
-        return None
-    owner, _, name = node.target.rpartition(".")
-    tensor, module = operator.attrgetter(node.target)(root), root.get_submodule(owner)
-    digital = not isinstance(module, AnalogModule) or module.crossbar(name) is None
-    return tensor if digital and isinstance(tensor, Tensor) and tensor.dtype == torch.float32 else None
-
-
 def _permuted(node: fx.Node, x: fx.Node) -> Op | None:
     """Return a permutation that puts the channels last or first."""
-    axes = node.args[1:]
+    axes, shape = node.args[1:], shape_of(x)
     axes = tuple(axes[0]) if len(axes) == 1 and isinstance(axes[0], list | tuple) else axes
-    if node.kwargs or not all(isinstance(a, int) for a in axes) or shape_of(x) is None or len(shape_of(x)) != 3:
+    if node.kwargs or not all(isinstance(a, int) for a in axes) or shape is None or len(shape) not in (2, 3):
         return None
+    if len(shape) == 2:
+        return Op("same", (x,), last=None, turns=True) if tuple(a % 3 for a in axes) == (0, 2, 1) else None
     last = {(0, 2, 3, 1): False, (0, 3, 1, 2): True}.get(tuple(a % 4 for a in axes))
     return None if last is None else Op("same", (x,), last=last, turns=True)
+
+
+def _transposed(node: fx.Node, x: fx.Node) -> Op | None:
+    """Return an exchange of tokens and channels."""
+    shape = shape_of(x)
+    exchanged = len(node.args) == 3 and not node.kwargs and all(isinstance(a, int) for a in node.args[1:])
+    if not exchanged or shape is None or len(shape) != 2 or {a % 3 for a in node.args[1:]} != {1, 2}:
+        return None
+    return Op("same", (x,), last=None, turns=True)
 
 
 def _scaled(root: nn.Module, node: fx.Node) -> Op | None:
@@ -318,7 +311,7 @@ def _scaled(root: nn.Module, node: fx.Node) -> Op | None:
     if len(node.args) != 2 or node.kwargs:
         return None
     for x, other in (node.args, node.args[::-1]):
-        parameter, shape = _constant(root, other), shape_of(x) if isinstance(x, fx.Node) else None
+        parameter, shape = constant(root, other), shape_of(x) if isinstance(x, fx.Node) else None
         if parameter is None or shape is None or len(shape) not in (2, 3):
             continue
         sizes = tuple(parameter.shape)
@@ -371,9 +364,12 @@ def _concat(node: fx.Node) -> Op | None:
     if not all(isinstance(p, fx.Node) and shape_of(p) for p in parts):
         return None
     ranks = {len(shape_of(p)) for p in parts}
-    if len(ranks) != 1 or ranks - {1, 3} or bound["dim"] not in (1, -max(ranks)):
+    if len(ranks) != 1:
         return None
-    return Op("concat", tuple(parts))
+    (rank,) = ranks
+    if rank <= 3 and bound["dim"] in (1, -rank):
+        return Op("concat", tuple(parts))
+    return Op("concat", tuple(parts), last=True) if rank in (2, 3) and bound["dim"] in (rank, -1) else None
 
 
 def _function(target: Any) -> str | None:
@@ -386,9 +382,10 @@ def _function(target: Any) -> str | None:
 
 def _function_op(root: nn.Module, node: fx.Node, name: str) -> Op | None:
     if name == "cat":
-        return _concat(node)
+        return joined(root, node) or _concat(node)
     if name in ("add", "sub", "mul", "div"):
-        return (_scaled(root, node) if name == "mul" else None) or _arithmetic(node, name)
+        with_parameter = {"mul": _scaled, "add": shifted}.get(name, lambda root, node: None)
+        return with_parameter(root, node) or _arithmetic(node, name)
     if not node.args or not isinstance(node.args[0], fx.Node):
         return None
     x = node.args[0]
@@ -396,9 +393,13 @@ def _function_op(root: nn.Module, node: fx.Node, name: str) -> Op | None:
         activation = function_activation(node, name)
         return Op("activation", (x,), activation, last=None) if activation else None
     if name == "getitem":
-        return _parts(node)
+        return part_of(node)
     if name == "permute":
         return _permuted(node, x)
+    if name == "transpose":
+        return _transposed(node, x)
+    if name == "window_attention":
+        return window_heads(root, node)
     if name == "layer_norm":
         return _function_layer_norm(root, node, x)
     if name == "dropout":
@@ -407,22 +408,21 @@ def _function_op(root: nn.Module, node: fx.Node, name: str) -> Op | None:
     if name == "stochastic_depth":
         bound = bind(node, ("p", "mode", "training"), training=True)
         return Op("same", (x,), last=None) if bound and bound["training"] is False else None
-    if name in ("flatten", "view", "reshape"):
-        return _flatten(node, x)
+    if name in ("flatten", "unflatten", "view", "reshape"):
+        return heads_of(root, node) or _flatten(node, x)
     if name in ("pad", "interpolate"):
-        shape = shape_of(x)
-        return _pixels(x, of_function(node, shape)) if shape is not None and len(shape) == 3 else None
+        return _resized(node, x, name)
     if name == "contiguous":
         return Op("same", (x,), last=None)
-    if name == "max_pool2d":
+    if name in ("max_pool1d", "max_pool2d"):
         names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
         bound = bind(node, names, stride=None)
         return _pool("max_pool", x, bound) if bound else None
-    if name == "avg_pool2d":
+    if name in ("avg_pool1d", "avg_pool2d"):
         names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
         bound = bind(node, names, stride=None, divisor_override=None)
         return _pool("average_pool", x, bound) if bound else None
-    if name == "adaptive_avg_pool2d":
+    if name in ("adaptive_avg_pool1d", "adaptive_avg_pool2d"):
         return _adaptive(node, x)
     if name == "mean":
         return _mean(node, x)
@@ -446,14 +446,20 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
         "gelu": (F.gelu,),
         "getitem": (operator.getitem,),
         "permute": (torch.permute,),
+        "transpose": (torch.transpose, torch.swapaxes),
+        "window_attention": (window_attention,),
         "layer_norm": (F.layer_norm,),
         "dropout": (F.dropout,),
         "pad": (F.pad,),
         "interpolate": (F.interpolate,),
         "flatten": (torch.flatten,),
+        "unflatten": (torch.unflatten,),
         "reshape": (torch.reshape,),
         "max_pool2d": (F.max_pool2d, torch.max_pool2d),
         "avg_pool2d": (F.avg_pool2d,),
+        "max_pool1d": (F.max_pool1d, torch.max_pool1d),
+        "avg_pool1d": (F.avg_pool1d, torch.avg_pool1d),
+        "adaptive_avg_pool1d": (F.adaptive_avg_pool1d, torch.adaptive_avg_pool1d),
         "adaptive_avg_pool2d": (F.adaptive_avg_pool2d,),
         "mean": (torch.mean,),
         "cat": (torch.cat, torch.concat, torch.concatenate),
@@ -465,7 +471,9 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
     for function in functions
 }
 _METHODS = {
-    **{name: name for name in ("flatten", "view", "reshape", "contiguous", "mean", "permute")},
+    **{
+        name: name for name in ("flatten", "unflatten", "view", "reshape", "contiguous", "mean", "permute", "transpose")
+    },
     **{
         name + end: name
         for name in ("relu", "sigmoid", "tanh", "clamp", "add", "sub", "mul", "div")

@@ -64,8 +64,9 @@ def report_of(graph: Lowering, steps: list[TorchStep], library: bool) -> Report:
     for node in graph.root.graph.nodes:
         reached |= {id(held): held for held in read_by(graph.root, node).values()}
     in_order = sorted(reached.values(), key=lambda held: held.layer_index)
-    fused = {name.removeprefix(graph.prefix) for s in steps if isinstance(s, PlanStep) for name in s.layers}
-    names = [named[id(held)].removeprefix(graph.prefix) for held in in_order]
+    planned = {name for s in steps if isinstance(s, PlanStep) for name in s.layers}
+    names = [getattr(held, "known_as", named[id(held)]).removeprefix(graph.prefix) for held in in_order]
+    fused = {name for name, held in zip(names, in_order, strict=True) if named[id(held)] in planned}
     several = isinstance(graph.input.meta.get("tensor_meta"), tuple)  # whose parts are no operations
     parts = set(graph.input.users) if several else set()
     own = [s.node for s in steps if not isinstance(s, PlanStep) and s.node not in parts]

@@ -19,6 +19,7 @@ from correctnet.crossbar.convert import programmed
 from correctnet.crossbar.kinds import kind_of
 from correctnet.crossbar.layers import AnalogModule, OnCrossbar, analog_layers, analog_names
 from correctnet.datasets.inputs import Inputs, tensors_of
+from correctnet.engine.expansion import expanded
 from correctnet.errors import UserError, one_line
 from correctnet.metrics import chosen
 from correctnet.noise import core
@@ -61,7 +62,15 @@ class _Tracer(fx.Tracer):
         return analog or hooked(m) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        return super().call_module(m, forward, args, kwargs) if self._recording else forward(*args, **kwargs)
+        if not self._recording:
+            return forward(*args, **kwargs)
+        found = NotImplemented if hooked(m) else expanded(self, m, self.path_of_module(m), args, kwargs)
+        return super().call_module(m, forward, args, kwargs) if found is NotImplemented else found
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        if mod not in self.submodule_paths:  # made by `expanded`
+            self.submodule_paths = {module: name for name, module in self.root.named_modules()}
+        return super().path_of_module(mod)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         return super().getattr(attr, attr_val, parameter_proxy_cache) if self._recording else attr_val
@@ -222,8 +231,9 @@ def _twin(model: nn.Module) -> nn.Module:
 
 def _traced(model: nn.Module, example: Tensor | Inputs) -> Traced:
     # A root module is always traced through, which would lose the variation of an analog layer.
-    wrapped = isinstance(model, AnalogModule) or hooked(model)
+    wrapped = isinstance(model, AnalogModule) or hooked(model) or fx.Tracer().is_leaf_module(model, "")
     root = nn.Sequential(model) if wrapped else model
+    layers, names = analog_layers(model), analog_names(model)  # before tracing, which adds parts of modules
     graph = _Tracer(example).trace(_of_one_value(root, example))
     nodes = list(graph.nodes)
     inputs = [n for n in nodes if n.op == "placeholder"]
@@ -235,8 +245,8 @@ def _traced(model: nn.Module, example: Tensor | Inputs) -> Traced:
     with torch.no_grad():
         # Two images, since a batch of 1 could not be told from a feature dimension of 1.
         _Shapes(module).run(argument(_repeated(example, 2)))
-    reached, names = {id(own) for node in graph.nodes for own in read_by(module, node).values()}, analog_names(model)
-    unused = tuple(names[id(own)] for own in analog_layers(model) if id(own) not in reached)
+    reached = {own.layer_index for node in graph.nodes for own in read_by(module, node).values()}
+    unused = tuple(names[id(own)] for own in layers if own.layer_index not in reached)
     return Traced(module, inputs[0], last.args[0], unused, "0." if wrapped else "")
 
 
