@@ -11,7 +11,7 @@ from torch import nn
 
 from correctnet import LogNormalVariation, convert
 from correctnet.crossbar.convert import programmed
-from correctnet.crossbar.layers import analog_layers
+from correctnet.crossbar.layers import analog_layers, analog_names
 from correctnet.engine.engine import Engine
 from correctnet.engine.expansion import window_attention
 from correctnet.noise import core
@@ -34,6 +34,10 @@ class Block(nn.Module):
     def forward(self, x):
         x = x + self.proj(self.attend(self.norm(x)))
         return self.down(F.gelu(self.up(self.after(x))))
+
+
+def own(attend):
+    return type("Own", (Block,), {"attend": attend})
 
 
 class Joint(Block):
@@ -70,6 +74,32 @@ class Separate(Block):
         return y.permute(0, 2, 1, 3).flatten(2)
 
 
+class Written(Block):
+    """As before PyTorch 2, with a dropout and relative positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout, self.positions = nn.Dropout(0.1), nn.Parameter(torch.randn(HEADS, TOKENS, TOKENS))
+
+    def attend(self, x):
+        n, t, c = x.shape
+        qkv = self.qkv(x).reshape(n, t, 3, HEADS, c // HEADS).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv[0], qkv[1], qkv[2]
+        scores = (q * 0.6) @ k.transpose(-2, -1) / 2
+        weights = self.dropout(torch.softmax(scores + self.positions, dim=-1))
+        return (weights @ v).transpose(1, 2).reshape(n, t, c)
+
+
+def single(self, x):
+    q, k, v = self.qkv(x).chunk(3, -1)
+    return F.softmax(0.2 * torch.bmm(q, k.mT.contiguous()), -1).matmul(v)
+
+
+def over_queries(self, x):
+    q, k, v = self.qkv(x).chunk(3, -1)
+    return (q @ k.transpose(1, 2)).softmax(1) @ v
+
+
 class Shuffled(Joint):
     """Channels of the heads in an order that a plan does not know: torch computes the attention."""
 
@@ -86,10 +116,6 @@ class Swapped(Joint):
         n, t, c = x.shape
         q, k, v = self.qkv(x).reshape(n, t, 3, HEADS, c // HEADS).permute(2, 0, 3, 1, 4).unbind(0)
         return F.scaled_dot_product_attention(q, k, v).reshape(n, t, c)
-
-
-def own(attend):
-    return type("Own", (Block,), {"attend": attend})
 
 
 def masked_by_what_is_computed(self, x):
@@ -118,6 +144,9 @@ NETWORKS = {
     "joint": (Joint, 1),
     "causal": (Causal, 1),
     "separate": (Separate, 1),
+    "written": (Written, 1),
+    "written, one head": (own(single), 1),
+    "softmax over the queries": (own(over_queries), 3),
     "encoder": (lambda: encoder(), 1),
     "encoder, norm first, GELU": (lambda: encoder(norm_first=True, activation="gelu"), 1),
     "layer": (lambda: nn.TransformerEncoderLayer(CHANNELS, HEADS, 40, batch_first=True, bias=False), 1),
@@ -126,6 +155,12 @@ NETWORKS = {
     "results in another order": (Swapped, 3),
     "a mask that is computed": (own(masked_by_what_is_computed), 3),
 }
+
+
+def unused(analog: nn.Module, engine: Engine) -> set[int]:
+    """Indices of the layers that the network does not use."""
+    names = analog_names(analog)
+    return {own.layer_index for own in analog_layers(analog) if names[id(own)] in engine.report.unused}
 
 
 @pytest.mark.parametrize("isa", core.status().available)
@@ -145,6 +180,8 @@ def test_attention_is_part_of_the_plan(name, isa, on_isa) -> None:
         assert engine.report.plans == plans, engine.report
         assert engine.report.unfused == ()
         assert len(engine.report.fused) == len(analog_layers(analog)) - len(engine.report.unused)
+        used = [own for own in analog_layers(analog) if own.layer_index not in unused(analog, engine)]
+        assert engine.cost[2] == sum(own.nominal.numel() for own in used), "a layer is computed twice"
         found = engine.outputs(x, [0, 5])
         for outputs, sample in zip(found, (0, 5), strict=True):
             with programmed(analog, sample):

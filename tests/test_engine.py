@@ -632,7 +632,7 @@ class _Residual(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for norm, mlp in zip(self.norms, self.mlps, strict=True):
             z = norm(x)
-            x = x + (z @ z.transpose(1, 2)).softmax(-1) @ z
+            x = x + (z @ z.transpose(1, 2)).tanh() @ z
             x = x + mlp(x)
         return x
 

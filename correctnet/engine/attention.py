@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -50,6 +51,7 @@ def _moves(node: fx.Node) -> bool:
     return node.op == "call_function" and (
         (target.__name__ == "getitem" and getattr(target, "__module__", "") == "_operator")
         or any(target is getattr(torch, name, None) for name in _MOVES)
+        or (target is getattr and node.args[1] == "mT")
     )
 
 
@@ -80,13 +82,138 @@ def _order(root: nn.Module, chain: list[fx.Node]) -> Tensor | None:
     return values[chain[0]]
 
 
-def _heads(root: nn.Module, node: Any) -> tuple[fx.Node, int, int, int] | None:
-    """Return (source, first channel, heads, channels a head) of a value (N, heads, T, D) of tokens (N, T, C)."""
+@dataclass(frozen=True)
+class _Product:
+    """softmax(scale q k' + added) v of values (N, heads, T, D), or (N, T, D).
+
+    Attributes:
+        q, k, v: the values.
+        scale: the number.
+        added: what is added to the scores on every image, (heads, T, T) or (1, T, T); None: nothing.
+        turned: whether k is (N, heads, D, T).
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    scale: float
+    added: Tensor | None = None
+    turned: bool = False
+
+
+def _product(root: nn.Module, node: fx.Node) -> _Product | None:
+    """Return what a node computes as an attention; None where it is none."""
+    if node.target is F.scaled_dot_product_attention:
+        return _called(root, node)
+    return _written(root, node) if _name(node) == "matmul" else None
+
+
+def _called(root: nn.Module, node: fx.Node) -> _Product | None:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    (*_, tokens, width), mask = node.meta["tensor_meta"].shape, given.pop("attn_mask", None)
+    q, k, v = (given.pop(name, None) for name in names[:3])
+    if any(isinstance(value, fx.Node) for value in given.values()):
+        return None
+    if given.get("dropout_p") or given.get("enable_gqa"):
+        return None
+    added = None
+    if mask is not None and (added := _mask(root, mask)) is None:
+        return None
+    if given.get("is_causal"):
+        added = torch.full((1, tokens, tokens), -math.inf).triu(1)
+    scale = width**-0.5 if given.get("scale") is None else float(given["scale"])
+    return _Product(q, k, v, scale, added)
+
+
+def _mask(root: nn.Module, node: Any) -> Tensor | None:
+    """Return a parameter or buffer (T, T), (heads, T, T) or (1, heads, T, T) that is added to scores."""
+    added = constant(root, node)
+    if added is None or added.dim() < 2 or tuple(added.shape[:-3]) not in ((), (1,)):
+        return None
+    return added.detach().cpu().reshape(-1, *added.shape[-2:])
+
+
+_NAMES = {
+    **dict.fromkeys((operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm", "__matmul__"), "matmul"),
+    **dict.fromkeys((torch.softmax, F.softmax, "softmax"), "softmax"),
+    **dict.fromkeys((operator.mul, torch.mul, "mul"), "mul"),
+    **dict.fromkeys((operator.truediv, torch.div, "div"), "div"),
+    **dict.fromkeys((operator.add, torch.add, "add"), "add"),
+    **dict.fromkeys((F.dropout,), "dropout"),
+}
+
+
+def _name(node: Any) -> str | None:
+    known = isinstance(node, fx.Node) and node.op in ("call_function", "call_method")
+    return _NAMES.get(node.target) if known else None
+
+
+def _numbered(node: Any) -> tuple[Any, float]:
+    """Return a value and the number that a node multiplies it with; the node itself and 1 where it does not."""
+    factor = 1.0
+    while _name(node) in ("mul", "div") and len(node.args) == 2:
+        x, number = node.args
+        if _name(node) == "mul" and isinstance(x, int | float):
+            x, number = number, x
+        if not isinstance(number, int | float) or number == 0:
+            break
+        factor, node = factor * (number if _name(node) == "mul" else 1 / number), x
+    return node, factor
+
+
+def _written(root: nn.Module, node: fx.Node) -> _Product | None:
+    """Return an attention that is written as softmax(q @ k') @ v."""
+    weights, v = node.args if len(node.args) == 2 else (None, None)
+    while _dropped(root, weights):
+        weights = weights.args[0]
+    if not _softmax(root, weights):
+        return None
+    added = None
+    scores, scale = _numbered(weights.args[0])
+    if _name(scores) == "add" and len(scores.args) == 2 and scale == 1:
+        for x, mask in (scores.args, scores.args[::-1]):
+            if (added := _mask(root, mask)) is not None:
+                scores, scale = _numbered(x)
+                break
+    if _name(scores) != "matmul" or len(scores.args) != 2:
+        return None
+    (q, by_q), (k, by_k) = map(_numbered, scores.args)
+    return _Product(q, k, v, scale * by_q * by_k, added, turned=True)
+
+
+def _dropped(root: nn.Module, node: Any) -> bool:
+    """Return whether a node is a dropout, which does nothing in evaluation mode."""
+    if isinstance(node, fx.Node) and node.op == "call_module":
+        return type(root.get_submodule(node.target)) is nn.Dropout
+    training = node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True) if _name(node) else True
+    return _name(node) == "dropout" and training is False
+
+
+def _softmax(root: nn.Module, node: Any) -> bool:
+    """Return whether a node is a softmax over its last dimension."""
+    if not isinstance(node, fx.Node) or not hasattr(node.meta.get("tensor_meta"), "shape"):
+        return False
+    last = (-1, len(node.meta["tensor_meta"].shape) - 1)
+    if node.op == "call_module":
+        module = root.get_submodule(node.target)
+        return type(module) is nn.Softmax and module.dim in last and len(node.args) == 1
+    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    return _name(node) == "softmax" and dim in last and node.kwargs.get("dtype") is None and len(node.args) <= 2
+
+
+def _heads(root: nn.Module, node: Any, turned: bool = False) -> tuple[fx.Node, int, int, int] | None:
+    """Return (source, first channel, heads, channels a head) of a value (N, heads, T, D) of tokens (N, T, C).
+
+    Of (N, heads, D, T) where it is `turned`. A value with three dimensions has one head.
+    """
     chain = _chain(node) if isinstance(node, fx.Node) else []
     source, numbers = (chain[-1], _order(root, chain)) if chain else (None, None)
     shape = None if numbers is None else shape_of(source)
-    if shape is None or len(shape) not in (2, 3) or numbers.dim() != 4 or numbers.shape[0] != 2:
+    if shape is None or len(shape) not in (2, 3) or numbers.dim() not in (3, 4) or numbers.shape[0] != 2:
         return None
+    numbers = numbers if numbers.dim() == 4 else numbers[:, None]
+    numbers = numbers.mT if turned else numbers
     _, heads, tokens, width = numbers.shape
     channels, first = shape[-1], int(numbers[0, 0, 0, 0])
     if tokens * channels != math.prod(shape) or first + heads * width > channels:
@@ -101,43 +228,35 @@ def _heads(root: nn.Module, node: Any) -> tuple[fx.Node, int, int, int] | None:
 def heads_of(root: nn.Module, node: fx.Node) -> Op | None:
     """Return an attention (N, T, C) of tokens as an operation: `node` puts the heads' results side by side.
 
-    It is a call of F.scaled_dot_product_attention on (N, heads, T, D), each of whose arguments is a number of channels
-    of tokens (N, T, ...), however these are put into that order.
+    It is a call of F.scaled_dot_product_attention on (N, heads, T, D), or softmax(q @ k') @ v, each of whose arguments
+    is a number of channels of tokens (N, T, ...), however these are put into that order.
     """
     chain = _chain(node)
     inner = chain[-1]
-    if inner.target is not F.scaled_dot_product_attention:
+    shape, result = shape_of(inner), shape_of(node)
+    if shape is None or len(shape) not in (2, 3) or result is None or len(result) != 2:
         return None
-    shape, numbers = shape_of(inner), _order(root, chain)
-    if shape is None or len(shape) != 3 or numbers is None:
+    product = _product(root, inner)
+    numbers = None if product is None else _order(root, chain)
+    if numbers is None:
         return None
-    heads, tokens, width = shape
-    wanted = torch.arange(2 * math.prod(shape)).view(2, *shape).transpose(1, 2).flatten(2)
-    names = ("key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-    given = dict(zip(names, inner.args[1:], strict=False)) | dict(inner.kwargs)
-    values = [inner.args[0], given.pop("key", None), given.pop("value", None)] if inner.args else [None]
-    parts = [_heads(root, value) for value in values]
+    heads, tokens, width = shape if len(shape) == 3 else (1, *shape)
+    wanted = torch.arange(2 * math.prod(shape)).view(2, heads, tokens, width).transpose(1, 2).flatten(2)
+    parts = [_heads(root, product.q), _heads(root, product.k, product.turned), _heads(root, product.v)]
     if not torch.equal(numbers, wanted) or None in parts or width % 2 or any(p[1] % 2 for p in parts):
         return None
     if any(p[2:] != (heads, width) or math.prod(shape_of(p[0])[:-1]) != tokens for p in parts):
         return None
-    bias = None
-    if given.get("attn_mask") is not None:
-        added = constant(root, given.pop("attn_mask"))
-        if added is None or added.dim() < 2 or tuple(added.shape[:-3]) not in ((), (1,)):
-            return None
-        bias = added.detach().cpu().reshape(-1, *added.shape[-2:]).expand(heads, tokens, tokens).numpy()
-    if any(isinstance(v, fx.Node) for v in given.values()) or given.get("dropout_p") or given.get("enable_gqa"):
-        return None
-    if given.get("is_causal"):
-        bias = np.broadcast_to(np.triu(np.full((tokens, tokens), -np.inf, np.float32), 1), (heads, tokens, tokens))
     detail = {
         "heads": heads,
         "width": width,
         "first": tuple(p[1] for p in parts),
-        "scale": width**-0.5 if given.get("scale") is None else float(given["scale"]),
+        "scale": product.scale,
         "tokens": list(range(tokens)),
         "length": tokens,
-        "bias": bias,
     }
+    if product.added is not None:
+        alike = len(product.added) == 1
+        added = product.added.expand(1 if alike else heads, tokens, tokens)
+        detail["mask" if alike else "bias"] = added.contiguous().numpy()
     return Op("attention", tuple(p[0] for p in parts), detail, last=True)

@@ -242,12 +242,18 @@ class Lowering:
         """Return the steps that compute the output, in order; method "library" uses no plans."""
         nodes = self.root.graph.nodes
         sources = {n: self.sources[n] for n in nodes if method != "library" and self._layered(n, self.sources)}
-        needed = self._needed(sources)
-        # A plan starts at a value that is needed anyway, so that none is computed twice.
-        while cuts := {n: c for n in sources.keys() & needed if (c := self._cut(n, sources, needed)) is not sources[n]}:
+        shared: list[fx.Node] = []
+        while True:
+            needed = self._needed(sources, shared)
+            # A plan starts at a value that is needed anyway, so that none is computed twice.
+            cuts = {n: c for n in sources.keys() & needed if (c := self._cut(n, sources, needed)) is not sources[n]}
             sources |= cuts
-            sources = {n: source for n, source in sources.items() if self._layered(n, sources)}
-            needed = self._needed(sources)
+            if cuts:
+                sources = {n: source for n, source in sources.items() if self._layered(n, sources)}
+            elif (found := self._shared(sources, needed)) is not None:
+                shared.append(found)
+            else:
+                break
         sampled = self._sampled(first_layer)
         return [
             self._plan(node, sources[node], first_layer, precision, node in sampled, method)
@@ -257,10 +263,10 @@ class Lowering:
             if node in needed
         ]
 
-    def _needed(self, sources: dict[fx.Node, fx.Node]) -> set[fx.Node]:
-        """Return the values that steps compute, where plans compute those in `sources`."""
+    def _needed(self, sources: dict[fx.Node, fx.Node], shared: list[fx.Node]) -> set[fx.Node]:
+        """Return the values that steps compute, where plans compute those in `sources`, and `shared` in any case."""
         needed: set[fx.Node] = set()
-        waiting = [self.output, *self.changed]
+        waiting = [self.output, *self.changed, *shared]
         while waiting:
             node = waiting.pop()
             if node not in needed and node is not self.input:
@@ -273,10 +279,25 @@ class Lowering:
         for node in reversed(self._region(target, sources[target])):
             if node is target or node not in needed:
                 continue
-            region = self._region(target, node)
-            if all(n is node or n in region for each in region for n in self.ops[each].inputs):
+            if self._follows(target, node):
                 return node
         return sources[target]
+
+    def _follows(self, target: fx.Node, node: fx.Node) -> bool:
+        """Return whether a plan can compute one value from another alone."""
+        region = self._region(target, node)
+        return all(n is node or n in region for each in region for n in self.ops[each].inputs)
+
+    def _shared(self, sources: dict[fx.Node, fx.Node], needed: set[fx.Node]) -> fx.Node | None:
+        """Return the last value with a layer that several plans compute and can start at; None where there is none."""
+        targets = [n for n in sources if n in needed]
+        regions = {target: self._region(target, sources[target]) for target in targets}
+        for node in reversed(self.root.graph.nodes):
+            readers = [target for target in targets if node in regions[target]]
+            anew = len(readers) > 1 and node not in needed and self._layered(node, sources)
+            if anew and all(self._follows(target, node) for target in readers):
+                return node
+        return None
 
     def varied(self, node: fx.Node, first_layer: int) -> dict[str, OnCrossbar]:
         """Return the weights that a step reads and that differ from chip to chip, by name, see `read_by`."""

@@ -398,6 +398,8 @@ def _function_op(root: nn.Module, node: fx.Node, name: str) -> Op | None:
         return _permuted(node, x)
     if name == "transpose":
         return _transposed(node, x)
+    if name == "matmul":
+        return heads_of(root, node)
     if name == "window_attention":
         return window_heads(root, node)
     if name == "layer_norm":
@@ -447,6 +449,7 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
         "getitem": (operator.getitem,),
         "permute": (torch.permute,),
         "transpose": (torch.transpose, torch.swapaxes),
+        "matmul": (operator.matmul, torch.matmul, torch.bmm),
         "window_attention": (window_attention,),
         "layer_norm": (F.layer_norm,),
         "dropout": (F.dropout,),
@@ -470,10 +473,10 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
     }.items()
     for function in functions
 }
+_PLAIN_METHODS = "flatten unflatten view reshape contiguous mean permute transpose matmul"
 _METHODS = {
-    **{
-        name: name for name in ("flatten", "unflatten", "view", "reshape", "contiguous", "mean", "permute", "transpose")
-    },
+    **{name: name for name in _PLAIN_METHODS.split()},
+    "bmm": "matmul",
     **{
         name + end: name
         for name in ("relu", "sigmoid", "tanh", "clamp", "add", "sub", "mul", "div")
