@@ -1,6 +1,7 @@
 """Attention in plans: every way that networks write it, against float64 and the plain network with a chip's weights."""
 
 import copy
+import math
 import sys
 
 import pytest
@@ -90,6 +91,64 @@ class Written(Block):
         return (weights @ v).transpose(1, 2).reshape(n, t, c)
 
 
+def encoder(**options):
+    layer = nn.TransformerEncoderLayer(CHANNELS, HEADS, 40, batch_first=True, **options)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False, norm=nn.LayerNorm(CHANNELS))
+
+
+class Hidden(Block):
+    """As the first nanoGPT: positions for more tokens than there are, and what comes later is filled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(1, 20, CHANNELS))
+        self.register_buffer("seen", torch.tril(torch.ones(20, 20)).view(1, 1, 20, 20))
+
+    def attend(self, x):
+        n, t, c = x.shape
+        q, k, v = self.qkv(x + self.positions[:, :t]).split(CHANNELS, dim=2)
+        q, k, v = (a.view(n, t, HEADS, c // HEADS).transpose(1, 2) for a in (q, k, v))
+        scores = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
+        scores = scores.masked_fill(self.seen[:, :, :t, :t] == 0, float("-inf"))
+        return (F.softmax(scores, dim=-1) @ v).transpose(1, 2).contiguous().view(n, t, c)
+
+
+class Filled(Hidden):
+    """Rows of which nothing is seen, filled with a number: their weights are all the same."""
+
+    def attend(self, x):
+        self.seen[:, :, 3] = 0
+        q, k, v = self.qkv(x)[:, None].chunk(3, -1)
+        scores = (q @ k.mT).masked_fill(self.seen[:, :, :TOKENS, :TOKENS] == 0, -1e9)
+        return (scores.softmax(-1) @ v)[:, 0]
+
+
+class Masked(Block):
+    """nn.MultiheadAttention with a mask of booleans, true where there is no attention."""
+
+    def __init__(self, boolean: bool = True) -> None:
+        super().__init__()
+        self.mha = nn.MultiheadAttention(CHANNELS, HEADS, batch_first=True)
+        hidden = torch.rand(TOKENS, TOKENS) > 0.6
+        hidden.fill_diagonal_(False)
+        self.register_buffer("mask", hidden if boolean else torch.randn(TOKENS, TOKENS))
+
+    def attend(self, x):
+        return self.mha(x, x, x, attn_mask=self.mask, need_weights=False)[0]
+
+
+class Later(nn.Module):
+    """An encoder that sees no later tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = encoder()
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(TOKENS))
+
+    def forward(self, x):
+        return self.encoder(x, mask=self.mask, is_causal=True)
+
+
 def single(self, x):
     q, k, v = self.qkv(x).chunk(3, -1)
     return F.softmax(0.2 * torch.bmm(q, k.mT.contiguous()), -1).matmul(v)
@@ -123,11 +182,6 @@ def masked_by_what_is_computed(self, x):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=(x @ x.mT)[:, None])[:, 0]
 
 
-def encoder(**options):
-    layer = nn.TransformerEncoderLayer(CHANNELS, HEADS, 40, batch_first=True, **options)
-    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False, norm=nn.LayerNorm(CHANNELS))
-
-
 class Mha(Block):
     """Self-attention with the weights of the heads asked for, and not used."""
 
@@ -146,6 +200,11 @@ NETWORKS = {
     "separate": (Separate, 1),
     "written": (Written, 1),
     "written, one head": (own(single), 1),
+    "written, later tokens hidden": (Hidden, 1),
+    "written, rows without tokens": (Filled, 3),
+    "MultiheadAttention, booleans": (Masked, 1),
+    "MultiheadAttention, mask": (lambda: Masked(False), 1),
+    "encoder, later tokens hidden": (Later, 1),
     "softmax over the queries": (own(over_queries), 3),
     "encoder": (lambda: encoder(), 1),
     "encoder, norm first, GELU": (lambda: encoder(norm_first=True, activation="gelu"), 1),

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from correctnet.engine.expansion import Windows
-from correctnet.engine.op import Op, constant
-from correctnet.engine.trace import call, shape_of
+from correctnet.engine.op import Op, constant, known, moved, only_moves
+from correctnet.engine.trace import shape_of
 
 
 def window_heads(root: nn.Module, node: fx.Node) -> Op | None:
@@ -37,28 +37,10 @@ def window_heads(root: nn.Module, node: fx.Node) -> Op | None:
     return Op("attention", (x, x, x), detail, last=True)
 
 
-# Operations that only move numbers, by their names as methods of tensors.
-_MOVES = {
-    *("view", "reshape", "permute", "transpose", "swapaxes", "contiguous", "flatten", "unflatten"),
-    *("chunk", "split", "unbind", "squeeze", "unsqueeze", "movedim"),
-}
-
-
-def _moves(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return node.target in _MOVES
-    target = node.target
-    return node.op == "call_function" and (
-        (target.__name__ == "getitem" and getattr(target, "__module__", "") == "_operator")
-        or any(target is getattr(torch, name, None) for name in _MOVES)
-        or (target is getattr and node.args[1] == "mT")
-    )
-
-
 def _chain(node: fx.Node) -> list[fx.Node]:
     """Return the steps that only move numbers and end with a node, last first, and the value whose numbers they are."""
     chain = [node]
-    while _moves(chain[-1]) and chain[-1].args and isinstance(chain[-1].args[0], fx.Node):
+    while only_moves(chain[-1]) and chain[-1].args and isinstance(chain[-1].args[0], fx.Node):
         chain.append(chain[-1].args[0])
     return chain
 
@@ -70,16 +52,7 @@ def _order(root: nn.Module, chain: list[fx.Node]) -> Tensor | None:
     if not hasattr(meta, "shape") or len(meta.shape) < 2 or meta.shape[0] != 2:
         return None
     values: dict[fx.Node, Any] = {source: torch.arange(math.prod(meta.shape)).view(meta.shape)}
-    for step in reversed(steps):
-        for n in step.all_input_nodes:
-            if n not in values and "size" not in n.meta:
-                return None
-            values.setdefault(n, n.meta.get("size"))
-        try:
-            values[step] = call(root, step, values)
-        except RuntimeError:  # a view of numbers that are not adjacent
-            return None
-    return values[chain[0]]
+    return values[chain[0]] if moved(root, steps[::-1], values) else None
 
 
 @dataclass(frozen=True)
@@ -127,11 +100,16 @@ def _called(root: nn.Module, node: fx.Node) -> _Product | None:
 
 
 def _mask(root: nn.Module, node: Any) -> Tensor | None:
-    """Return a parameter or buffer (T, T), (heads, T, T) or (1, heads, T, T) that is added to scores."""
-    added = constant(root, node)
-    if added is None or added.dim() < 2 or tuple(added.shape[:-3]) not in ((), (1,)):
+    """Return what a parameter or buffer (T, T), (heads, T, T) or (1, heads, T, T) adds to scores, three dimensions.
+
+    Of booleans, minus infinity where they are false, as for F.scaled_dot_product_attention.
+    """
+    mask = known(root, node)
+    if mask is None or mask.dim() < 2 or tuple(mask.shape[:-3]) not in ((), (1,)):
         return None
-    return added.detach().cpu().reshape(-1, *added.shape[-2:])
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
+    return mask.reshape(-1, *mask.shape[-2:]) if mask.dtype == torch.float32 else None
 
 
 _NAMES = {
@@ -140,6 +118,7 @@ _NAMES = {
     **dict.fromkeys((operator.mul, torch.mul, "mul"), "mul"),
     **dict.fromkeys((operator.truediv, torch.div, "div"), "div"),
     **dict.fromkeys((operator.add, torch.add, "add"), "add"),
+    **dict.fromkeys((torch.masked_fill, "masked_fill"), "masked_fill"),
     **dict.fromkeys((F.dropout,), "dropout"),
 }
 
@@ -169,17 +148,29 @@ def _written(root: nn.Module, node: fx.Node) -> _Product | None:
         weights = weights.args[0]
     if not _softmax(root, weights):
         return None
-    added = None
-    scores, scale = _numbered(weights.args[0])
-    if _name(scores) == "add" and len(scores.args) == 2 and scale == 1:
-        for x, mask in (scores.args, scores.args[::-1]):
-            if (added := _mask(root, mask)) is not None:
-                scores, scale = _numbered(x)
-                break
+    scores, added = _masked(root, weights.args[0])
+    scores, scale = _numbered(scores)
     if _name(scores) != "matmul" or len(scores.args) != 2:
         return None
     (q, by_q), (k, by_k) = map(_numbered, scores.args)
     return _Product(q, k, v, scale * by_q * by_k, added, turned=True)
+
+
+def _masked(root: nn.Module, node: Any) -> tuple[Any, Tensor | None]:
+    """Return scores without what is added to them on every image, and that; the node itself where nothing is."""
+    if _name(node) == "add" and len(node.args) == 2:
+        for x, mask in (node.args, node.args[::-1]):
+            if (added := _mask(root, mask)) is not None:
+                return x, added
+    if _name(node) == "masked_fill" and len(node.args) == 3:
+        x, mask, value = node.args
+        hidden = known(root, mask)
+        # A number as large as that is minus infinity for a softmax, unless all are hidden.
+        if hidden is not None and hidden.dtype == torch.bool and isinstance(value, float) and value <= -1e8:
+            added = _mask(root, mask)
+            if added is not None and not hidden.all(-1).any():
+                return x, torch.zeros(added.shape).masked_fill(added == 0, -math.inf)
+    return node, None
 
 
 def _dropped(root: nn.Module, node: Any) -> bool:

@@ -37,15 +37,11 @@ def expanded(tracer: fx.Tracer, module: nn.Module, name: str, args: tuple[Any, .
         return NotImplemented  # the same on all chips
     if isinstance(module, AnalogAttention) and kind is nn.MultiheadAttention:
         return _attention(module, name, args, kwargs)
+    if kind in (nn.TransformerEncoderLayer, nn.TransformerEncoder):
+        return _encoder(module, args, kwargs)
     x, *others = (*args, *kwargs.values())
-    if any(value is not None and value is not False for value in others):
+    if others:
         return NotImplemented
-    if kind is nn.TransformerEncoderLayer and module.self_attn.batch_first:
-        return _encoder_layer(module, x)
-    if kind is nn.TransformerEncoder and all(layer.self_attn.batch_first for layer in module.layers):
-        for layer in module.layers:
-            x = layer(x)
-        return x if module.norm is None else module.norm(x)
     swin = sys.modules.get("torchvision.models.swin_transformer")
     if swin is None:
         return NotImplemented
@@ -58,9 +54,24 @@ def expanded(tracer: fx.Tracer, module: nn.Module, name: str, args: tuple[Any, .
     return NotImplemented
 
 
-def _encoder_layer(layer: nn.TransformerEncoderLayer, x: Any) -> Any:
+def _encoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    single = isinstance(module, nn.TransformerEncoderLayer)
+    name = "src_mask" if single else "mask"
+    values = dict(zip(("src", name, "src_key_padding_mask", "is_causal"), args, strict=False)) | kwargs
+    x, mask = values.get("src"), values.get(name)
+    first = all(layer.self_attn.batch_first for layer in ([module] if single else module.layers))
+    if not first or values.get("src_key_padding_mask") is not None or (mask is None and values.get("is_causal")):
+        return NotImplemented
+    if single:
+        return _encoder_layer(module, x, mask)
+    for layer in module.layers:
+        x = layer(x, src_mask=mask)
+    return x if module.norm is None else module.norm(x)
+
+
+def _encoder_layer(layer: nn.TransformerEncoderLayer, x: Any, mask: Any) -> Any:
     def attend(x: Any) -> Any:
-        return layer.self_attn(x, x, x, need_weights=False)[0]
+        return layer.self_attn(x, x, x, attn_mask=mask, need_weights=False)[0]
 
     def feed(x: Any) -> Any:
         return layer.linear2(layer.activation(layer.linear1(x)))
@@ -73,10 +84,21 @@ def _encoder_layer(layer: nn.TransformerEncoderLayer, x: Any) -> Any:
 
 
 def _attention(module: AnalogAttention, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    values = dict(zip(("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask"), args, strict=False))
-    values |= kwargs
-    query = values.get("query")
-    masked = any(values.get(mask) is not None for mask in ("key_padding_mask", "attn_mask"))
+    names = (
+        "query",
+        "key",
+        "value",
+        "key_padding_mask",
+        "need_weights",
+        "attn_mask",
+        "average_attn_weights",
+        "is_causal",
+    )
+    values = dict(zip(names, args, strict=False)) | kwargs
+    query, mask = values.get("query"), values.get("attn_mask")
+    # Buffers are read while the network is traced: a mask that is computed is none of them.
+    masked = values.get("key_padding_mask") is not None or (mask is None and values.get("is_causal"))
+    masked = masked or not (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2))
     itself = query is values.get("key") and query is values.get("value")
     if (
         masked
@@ -94,12 +116,16 @@ def _attention(module: AnalogAttention, name: str, args: tuple[Any, ...], kwargs
         module.in_proj = _linear(module, "in_proj_weight", "in_proj_bias", first, f"{name}.in_proj_weight")
         own = last if isinstance(last, OnCrossbar) else None
         module.out_proj = _linear(last, "weight", "bias", own, f"{name}.out_proj")
+    if mask is not None and mask.dtype == torch.bool:  # true where there is no attention
+        mask = torch.zeros(mask.shape, device=mask.device).masked_fill(mask, -math.inf)
     projected = module.in_proj(query).unflatten(-1, (3, module.num_heads, module.head_dim)).permute(2, 0, 3, 1, 4)
     queries, keys, products = projected[0], projected[1], projected[2]
-    output = module.out_proj(F.scaled_dot_product_attention(queries, keys, products).transpose(1, 2).flatten(2))
+    summed = F.scaled_dot_product_attention(queries, keys, products, attn_mask=mask)
+    output = module.out_proj(summed.transpose(1, 2).flatten(2))
     if not values.get("need_weights", True):
         return output, None
-    weights = (queries @ keys.transpose(-2, -1) / module.head_dim**0.5).softmax(-1)
+    scores = queries @ keys.transpose(-2, -1) / module.head_dim**0.5
+    weights = (scores if mask is None else scores + mask).softmax(-1)
     return output, weights.mean(1) if values.get("average_attn_weights", True) else weights
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from correctnet.engine.op import Op, constant
+from correctnet.engine.op import Op, known
 from correctnet.engine.trace import bind, shape_of
 
 
@@ -100,13 +100,12 @@ def _image(shape: tuple[int, ...], last: bool) -> tuple[int, int, int]:
 
 
 def _parameter(root: nn.Module, node: Any) -> Tensor | None:
-    """Return a parameter, also one that `expand` repeats for each image, (1, ...)."""
-    repeats = isinstance(node, fx.Node) and node.op == "call_method" and node.target == "expand"
-    tensor = constant(root, node.args[0] if repeats else node)
-    shape = shape_of(node) if repeats else None
-    if tensor is not None and repeats:
-        tensor = None if shape is None else tensor.expand(2, *shape)[:1]
-    return None if tensor is None else tensor.detach().cpu()
+    """Return a float32 parameter, or a part of one, also where it is repeated for each image, (1, ...)."""
+    tensor = known(root, node)
+    if tensor is None or tensor.dtype != torch.float32:
+        return None
+    repeated = len(tensor) == 2 and torch.equal(tensor[0], tensor[1])  # for the two images of the traced shapes
+    return tensor[:1] if repeated and shape_of(node) is not None else tensor
 
 
 def shifted(root: nn.Module, node: fx.Node) -> Op | None:
@@ -117,6 +116,8 @@ def shifted(root: nn.Module, node: fx.Node) -> Op | None:
         shape = shape_of(x) if isinstance(x, fx.Node) else None
         tensor = _parameter(root, other)
         if shape is None or tensor is None or len(shape) > 3 or shape_of(node) != shape:
+            continue
+        if tensor.dim() > len(shape) and len(tensor) != 1:  # a number for each image
             continue
         return Op("shifted", (x,), tensor.expand(1, *shape)[0].numpy(), last=None)
     return None

@@ -53,7 +53,7 @@ class _Tracer(fx.Tracer):
     """
 
     def __init__(self, example: Tensor | Inputs):
-        super().__init__()
+        super().__init__(autowrap_modules=())  # math's functions take the numbers that sizes are
         self._recording = True
         self._values = [_Values(_repeated(example, n)) for n in (2, 3)]
 
@@ -111,6 +111,9 @@ class _Proxy(fx.Proxy):
 
     def __int__(self) -> int:
         return self.tracer.known(self.node, int)
+
+    def __index__(self) -> int:
+        return self.tracer.known(self.node, operator.index)
 
     def __float__(self) -> float:
         return self.tracer.known(self.node, float)
