@@ -591,7 +591,7 @@ SHARED = {
     "data.augment": {"pretrain", "suppress", "inject", "distil", "search", "compensate", "finetune"},
     "network": {"pretrain"},
     "variation": set(STAGES) - {"pretrain"},
-    "converters": {"inject", "distil", "finetune", "evaluate"},
+    "converters": set(STAGES) - {"pretrain", "suppress"},
     "digital": set(STAGES) - {"pretrain", "suppress"},
     "protect": {"evaluate"},
     "adapt": {"evaluate"},

@@ -131,3 +131,41 @@ def test_damaged_ranges_are_refused(pretrained: Path, tmp_path: Path) -> None:
             assert "converters: converters with two ranges for each layer is expected" in result.output
     finally:
         path.write_text(before)
+
+
+def test_choices_and_compensation_are_made_with_converters(pretrained: Path, tmp_path: Path) -> None:
+    """Each stage computes something else with coarse converters, and what it did without them."""
+    few = ["--quiet", "--threads", 1, "--sigma", 0.3]
+    coarse = ["--dac-bits", 3, "--adc-bits", 3]
+    for name, options in (("exact", []), ("coarse", coarse)):
+        out = tmp_path / name
+        own = [*few, *options]
+        base = ["--base", pretrained]
+        chips = ["--chips", 2, "--images", 60]
+        succeed("sweep", *own, *chips, *base, "--pretrained", pretrained, "--out", out / "sweep")
+        (out / "sweep" / "candidates.json").write_text(json.dumps({"candidates": ["conv1.layer"]}))
+        found = ["--candidates", out / "sweep" / "candidates.json", "--limit", 0.1]
+        train = ["--train-epochs", 1, "--train-images", 200, "--evaluations", 1, "--ratios", "0,0.5"]
+        succeed("search", *own, *base, *found, *chips, *train, "--out", out / "search")
+        best = json.loads((out / "search" / "best.json").read_text())
+        (out / "search" / "best.json").write_text(json.dumps({**best, "filters": {"conv1.layer": 2}}))
+        with_filters = ["--found", out / "search" / "best.json", "--epochs", 1]
+        succeed("compensate", *own, *base, *with_filters, "--out", out / "compensate")
+        succeed("sensitivity", *own, *chips, "--model", pretrained, "--out", out / "sensitivity.csv")
+    exact, with_converters = tmp_path / "exact", tmp_path / "coarse"
+    for path in ("sweep/accuracy.csv", "search/log.csv", "sensitivity.csv"):
+        column = "mean" if path.startswith("search") else "accuracy"
+        before, after = (pd.read_csv(folder / path)[column] for folder in (exact, with_converters))
+        assert len(before) == len(after)
+        assert not before.equals(after), path
+    described = json.loads((with_converters / "compensate" / "model.json").read_text())
+    assert described["converters"]["dac_bits"] == 3
+    assert "converters" not in json.loads((exact / "compensate" / "model.json").read_text())
+    network, _ = read_network(with_converters / "compensate")
+    names = set(described["converters"]["ranges"])
+    analog = convert(network, LogNormalVariation(0.3), 0)
+    kept = {name: tuple(pair) for name, pair in described["converters"]["ranges"].items()}
+    assert set(add_converters(analog, Converters(3, 3), ranges=kept)) == names
+    table = evaluated(with_converters / "compensate", tmp_path / "e.csv", "--sigma", 0.3, *coarse)
+    images = load("digits", validation=0.1, seed=0).test.take(60)
+    assert evaluate(analog, images, 2).table["correct"].tolist() == table["correct"].tolist()

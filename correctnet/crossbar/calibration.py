@@ -31,6 +31,17 @@ Ranges = dict[str, tuple[float, float]]
 """by layer, the largest magnitudes of inputs and outputs that are not clipped"""
 
 
+Equip = Callable[[nn.Module], object]
+"""what is done to a network once it is converted, such as adding converters"""
+
+
+def equipped(analog: nn.Module, equip: Equip | None) -> nn.Module:
+    """Return a converted network, equipped where anything is given for that."""
+    if equip is not None:
+        equip(analog)
+    return analog
+
+
 @survives_reload
 class ClippingWarning(UserWarning):
     """Converters clip more than 1 % of what a layer reads or computes."""

@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from correctnet.crossbar.calibration import Equip, equipped
 from correctnet.crossbar.convert import convert, programmed
 from correctnet.crossbar.kinds import crossbars
 from correctnet.crossbar.layers import analog_layers
@@ -195,6 +196,7 @@ def find_candidates(
     chips: int = 50,
     seed: int = 0,
     exclude: Iterable[str] | str = (),
+    equip: Equip | None = None,
     metric: Metric | None = None,
     simulation: Simulation | None = None,
     work: str | Path | None = None,
@@ -217,6 +219,7 @@ def find_candidates(
         chips: chip samples a layer.
         seed: of the chips.
         exclude: names of layers that are digital, as for `correctnet.convert`; they are no candidates.
+        equip: called with the converted network, e.g. to add converters; not with `work`, which cannot compare it.
         metric: a `correctnet.Metric` with positive values; None: the accuracy.
         simulation: how chips are simulated; None: as `correctnet.evaluate` does, on chips that only this choice uses.
         work: a folder. A call that was stopped continues from its last layer when it is repeated.
@@ -232,7 +235,9 @@ def find_candidates(
     simulation = simulation or Simulation(streams.chips("sweep", max(0, chips)).start, progress=progress)
     metric = checked(metric, "find_candidates")
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    analog = convert(network, variation, seed, exclude)
+    if equip is not None and work is not None:
+        raise UserError("find_candidates: with equip, a call cannot be continued from a folder")
+    analog = equipped(convert(network, variation, seed, exclude), equip)
     with left_alone():
         data = Data.of(data, memory=simulation.memory, what="find_candidates", targets=metric.targets)
     if original is None or isinstance(original, nn.Module):
@@ -261,6 +266,7 @@ def sensitivity(
     chips: int = 20,
     seed: int = 0,
     exclude: Iterable[str] | str = (),
+    equip: Equip | None = None,
     metric: Metric | None = None,
     simulation: Simulation | None = None,
     progress: bool = True,
@@ -274,6 +280,7 @@ def sensitivity(
         chips: chip samples a layer.
         seed: of the chips. A layer carries the same weights on chip n here as on chip n of the converted network.
         exclude: names of layers that are digital, as for `correctnet.convert`; they have no rows.
+        equip: called with the converted network, e.g. to add converters.
         metric: a `correctnet.Metric`; None: the accuracy.
         simulation: how chips are simulated; None: as `correctnet.evaluate` does, on chips that nothing else uses.
         progress: show progress bars, where `simulation` does not say.
@@ -292,7 +299,7 @@ def sensitivity(
         data = Data.of(data, memory=simulation.memory, what="sensitivity", targets=metric.targets)
     names = executed(network, data)
     clean = clean_value(network, data, metric=metric)
-    analog = convert(network, variation, seed, exclude)
+    analog = equipped(convert(network, variation, seed, exclude), equip)
     varying = {own.layer_index for own in analog_layers(analog)}
     varied = {each.name for each in crossbars(analog) if each.index in varying}
     parts = []

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from correctnet.crossbar.calibration import Equip, equipped
 from correctnet.crossbar.convert import convert, program
 from correctnet.crossbar.probe import left_alone, run
 from correctnet.datasets.base import Split
@@ -74,6 +75,7 @@ def prepare(
     loss: Loss | None = None,
     metric: Metric = ACCURACY,
     exclude: Iterable[str] = (),
+    equip: Equip | None = None,
 ) -> tuple[nn.Module, dict[str, Any], Hooks]:
     """Build the analog model with untrained compensators, the compensation plan, and the training hooks.
 
@@ -89,13 +91,14 @@ def prepare(
         stage: the stage that trains, "compensate", "search" or "fit_compensators"; see `correctnet.noise.streams`.
         loss, metric: as for `fit_compensators`.
         exclude: names of layers that are digital, as for `correctnet.convert`.
+        equip: called with the converted network, e.g. to add converters.
 
     Returns:
         The converted copy of `model`; the arguments of `compensate` that gave it; the hooks for `fit`.
     """
     plan = {"filters": dict(filters), "place": section.place, "seed": seed}
     plan |= {"activation": section.activation, "init": section.init, "pool": section.pool}
-    analog = convert(compensate(model, **plan, stage=stage), variation, seed, exclude)
+    analog = equipped(convert(compensate(model, **plan, stage=stage), variation, seed, exclude), equip)
     hooks = Hooks(
         before_batch=lambda draw: program(analog, streams.chip(f"train-{stage}", draw)),
         draws_per_batch=section.chips_per_batch,

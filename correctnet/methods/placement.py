@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
+from correctnet.crossbar.calibration import Equip
 from correctnet.crossbar.kinds import crossbars
 from correctnet.crossbar.probe import left_alone
 from correctnet.datasets.batches import Batches, Data, take
@@ -93,6 +94,7 @@ def make_problem(
     loss: Loss | None = None,
     metric: Metric = ACCURACY,
     digital: Sequence[str] = (),
+    equip: Equip | None = None,
 ) -> searching.Problem:
     """The search problem of a network: a state is scored by training its compensators and evaluating them on chips.
 
@@ -110,6 +112,7 @@ def make_problem(
         loss: replaces the cross entropy.
         metric: what states are judged by.
         digital: names of layers that are digital. Their weights count in the overhead of every state.
+        equip: called with the converted network of each state, e.g. to add converters.
 
     Raises:
         UserError: these layers alone are above the limit.
@@ -128,7 +131,7 @@ def make_problem(
     def score(filters: Filters) -> tuple[float, float]:
         train, images = read()
         analog, _, hooks = compensation_training.prepare(
-            network, named(candidates, filters), section, variation, seed, "search", loss, metric, digital
+            network, named(candidates, filters), section, variation, seed, "search", loss, metric, digital, equip
         )
         parameters = compensation_training.trained_parameters(analog, section)
         if parameters:

@@ -134,7 +134,7 @@ STAGES: dict[Stage, StageSpec] = {
         resumes=True,
     ),
     "sweep": StageSpec(
-        reads=("seed", *IMAGES, "variation", "digital", "montecarlo", "sweep"),
+        reads=("seed", *IMAGES, "variation", "converters", "digital", "montecarlo", "sweep"),
         after=("pretrain", "base"),
         writes=("accuracy.csv", "candidates.json"),
         seconds=lambda s, cost, _: workload.layer_by_layer(s, s.sweep.chips, s.sweep.images, cost),
@@ -144,6 +144,7 @@ STAGES: dict[Stage, StageSpec] = {
             "seed",
             "data",
             "variation",
+            "converters",
             "digital",
             *(f"compensate.{k}" for k in Compensate.model_fields if k != "epochs"),  # its own are search.train_epochs
             "montecarlo",
@@ -156,7 +157,7 @@ STAGES: dict[Stage, StageSpec] = {
         resumes=True,
     ),
     "compensate": StageSpec(
-        reads=("seed", "data", "variation", "digital", "compensate"),
+        reads=("seed", "data", "variation", "converters", "digital", "compensate"),
         after=("search",),
         seconds=lambda s, cost, _: workload.compensate(s, cost),
         resumes=True,
@@ -189,7 +190,7 @@ STAGES: dict[Stage, StageSpec] = {
         resumes=True,
     ),
     "sensitivity": StageSpec(
-        reads=("seed", *IMAGES, "variation", "digital", "montecarlo", "sensitivity"),
+        reads=("seed", *IMAGES, "variation", "converters", "digital", "montecarlo", "sensitivity"),
         after=(),
         writes=(),
         seconds=lambda s, cost, _: workload.layer_by_layer(s, s.sensitivity.chips, s.sensitivity.images, cost),

@@ -55,6 +55,7 @@ def sensitivity(settings: Settings, path: Path, out: Path, runtime: Runtime) -> 
         chips=s.sensitivity.chips,
         seed=s.seed,
         exclude=digital_layers(s, model, data.train),
+        equip=lambda analog: give_converters(s, analog, data.train, description.get("converters")),
         simulation=runtime.simulation(s, streams.chips("sensitivity", s.sensitivity.chips).start),
     )
     level = {s.variation.level_key: s.variation.level}

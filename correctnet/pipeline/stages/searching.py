@@ -21,7 +21,15 @@ from correctnet.methods import placement
 from correctnet.methods import search as searching
 from correctnet.noise import streams
 from correctnet.pipeline.models import check_uncompensated, expect, is_number, is_whole, read_network
-from correctnet.pipeline.runtime import Runtime, digital_layers, discard, resumable, split_seed, stage_identity
+from correctnet.pipeline.runtime import (
+    Runtime,
+    digital_layers,
+    discard,
+    give_converters,
+    resumable,
+    split_seed,
+    stage_identity,
+)
 from correctnet.pipeline.specs import STAGES
 from correctnet.settings import SEARCHING, Digital, Settings
 
@@ -46,6 +54,7 @@ def sweep(settings: Settings, pretrained: Path, base: Path, out: Path, runtime: 
         chips=s.sweep.chips,
         seed=s.seed,
         exclude=digital_layers(s, model, data.train),
+        equip=lambda analog: give_converters(s, analog, data.train, description.get("converters")),
         simulation=runtime.simulation(s, streams.chips("sweep", s.sweep.chips).start),
     )
     storage.write_csv(out / "accuracy.csv", found.table())
@@ -148,6 +157,7 @@ def _search_problem(
         runtime.simulation(s, 0),
         augment=s.data.augment,
         digital=digital,
+        equip=lambda analog: give_converters(s, analog, loaded().train),
     )
     return problem, names
 

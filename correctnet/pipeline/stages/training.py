@@ -198,8 +198,15 @@ def compensate(settings: Settings, base: Path, found: Sequence[Path], out: Path,
     check_uncompensated("compensate", base, described)
     data, device = runtime.load(s, described, base), devices.make(s.variation)
     digital = digital_layers(s, model, data.train)
+    described.pop("converters", None)  # of the network without compensators
+
+    def equip(analog: nn.Module) -> None:
+        if converters := give_converters(s, analog, data.train):
+            described["converters"] = converters
+
+    how = {"exclude": digital, "equip": equip}
     analog, plan, hooks = compensation_training.prepare(
-        model, best["filters"], s.compensate, device, s.seed, "compensate", exclude=digital
+        model, best["filters"], s.compensate, device, s.seed, "compensate", **how
     )
     described |= {"compensation": plan, "overhead": compensation.overhead(model, plan["filters"]), "search": best}
     parameters = compensation_training.trained_parameters(analog, s.compensate)
