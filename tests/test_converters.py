@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from correctnet import Converters, LogNormalVariation, add_converters, clipped, convert, evaluate, program
+from correctnet import Converters, LogNormalVariation, add_converters, clipped, convert, evaluate, load, program, save
 from correctnet.crossbar.calibration import ClippingWarning, most_clipped, ranges_of
 from correctnet.crossbar.converters import Quantizer
 from correctnet.crossbar.layers import analog_layers, analog_names
@@ -207,6 +208,21 @@ def test_copies_and_pickles_keep_converters() -> None:
     assert ranges_of(bare) == {}
     assert state_digest(bare) != before
     assert state_digest(bare) == state_digest(convert(network(), LogNormalVariation(0.3), seed=1))
+
+
+def test_ranges_are_saved_with_a_model(tmp_path: Path) -> None:
+    model = analog()
+    save(model, tmp_path / "m")
+    again = convert(load(network(), tmp_path / "m"), LogNormalVariation(0.3), seed=1)
+    assert add_converters(again, EIGHT, ranges=tmp_path / "m") == ranges_of(model)
+    program(model, 3)
+    program(again, 3)
+    assert torch.equal(model(images()), again(images()))
+    program(model, None)
+    add_converters(model, None)
+    save(model, tmp_path / "bare")
+    with pytest.raises(UserError, match=r"converters: .*bare.*json holds no ranges of converters"):
+        add_converters(again, EIGHT, ranges=str(tmp_path / "bare"))
 
 
 def test_mistakes_are_named() -> None:

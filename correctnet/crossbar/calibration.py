@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from correctnet.crossbar.layers import AnalogConv2d, AnalogLayer, AnalogLinear, 
 from correctnet.crossbar.probe import left_alone, run
 from correctnet.datasets.inputs import Inputs
 from correctnet.errors import UserError
+from correctnet.files import storage
 from correctnet.reloading import survives_reload
 
 BINS = 4096  # of a histogram of magnitudes: a range is found to within 1 / 4096 of the largest magnitude
@@ -51,7 +53,7 @@ def add_converters(
     model: nn.Module,
     converters: Converters | None,
     images: Tensor | Inputs | None = None,
-    ranges: Mapping[str, tuple[float, float]] | None = None,
+    ranges: Mapping[str, tuple[float, float]] | str | Path | None = None,
 ) -> Ranges:
     """Give each analog layer of a converted network a DAC before its inputs and an ADC behind its outputs.
 
@@ -64,14 +66,16 @@ def add_converters(
         model: from `correctnet.convert`; its analog layers are linear or two-dimensional convolutions.
         converters: their resolution; None, or one without any bits: no converters.
         images: calibration images, (N >= 1, ...), or several inputs; images of the training set.
-        ranges: instead of images, what this function has returned, or `ranges_of`.
+        ranges: instead of images, what this function has returned, or `ranges_of`; or the path of a model that
+            `correctnet.save`, or a stage that trains with converters, has written.
 
     Returns:
         The ranges, by name of the layer.
 
     Raises:
         UserError: a model that was not converted, another kind of layer, not one of images and ranges, a layer that the
-            images do not reach, or in which all inputs or outputs are 0, or ranges that do not fit the model.
+            images do not reach, or in which all inputs or outputs are 0, ranges that do not fit the model, or a file
+            without ranges.
     """
     layers = _layers(model)
     if not converters:
@@ -80,6 +84,8 @@ def add_converters(
         return {}
     if (images is None) == (ranges is None):
         raise UserError("converters: calibration images are expected, or ranges")
+    if isinstance(ranges, str | Path):
+        ranges = _saved_ranges(ranges)
     found = _calibrated(model, layers, images, converters.quantile) if ranges is None else dict(ranges)
     if set(found) != set(layers):
         odd = sorted(set(found) ^ set(layers))[0]
@@ -88,6 +94,16 @@ def add_converters(
     for name, layer in layers.items():
         layer.periphery = made[name]
     return found
+
+
+def _saved_ranges(path: str | Path) -> Ranges:
+    """Return the ranges that are saved with a model."""
+    file = storage.model_files(path)[1]
+    saved = storage.read_json(file)
+    ranges = (saved.get("converters") or {}).get("ranges") if isinstance(saved, dict) else None
+    if not isinstance(ranges, dict) or not all(isinstance(pair, list) and len(pair) == 2 for pair in ranges.values()):
+        raise UserError(f"converters: {file} holds no ranges of converters")
+    return {name: tuple(pair) for name, pair in ranges.items()}
 
 
 def _layers(model: nn.Module) -> dict[str, AnalogLayer]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from correctnet.crossbar.calibration import ranges_of
 from correctnet.errors import UserError, one_line
 from correctnet.files import storage
 from correctnet.methods.compensation import compensate, compensation_modules
@@ -16,9 +17,13 @@ from correctnet.networks.blocks import Block
 def save(model: nn.Module, path: str | Path) -> None:
     """Write a compensated model as safetensors + JSON, including the arguments of `compensate`, for `load`.
 
+    The ranges of its converters, if it has any, are written, too, for `add_converters`.
+
     Raises UserError as `plan_of`, or if the files cannot be written.
     """
-    storage.write_model(path, model.state_dict(), {"compensation": plan_of(model)})
+    ranges = ranges_of(model)
+    converters = {"converters": {"ranges": ranges}} if ranges else {}
+    storage.write_model(path, model.state_dict(), {"compensation": plan_of(model), **converters})
 
 
 def plan_of(model: nn.Module) -> dict[str, Any]:
