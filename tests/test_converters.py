@@ -12,7 +12,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from correctnet import Converters, LogNormalVariation, add_converters, clipped, convert, evaluate, load, program, save
+from correctnet import (
+    Converters,
+    LogNormalVariation,
+    add_converters,
+    chip,
+    clipped,
+    convert,
+    evaluate,
+    load,
+    program,
+    save,
+)
 from correctnet.crossbar.calibration import ClippingWarning, most_clipped, ranges_of
 from correctnet.crossbar.converters import Quantizer
 from correctnet.crossbar.layers import analog_layers, analog_names
@@ -223,6 +234,16 @@ def test_ranges_are_saved_with_a_model(tmp_path: Path) -> None:
     save(model, tmp_path / "bare")
     with pytest.raises(UserError, match=r"converters: .*bare.*json holds no ranges of converters"):
         add_converters(again, EIGHT, ranges=str(tmp_path / "bare"))
+
+
+def test_plain_networks_have_none() -> None:
+    model = analog()
+    with pytest.raises(UserError, match="a plain network has no converters"):
+        chip(model, 3)
+    assert torch.equal(chip(model, None)(images()), network()(images()))
+    add_converters(model, None)
+    program(model, 3)
+    assert torch.equal(chip(model, 3)(images()), model(images()))
 
 
 def test_mistakes_are_named() -> None:

@@ -11,7 +11,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from correctnet.crossbar.convert import check_forwards, chip_of, copy_model, programmed
-from correctnet.crossbar.layers import AnalogModule
+from correctnet.crossbar.layers import AnalogModule, analog_layers
 from correctnet.crossbar.modules import make_plain
 from correctnet.errors import UserError
 
@@ -35,11 +35,13 @@ def chip(analog: nn.Module, sample: int | None) -> nn.Module:
 
     Raises:
         UserError: a model that was not converted, or whose copy would still run code of the original; more chips than
-            one, or a number outside the range.
+            one, or a number outside the range; converters, which no plain layer has.
     """
     chip_of(analog)
     if isinstance(sample, list | tuple | range):
         raise UserError(f"chip: one chip is expected, not {len(sample)}")
+    if sample is not None and any(own.periphery is not None for own in analog_layers(analog)):
+        raise UserError("chip: a plain network has no converters; take them off first: add_converters(analog, None)")
     plain = copy_model(analog, "chip")
     check_forwards(analog, plain, "chip")
     modules = [module for module in plain.modules() if isinstance(module, AnalogModule)]
