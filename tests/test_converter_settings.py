@@ -57,7 +57,7 @@ def test_settings_without_converters_are_what_they_were() -> None:
 @pytest.mark.filterwarnings("error::correctnet.evaluation.montecarlo.EngineWarning")
 def test_results_are_those_of_the_network_with_converters(pretrained: Path, tmp_path: Path) -> None:
     device = ["--device-model", "rram-wan-2022", "--stuck-off", 0.01]
-    table = evaluated(pretrained, tmp_path / "e.csv", *device, *EIGHT, "--converters-images", 100)
+    table = evaluated(pretrained, tmp_path / "e.csv", *device, *EIGHT, "--calibration-images", 100)
     network, _ = read_network(pretrained)
     data = load("digits", validation=0.1, seed=0)
     analog = convert(network, Device.preset("rram-wan-2022").stuck(0.01), 0)
@@ -114,7 +114,8 @@ def test_networks_are_trained_with_converters_and_keep_their_ranges(pretrained: 
     fractions = clipped(analog, images.images, streams.chips("test", 1).start)
     assert table["clipped"][0] == pytest.approx(most_clipped(fractions))
     # With other converters, those of the trained network.
-    few = ["--quiet", "--threads", 1, "--images", 60, "--chips", 2, "--sigma", 0.3, *EIGHT, "--quantile", 0.5]
+    few = ["--quiet", "--threads", 1, "--images", 60, "--chips", 2, "--sigma", 0.3, *EIGHT]
+    few += ["--calibration-quantile", 0.5]
     said = succeed("evaluate", *few, "--model", tmp_path / "with", "--out", tmp_path / "c.csv").output
     assert "converters clip" in said
     assert pd.read_csv(tmp_path / "c.csv")["clipped"][0] > 0.3

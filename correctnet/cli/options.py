@@ -100,13 +100,17 @@ def _joined(field: FieldInfo, other: FieldInfo) -> FieldInfo:
     return both
 
 
-# Options whose names are not those of the settings: others have these already.
-NAMED = {("variation", "device"): "device_model"}
+# Options whose names are not those of the settings: others have these already, or they say too little.
+NAMED = {
+    ("variation", "device"): "device_model",
+    ("converters", "images"): "calibration_images",
+    ("converters", "quantile"): "calibration_quantile",
+}
 
 
 def option_name(path: tuple[str, ...], taken: dict[str, tuple[str, ...]]) -> str:
     """Name of a setting's option: --beta for suppress.beta, --network for network.name, --variation for its model,
-    --device-model for its device.
+    --device-model for its device, --calibration-images for those of converters.
 
     Where two settings of a stage have the same name, the section comes first; --data-factory and --network-factory
     have it in every stage.
