@@ -548,6 +548,9 @@ def test_memory_is_bounded() -> None:
     size = engine.block(10_000, 250)
     assert 16 <= size <= 1024
     assert plan.bytes(size, 250, threads=torch.get_num_threads()) <= 2 << 30
+    # Few images take what they need, so that large networks fit.
+    few, many = (plan.bytes(n, 1, threads=1, keep_bytes=0) for n in (16, 64))
+    assert few < 0.6 * many
     with pytest.raises(UserError, match="more than the 1 MiB allowed"):
         Engine(convert(vgg16(), VARIATION, SEED), x, memory=1 << 20)
 

@@ -121,7 +121,8 @@ class Engine:
         self._whole = self._steps[0] if len(self._steps) == 1 and isinstance(self._steps[0], PlanStep) else None
         self.whole = self._whole is not None
         self._torch_cost = [(s.sampled, *graph.cost(s.node)) for s in self._steps] if self.library else []
-        self._live = _live_bytes(self._steps, self._dead, graph.input, precision) if self.library else 0
+        low = self.library and precision == "bfloat16"
+        self._live = 0 if self.whole else _live_bytes(self._steps, self._dead, graph.input, low)
         present = self._chip.sample
         if present is not None:
             sample = present[0] if isinstance(present, tuple) else present
@@ -273,7 +274,9 @@ class Engine:
         """
         size = min(GPU_BLOCK if self.on_gpu else BLOCK, _up(images, LANES))
         while True:
-            taken = sum(s.bytes(size, samples) for s in self._steps if isinstance(s, PlanStep)) + self._live * size
+            # Plans run one after the other; what they read and give is there all the while.
+            plans = [s.bytes(size, samples) for s in self._steps if isinstance(s, PlanStep)]
+            taken = max(plans, default=0) + self._live * size
             if taken <= self._memory:
                 break
             if size == LANES:
@@ -430,18 +433,16 @@ def _last_uses(steps: list[TorchStep], output: fx.Node) -> dict[fx.Node, list[fx
     return dead
 
 
-def _live_bytes(
-    steps: list[TorchStep], dead: dict[fx.Node, list[fx.Node]], source: fx.Node, precision: Precision
-) -> int:
-    """Return the most bytes an image that torch's values of one chip take at once, without a library's workspace.
+def _live_bytes(steps: list[TorchStep], dead: dict[fx.Node, list[fx.Node]], source: fx.Node, low: bool) -> int:
+    """Return the most bytes an image that the values of one chip take at once, without what computes them.
 
     Values shared by all chips are always counted; an operation's input is counted again for the copy that autocast
-    makes.
+    makes. `low`: values are bfloat16, not float32.
     """
 
     def size(node: fx.Node) -> int:
         meta = node.meta.get("tensor_meta")
-        return math.prod(meta.shape[1:]) * (2 if precision == "bfloat16" else 4) if hasattr(meta, "shape") else 0
+        return math.prod(meta.shape[1:]) * (2 if low else 4) if hasattr(meta, "shape") else 0
 
     live = size(source) + sum(size(s.node) for s in steps if not s.sampled)
     most, sampled = live, {s.node for s in steps if s.sampled}

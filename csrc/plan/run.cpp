@@ -443,8 +443,8 @@ Plan::Impl::Layout Plan::Impl::layout(const Run& run) const {
   if (run.count < 1 || run.samples.empty() || run.threads < 1 || run.chunk_blocks < 0)
     fail("run: images, samples and threads are at least 1, chunk_blocks at least 0");
   Layout l = {};
-  l.chunk_blocks = run.chunk_blocks ? run.chunk_blocks : kChunkBlocks;
   l.blocks = (run.count + kLanes - 1) / kLanes;
+  l.chunk_blocks = int(std::min<int64_t>(run.chunk_blocks ? run.chunk_blocks : kChunkBlocks, l.blocks));
   l.chunks = (l.blocks + l.chunk_blocks - 1) / l.chunk_blocks;
   const int64_t samples = int64_t(run.samples.size());
   l.parts = std::min(l.chunks, (run.threads + samples - 1) / samples);
