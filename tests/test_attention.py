@@ -256,15 +256,17 @@ class Tokens(nn.Module):
         self.stem, self.first = nn.Conv2d(3, 12, 2, stride=2), nn.Parameter(torch.randn(1, 1, 12))
         self.positions, self.layer = nn.Parameter(torch.randn(1, 17, 12)), nn.Linear(12, 9)
         self.on_map, self.head = nn.Conv2d(9, 6, 3, padding=1), nn.Linear(9 + 4 * 6, 5)
+        self.on_maps = nn.Parameter(torch.randn(6, 4, 1))
+        self.number, self.on_all = nn.Parameter(torch.tensor(0.3)), nn.Parameter(torch.randn(9))
 
     def forward(self, x):
         n = x.shape[0]
         x = self.stem(x).reshape(n, 12, -1).permute(0, 2, 1)
         x = torch.cat([self.first.expand(n, -1, -1), x], dim=1) + self.positions
-        x = self.layer(x)
+        x = self.number + self.layer(x) + self.on_all
         tokens = x[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
         maps = self.on_map(x[:, 1:].view(n, 4, 4, 9).permute(0, 3, 1, 2))
-        parts = maps.permute(0, 2, 3, 1)
+        parts = (maps + self.on_maps).permute(0, 2, 3, 1)
         parts = torch.cat([parts[..., i::2, j::2, :] for i in (0, 1) for j in (0, 1)], -1)[:, 1:, :1]
         return self.head(torch.cat([x[:, 0] + tokens.mean((2, 3)), parts.flatten(1)], 1))
 

@@ -238,6 +238,8 @@ def heads_of(root: nn.Module, node: fx.Node) -> Op | None:
         return None
     if any(p[2:] != (heads, width) or math.prod(shape_of(p[0])[:-1]) != tokens for p in parts):
         return None
+    if product.added is not None and len(product.added) not in (1, heads):
+        return None
     detail = {
         "heads": heads,
         "width": width,

@@ -462,7 +462,7 @@ class Lowering:
 # Operations on single numbers, which are fused with each other and with what is before them.
 _ABSORBED = ("affine", "activation", "same")
 # Operations after which a DAC gives the same as before them.
-_MOVING = ("same", "flatten", "max_pool", "channels", "pixels")
+_MOVING = ("same", "flatten", "max_pool", "channels", "pixels", "taken", "reshaped")
 _PIECES = ("taken", "reshaped", "joined", "shifted")
 
 

@@ -104,7 +104,8 @@ def _parameter(root: nn.Module, node: Any) -> Tensor | None:
     tensor = known(root, node)
     if tensor is None or tensor.dtype != torch.float32:
         return None
-    repeated = len(tensor) == 2 and torch.equal(tensor[0], tensor[1])  # for the two images of the traced shapes
+    # For the two images of the traced shapes.
+    repeated = tensor.dim() > 0 and len(tensor) == 2 and torch.equal(tensor[0], tensor[1])
     return tensor[:1] if repeated and shape_of(node) is not None else tensor
 
 
