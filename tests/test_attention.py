@@ -149,6 +149,20 @@ class Later(nn.Module):
         return self.encoder(x, mask=self.mask, is_causal=True)
 
 
+class TokensFirst(nn.Module):
+    """torch's default: an encoder on (T, N, C), and attention likewise, between permutations."""
+
+    def __init__(self, **options) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(CHANNELS, HEADS, 40, **options)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.mha = nn.MultiheadAttention(CHANNELS, HEADS)
+
+    def forward(self, x):
+        x = self.encoder(x.permute(1, 0, 2))
+        return self.mha(x, x, x)[0].permute(1, 0, 2)
+
+
 def single(self, x):
     q, k, v = self.qkv(x).chunk(3, -1)
     return F.softmax(0.2 * torch.bmm(q, k.mT.contiguous()), -1).matmul(v)
@@ -205,6 +219,8 @@ NETWORKS = {
     "MultiheadAttention, booleans": (Masked, 1),
     "MultiheadAttention, mask": (lambda: Masked(False), 1),
     "encoder, later tokens hidden": (Later, 1),
+    "tokens first": (TokensFirst, 1),
+    "tokens first, norm first": (lambda: TokensFirst(norm_first=True), 1),
     "softmax over the queries": (own(over_queries), 3),
     "encoder": (lambda: encoder(), 1),
     "encoder, norm first, GELU": (lambda: encoder(norm_first=True, activation="gelu"), 1),

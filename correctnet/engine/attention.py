@@ -55,6 +55,14 @@ def _order(root: nn.Module, chain: list[fx.Node]) -> Tensor | None:
     return values[chain[0]] if moved(root, steps[::-1], values) else None
 
 
+def unmoved(root: nn.Module, node: fx.Node) -> Op | None:
+    """Return a value that moves brought back to where it was, such as one whose tokens were first, as the same."""
+    chain = _chain(node)
+    numbers = _order(root, chain) if len(chain) > 1 and shape_of(chain[-1]) == shape_of(node) else None
+    same = numbers is not None and torch.equal(numbers.flatten(), torch.arange(numbers.numel()))
+    return Op("same", (chain[-1],), last=None) if same else None
+
+
 @dataclass(frozen=True)
 class _Product:
     """softmax(scale q k' + added) v of values (N, heads, T, D), or (N, T, D).

@@ -59,8 +59,9 @@ def _encoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     name = "src_mask" if single else "mask"
     values = dict(zip(("src", name, "src_key_padding_mask", "is_causal"), args, strict=False)) | kwargs
     x, mask = values.get("src"), values.get(name)
-    first = all(layer.self_attn.batch_first for layer in ([module] if single else module.layers))
-    if not first or values.get("src_key_padding_mask") is not None or (mask is None and values.get("is_causal")):
+    if values.get("src_key_padding_mask") is not None or (mask is None and values.get("is_causal")):
+        return NotImplemented
+    if int(x.dim()) != 3:
         return NotImplemented
     if single:
         return _encoder_layer(module, x, mask)
@@ -70,17 +71,25 @@ def _encoder(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _encoder_layer(layer: nn.TransformerEncoderLayer, x: Any, mask: Any) -> Any:
+    first = layer.self_attn.batch_first
+    if not first:  # (T, N, C); plans know the batch where it is first
+        x = x.transpose(0, 1)
+
     def attend(x: Any) -> Any:
-        return layer.self_attn(x, x, x, attn_mask=mask, need_weights=False)[0]
+        x = x if first else x.transpose(0, 1)
+        y = layer.self_attn(x, x, x, attn_mask=mask, need_weights=False)[0]
+        return y if first else y.transpose(0, 1)
 
     def feed(x: Any) -> Any:
         return layer.linear2(layer.activation(layer.linear1(x)))
 
     if layer.norm_first:
         x = x + attend(layer.norm1(x))
-        return x + feed(layer.norm2(x))
-    x = layer.norm1(x + attend(x))
-    return layer.norm2(x + feed(x))
+        x = x + feed(layer.norm2(x))
+    else:
+        x = layer.norm1(x + attend(x))
+        x = layer.norm2(x + feed(x))
+    return x if first else x.transpose(0, 1)
 
 
 def _attention(module: AnalogAttention, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -103,7 +112,6 @@ def _attention(module: AnalogAttention, name: str, args: tuple[Any, ...], kwargs
     if (
         masked
         or not itself
-        or not module.batch_first
         or module._parameters.get("in_proj_weight") is None
         or module._parameters.get("bias_k") is not None
         or module.add_zero_attn
@@ -118,10 +126,13 @@ def _attention(module: AnalogAttention, name: str, args: tuple[Any, ...], kwargs
         module.out_proj = _linear(last, "weight", "bias", own, f"{name}.out_proj")
     if mask is not None and mask.dtype == torch.bool:  # true where there is no attention
         mask = torch.zeros(mask.shape, device=mask.device).masked_fill(mask, -math.inf)
+    if not module.batch_first:
+        query = query.transpose(0, 1)
     projected = module.in_proj(query).unflatten(-1, (3, module.num_heads, module.head_dim)).permute(2, 0, 3, 1, 4)
     queries, keys, products = projected[0], projected[1], projected[2]
     summed = F.scaled_dot_product_attention(queries, keys, products, attn_mask=mask)
     output = module.out_proj(summed.transpose(1, 2).flatten(2))
+    output = output if module.batch_first else output.transpose(0, 1)
     if not values.get("need_weights", True):
         return output, None
     scores = queries @ keys.transpose(-2, -1) / module.head_dim**0.5

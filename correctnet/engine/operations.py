@@ -18,10 +18,10 @@ from correctnet.crossbar.kinds import derives, plain_type
 from correctnet.crossbar.layers import AnalogModule, trained_weight
 from correctnet.devices.base import drawn_by_kernels
 from correctnet.engine.activations import ACTIVATIONS, function_activation, module_activation
-from correctnet.engine.attention import heads_of, window_heads
+from correctnet.engine.attention import heads_of, unmoved, window_heads
 from correctnet.engine.expansion import window_attention
 from correctnet.engine.moves import PADS, UPSAMPLINGS, Moves, of_function, of_module, of_padding
-from correctnet.engine.op import Op, constant
+from correctnet.engine.op import Op, constant, only_moves
 from correctnet.engine.pieces import joined, part_of, reshaped, shifted
 from correctnet.engine.trace import bind, changed_by, hooked, shape_of
 
@@ -42,6 +42,8 @@ def op_of(root: nn.Module, node: fx.Node) -> Op | None:
         op = _function_op(root, node, name)
     elif node.op == "call_method" and node.target in _METHODS:
         op = _function_op(root, node, _METHODS[node.target])
+    if op is None and only_moves(node):
+        op = unmoved(root, node)
     if changed_by(root, node):
         return None  # other steps may rely on the change
     return op if op and all(shape_of(n) for n in op.inputs) else None
