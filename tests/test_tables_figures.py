@@ -235,6 +235,7 @@ def files(tmp_path):
         "7": sample_file,
         "9": [pair / "sweep" / "accuracy.csv"],
         "10": [pair / "search" / "limit-0.02" / "log.csv"],
+        "8": sample_file,
         "rows": sample_file,
         "yield": sample_file,
         "sensitivity": [pair / "sensitivity" / f"{stage}.csv" for stage in ("pretrain", "compensate")],
@@ -435,7 +436,7 @@ def test_rows_that_have_no_sigma_in_common(name, tmp_path):
     figures.draw(name, [tmp_path / "s.csv"], tmp_path / "f.png", sigma=0.5)
 
 
-@pytest.mark.parametrize("name", ["rows", "yield"])
+@pytest.mark.parametrize("name", ["8", "rows", "yield"])
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
@@ -455,7 +456,7 @@ def test_figures_refuse_what_the_table_does(name, column, value, message, tmp_pa
         tables.table1(own, 0.5)
 
 
-@pytest.mark.parametrize("name", ["rows", "yield"])
+@pytest.mark.parametrize("name", ["8", "rows", "yield"])
 def test_a_chip_that_is_missing_in_between(name, tmp_path):
     own = complete().query("not (row == 'correctnet' and sigma == 0.5 and sample == 1)")
     own.to_csv(tmp_path / "s.csv", index=False)

@@ -150,7 +150,7 @@ def _draw_rates(rows: list[Row]) -> Figure:
 
 
 def _draw_work(ax: Axes, rows: list[Row]) -> None:
-    from correctnet.report.figures import BLUE, GREY, ORANGE
+    from correctnet.report.style import BLUE, GREY, ORANGE
 
     unit = "weights_per_s" if rows[0]["work"] == "noise" else "images_per_s"
     ours, plain = _by_precision(rows, "precision"), _by_precision(rows, "plain_precision")
@@ -181,7 +181,7 @@ def _draw_scaling(rows: list[Row]) -> Figure:
     """Draw the measured points over samples, images and threads, each with a line through the origin."""
     import matplotlib.pyplot as plt
 
-    from correctnet.report.figures import BLUE, GREY
+    from correctnet.report.style import BLUE, GREY
 
     figure, axes = plt.subplots(1, 3, figsize=(9.6, 2.9))
     fixed = {"samples": ("images", "threads"), "images": ("chips", "threads"), "threads": ("chips", "images")}

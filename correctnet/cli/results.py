@@ -127,17 +127,17 @@ def _beside(out: Path, *suffixes: str) -> list[Path]:
 
 
 @click.command()
-@click.argument("name", type=click.Choice(["2", "7", "9", "10", "rows", "yield", "sensitivity", "time"]))
+@click.argument("name", type=click.Choice(["2", "7", "8", "9", "10", "rows", "yield", "sensitivity", "time"]))
 @click.argument("files", type=PATH, nargs=-1, required=True)
 @click.option(
-    "--label", multiple=True, metavar="ROW=LABEL", help="Label of a row in `rows` and `time`; may be repeated."
+    "--label", multiple=True, metavar="ROW=LABEL", help="Label of a row in 8, `rows` and `time`; may be repeated."
 )
-@click.option("--labels", metavar="JSON", help="Labels of rows in `rows` and `time`, as a JSON object.")
-@click.option("--only", multiple=True, metavar="ROW", help="Show only this row in `rows`; may be repeated.")
+@click.option("--labels", metavar="JSON", help="Labels of rows in 8, `rows` and `time`, as a JSON object.")
+@click.option("--only", multiple=True, metavar="ROW", help="Show only this row in 8 and `rows`; may be repeated.")
 @click.option(
     "--sigma",
     type=float,
-    help="The sigma, or level, of Table I (7, rows, yield, time); else the largest that all rows have.",
+    help="The sigma, or level, of Table I (7, 8, rows, yield, time); else the largest that all rows have.",
 )
 @level_option
 @click.option("--out", type=PATH, required=True, help="PNG file to write, with an SVG beside it.")
@@ -151,11 +151,12 @@ def figure(
     level: tuple[str, ...],
     out: Path,
 ) -> None:
-    """Draw a figure: 2, 7, 9 or 10 of the paper, all rows, the yield over accuracy, each layer's sensitivity, or
+    """Draw a figure: 2, 7 to 10 of the paper, all rows, the yield over accuracy, each layer's sensitivity, or
     the accuracy over the time after programming.
 
-    FILES are per-chip results (2, 7, rows, yield, time), accuracy.csv of `sweep` (9), log.csv of `search` (10), or the
-    files of `sensitivity`; the title of a panel is the name of the folder of its pair.
+    FILES are per-chip results (2, 7, 8, rows, yield, time), accuracy.csv of `sweep` (9), log.csv of `search` (10), or
+    the files of `sensitivity`; the title of a panel is the name of the folder of its pair. The points of 8 are written
+    as CSV, too.
     """
     import matplotlib
 

@@ -24,13 +24,14 @@ from typing import Any
 from correctnet.errors import UserError
 from correctnet.pipeline.config import DEFAULT_RUN
 from correctnet.pipeline.jobs import Jobs
-from correctnet.pipeline.specs import Stage
+from correctnet.pipeline.specs import Stage, is_rival
 from correctnet.sections import exact
 from correctnet.settings import Settings
 
 FIGURES = {
     "2": "Figure 2: unprotected, over σ",
     "7": "Figure 7: CorrectNet, over σ",
+    "8": "Figure 8: accuracy over overhead",
     "9": "Figure 9: candidate layers",
     "10": "Figure 10: the search",
     "rows": "All rows",
@@ -97,8 +98,9 @@ class Layout(Jobs):
     def figures(self, run: str) -> list[str]:
         """The names of the figures of a run."""
         first = ["2"] if self.pairs_with(run, "unprotected") else []
+        compared = ["8"] if self.compared_pairs(run) else []
         of_method = ["7", "9", "10", "sensitivity"] if self.pairs_with(run, "correctnet") else []
-        return [*first, "rows", "yield", *of_method, *(["time"] if self._over_time(run) else [])]
+        return [*first, "rows", "yield", *of_method, *compared, *(["time"] if self._over_time(run) else [])]
 
     def _over_time(self, run: str) -> bool:
         """Whether a network of a run is evaluated at several times after programming."""
@@ -110,6 +112,17 @@ class Layout(Jobs):
                 times.setdefault((pair, model), set()).add(getattr(tested, "time", None))
         return any(len(found - {None}) > 1 for found in times.values())
 
+    def compared_pairs(self, run: str) -> list[str]:
+        """The pairs of a run that Figure 8 shows: those with CorrectNet and a baseline that Figure 8 is about."""
+        return [
+            pair
+            for pair in self.pairs_with(run, "correctnet")
+            if any(
+                is_rival(self.config.settings(pair, row), *self.stages_of(pair, row))
+                for row in self.config.rows_of(pair)
+            )
+        ]
+
     @staticmethod
     def figure_label(wildcards: Any) -> dict[str, str]:
         """The labels of a figure in the report."""
@@ -119,6 +132,8 @@ class Layout(Jobs):
         """The files that a figure is drawn from."""
         run = wildcards.run
         match wildcards.name:
+            case "8":
+                return [f"{self.results}/{pair}/samples.csv" for pair in self.compared_pairs(run)]
             case "2":
                 return self.samples(run, "unprotected")
             case "7":
@@ -135,8 +150,8 @@ class Layout(Jobs):
 
     def figure_options(self, wildcards: Any) -> str:
         """Options of a figure: the level of Table I, and the labels of rows."""
-        level = self.table_level(wildcards) if wildcards.name in ("7", "rows", "yield", "time") else ""
-        labelled = wildcards.name in ("rows", "time")
+        level = self.table_level(wildcards) if wildcards.name in ("7", "8", "rows", "yield", "time") else ""
+        labelled = wildcards.name in ("8", "rows", "time")
         return f"{level} --labels {shlex.quote(self.labels(wildcards))}" if labelled else level
 
     def sensitivities(self, run: str) -> list[str]:
@@ -193,7 +208,7 @@ class Layout(Jobs):
             # '' for a pair's own stage, '@' and the settings that differ for that of a row (Config.variant)
             "variant": r"(@[A-Za-z0-9._+-]+)?",
             "model": "|".join(COMPARED),
-            "name": "|".join(FIGURES),
+            "name": "|".join(name for name in FIGURES if name != "8"),  # which has a rule of its own
             **dict.fromkeys(("limit", "sigma"), r"[0-9.e+-]+"),
             **dict.fromkeys(("round", "state", "start", "stop"), r"\d+"),
         }

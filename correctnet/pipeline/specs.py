@@ -202,3 +202,12 @@ def lineage(settings: Settings, stage: str) -> tuple[Stage, ...]:
     """The stages that the result of `stage` depends on, in order, itself the last."""
     before = (settings.base if earlier == "base" else earlier for earlier in STAGES[stage].after)
     return tuple(dict.fromkeys([*(s for earlier in before for s in lineage(settings, earlier)), stage]))
+
+
+def is_rival(settings: Settings, *stages: Stage) -> bool:
+    """Whether a row with these stages is what Figure 8 compares with CorrectNet.
+
+    It trains with variation or has digital weights, and is not compensated.
+    """
+    digital = settings.digital.front or settings.digital.layers or settings.protect.fraction
+    return "compensate" not in stages and bool(digital or {"inject", "distil"} & {*stages})

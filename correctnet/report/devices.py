@@ -15,7 +15,7 @@ from correctnet.devices.device import Device
 from correctnet.devices.presets import PRESETS
 from correctnet.devices.programming import time_text
 from correctnet.files import storage
-from correctnet.report.figures import BLUE, ORANGE, STYLE
+from correctnet.report.style import BLUE, ORANGE, STYLE
 
 PARTS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 """of the range, at which a device without levels is shown"""

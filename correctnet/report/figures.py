@@ -1,9 +1,8 @@
-"""Figures 2, 7, 9 and 10 of the paper, with its values where it states them; figures of rows, yield and sensitivity."""
+"""Figures 2, 7, 8, 9 and 10 of the paper, with its values where it states them; of rows, yield and sensitivity."""
 
 from __future__ import annotations
 
 import itertools
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,34 +21,26 @@ from correctnet.files import csvfile, storage
 from correctnet.methods.search_log import best_state
 from correctnet.metrics import ACCURACY, Metric
 from correctnet.report import tables
+from correctnet.report.overheads import figure8, overheads
+from correctnet.report.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    RETRAINED,
+    ROW_STYLE,
+    SKY,
+    STYLE,
+    YELLOW,
+    wrapped,
+)
 
-# The colour-blind-safe palette of Okabe and Ito.
-BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"
-YELLOW, SKY = "#E69F00", "#56B4E9"
 SEARCH_COLOURS = (BLUE, GREEN, PINK, ORANGE)  # by overhead limit
-RETRAINED = "correctnet-sigma-"
-ROW_STYLE = {
-    "unprotected": (ORANGE, "s", "original network"),
-    "correctnet": (BLUE, "o", "CorrectNet"),
-    RETRAINED: (GREEN, "^", "CorrectNet, trained for each σ"),
-}
 SENSITIVITY_STYLE = {
     "pretrain": (ORANGE, "original network"),
     "suppress": (GREEN, "Lipschitz regularisation alone"),
     "compensate": (BLUE, "CorrectNet"),
-}
-STYLE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-    "svg.hashsalt": "correctnet",  # the same data give the same file
-    "figure.constrained_layout.use": True,
-    # Names and labels are plain text: "$" and "\\" have no special meaning.
-    "text.parse_math": False,
-    "text.usetex": False,
 }
 
 
@@ -62,13 +53,13 @@ def draw(
     sigma: float | None = None,
     levels: Mapping[str, float] | None = None,
 ) -> None:
-    """Draw a figure and write it as PNG and SVG.
+    """Draw a figure and write it as PNG and SVG, and what Figure 8 shows as CSV.
 
     Args:
         name: a key of FIGURES.
         files: result files that the figure shows.
         out: PNG or SVG; the other one is written next to it.
-        labels, only: see `rows`; for that figure only.
+        labels, only: see `rows`; for the figures in LABELLED and ONLY.
         sigma: sigma, or level, of Table I, for the figures in AT_SIGMA.
         levels: instead of it, the level of a pair, by its name; for the same figures.
 
@@ -78,20 +69,23 @@ def draw(
     for option, value in (("--sigma", sigma), ("--level", levels or None)):
         if value is not None and name not in AT_SIGMA:
             raise UserError(f"{option}: figure {name} does not show one of several")
-    for option, given, names in (("--label", labels, LABELLED), ("--only", only, ("rows",))):
+    for option, given, names in (("--label", labels, LABELLED), ("--only", only, ONLY)):
         if given and name not in names:
             raise UserError(f"{option}: figure {name} names no rows")
     if out.suffix.lower() in (".pdf", ".eps", ".ps", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"):
         raise UserError(f"--out {out}: a PNG and an SVG are written; end the name with .png")
-    paths = {kind: storage.beside(out, kind, (".png", ".svg")) for kind in (".png", ".svg")}
+    kinds = (".png", ".svg", *((".csv",) if name == "8" else ()))
+    paths = {kind: storage.beside(out, kind, (".png", ".svg")) for kind in kinds}
     for path in paths.values():
         storage.check_writable(path)
     storage.check_distinct(paths.values(), files)
     with plt.rc_context(STYLE):
         at = {"sigma": sigma, "levels": levels} if name in AT_SIGMA else {}
         at |= {"labels": labels} if name in LABELLED else {}
-        at |= {"only": only} if name == "rows" else {}
+        at |= {"only": only} if name in ONLY else {}
         figure = FIGURES[name](files, **at)
+        if name == "8":
+            storage.write_csv(paths[".csv"], overheads(tables.read_samples(files), **at))
         for kind, metadata in ((".png", None), (".svg", {"Date": None})):
             with storage.replacing(paths[kind]) as temporary:
                 figure.savefig(temporary, format=kind[1:], dpi=160, metadata=metadata)
@@ -105,7 +99,7 @@ def _panels(titles: Sequence[str]) -> tuple[plt.Figure, list[Axes]]:
     for ax in axes.flat[len(titles) :]:
         ax.remove()
     for ax, title in zip(axes.flat, titles, strict=False):
-        ax.set_title(_wrapped(title, 48))
+        ax.set_title(wrapped(title, 48))
         ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     return figure, list(axes.flat[: len(titles)])
 
@@ -114,11 +108,6 @@ def folder_name(path: Path, above: int) -> str:
     """Name of the folder `above` levels over that of a file, which the workflow names after the pair; "" if none."""
     folders = path.absolute().parents
     return folders[above].name if above < len(folders) else ""
-
-
-def _wrapped(text: str, width: int) -> str:
-    """Text wrapped to at most three lines of `width` characters."""
-    return "\n".join(textwrap.wrap(text, width, max_lines=3, placeholder=" …"))
 
 
 def _curve(ax: Axes, of_row: pd.DataFrame, colour: str, marker: str, label: str) -> None:
@@ -347,7 +336,7 @@ def rows(
         clean = [of_pair[(of_pair["row"] == row) & (of_pair["level"] == 0)]["accuracy"] for row in names]
         draw_rows(ax, {row: Result(varied[varied["row"] == row]) for row in names}, clean, labels, published)
         stars = stars or any(mean is not None for mean in published)
-        ax.set(title=_wrapped(pair if tables.is_lognormal(varied) else f"{pair}: {tables.device_text(varied)}", 72))
+        ax.set(title=wrapped(pair if tables.is_lognormal(varied) else f"{pair}: {tables.device_text(varied)}", 72))
     axes[-1, 0].set(xlabel="accuracy")
     key = rows_key(stars)
     figure.legend(handles=key, fontsize=7, loc="outside lower center", ncols=len(key))
@@ -373,7 +362,7 @@ def draw_rows(
     texts = []
     ax.axvline(next(iter(results.values())).mean, color=GREY, linewidth=0.8, linestyle=":")
     for y, (row, result) in enumerate(results.items()):
-        text, lone = _wrapped((labels or {}).get(row, row), 48), result.chips == 1
+        text, lone = wrapped((labels or {}).get(row, row), 48), result.chips == 1
         texts.append(f"{text}\n({tables.NO_INTERVAL})" if lone else text)
         interval, colour = result.interval(), ROW_STYLE[row][0] if row in ROW_STYLE else GREEN
         ax.plot(result.values, np.full(result.chips, y), "|", color=colour, alpha=0.15, markersize=9)
@@ -482,6 +471,7 @@ def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 FIGURES: dict[str, Callable[..., plt.Figure]] = {
     "2": figure2,
     "7": figure7,
+    "8": figure8,
     "9": figure9,
     "10": figure10,
     "rows": rows,
@@ -489,5 +479,6 @@ FIGURES: dict[str, Callable[..., plt.Figure]] = {
     "sensitivity": sensitivity,
     "time": over_time,
 }
-AT_SIGMA = ("7", "rows", "yield", "time")
-LABELLED = ("rows", "time")
+AT_SIGMA = ("7", "8", "rows", "yield", "time")
+LABELLED = ("8", "rows", "time")
+ONLY = ("8", "rows")

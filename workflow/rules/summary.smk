@@ -4,6 +4,7 @@
 localrules:
     table1,
     figure,
+    overheads,
     explore,
     provenance,
 
@@ -51,6 +52,19 @@ rule figure:
         options=layout.figure_options,
     shell:
         "correctnet figure {wildcards.name:q} {input:q} {params.options} --out {output.png:q} > {log:q} 2>&1"
+
+
+# Figure 8, whose points are a table as well.
+use rule figure as overheads with:
+    output:
+        png=layout.summary("{run}", "figure-{name,8}.png"),
+        svg=report(
+            layout.summary("{run}", "figure-{name,8}.svg"),
+            caption="../report/figure.rst",
+            category="2. Figures",
+            labels=layout.figure_label,
+        ),
+        csv=layout.summary("{run}", "figure-{name,8}.csv"),
 
 
 rule explore:
