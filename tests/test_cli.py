@@ -514,9 +514,9 @@ def test_suppression_from_scratch_may_begin_on_smaller_images(tmp_path, monkeypa
 
 def test_check_and_show(chain):
     assert "no mistakes" in succeed("check", "config.yaml").output
-    assert "config.yaml: 5 pairs, 4 rows, no mistakes" in succeed("check").output
+    assert "config.yaml: 5 pairs, 6 rows, no mistakes" in succeed("check").output
     seeds = succeed("check", "config.yaml", "workflow/experiments/seeds.yaml").output
-    assert "config.yaml + workflow/experiments/seeds.yaml: 9 pairs, 7 rows, no mistakes" in seeds
+    assert "config.yaml + workflow/experiments/seeds.yaml: 9 pairs, 9 rows, no mistakes" in seeds
     shown = json.loads(succeed("show", chain / "compensate").output)
     assert shown["network"]["name"] == "lenet5"
 

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import FixedLocator, PercentFormatter, StrMethodFormatter
 
 from correctnet.errors import UserError
 from correctnet.evaluation.results import Result
@@ -137,7 +137,7 @@ def figure8(
             ax.set_xscale("symlog", linthresh=1, linscale=0.5)
             ax.set(xlabel=f"digital {what}, % of the network's", xlim=(-0.1, None))
             ax.xaxis.set_major_locator(FixedLocator((0, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)))
-            ax.xaxis.set_major_formatter(ScalarFormatter())
+            ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         left.set(title=wrapped(pair, 48), ylabel="accuracy")
         chips, images = (" or ".join(map(str, sorted(of_pair[key].unique()))) for key in ("chips", "images"))
