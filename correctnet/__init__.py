@@ -39,6 +39,8 @@ _PUBLIC = {
     "sensitivity": "methods.candidates",
     "adapt": "methods.adaptation",
     "distil": "methods.distillation",
+    "fit_side_paths": "methods.sidepaths",
+    "side_share": "methods.sidepaths",
     "front_layers": "methods.front",
     "digital_share": "methods.front",
     "multiplications": "methods.costs",

@@ -26,6 +26,12 @@ from correctnet.sources import Data, Network
 # Which weights are protected, and how they are divided among the layers (`correctnet.methods.selection`).
 Selection = Literal["random", "magnitude", "fisher", "sampled"]
 Allocation = Literal["global", "equal", "weighted"]
+# Digital paths beside analog layers: module and class in `correctnet.methods`; known without torch.
+PATHS: dict[str, str] = {
+    "lora": "lora:LowRank",
+    "vera": "vera:SharedProjections",
+    "sparse": "sparse:SparseResidual",
+}
 
 
 class Digital(Grown):
@@ -212,6 +218,23 @@ class Finetune(Inject):
     """as for `inject`"""
 
 
+class SidePath(Training):
+    """Digital paths beside the layers of a network, trained with variation and all else frozen (a baseline)."""
+
+    path: Literal[tuple(PATHS)] = "lora"
+    """low-rank; through projections that all layers share, of which each trains two vectors; or sparse"""
+    rank: int = Field(4, ge=1)
+    """of a path through a low-rank product"""
+    fraction: float = Field(0.01, ge=0, le=1)
+    """of a sparse path: its weights / those of the network"""
+    select: Selection = "fisher"
+    """of a sparse path: at which weights it is, as for `protect`"""
+    select_images: int | None = Field(2000, ge=1)
+    """training images from which their importance is found; empty: all"""
+    batch: int = Field(32, ge=1)
+    """images a step; few, since a step uses one chip sample"""
+
+
 class Search(Section):
     """Search for the layers to compensate and their numbers of filters: REINFORCE over the candidates, reward (12)."""
 
@@ -363,6 +386,7 @@ class Settings(Grown):
     suppress: Suppress = Suppress()
     inject: Inject = Inject()
     distil: Distil = Distil()
+    sidepath: SidePath = SidePath()
     sweep: Sweep = Sweep()
     search: Search = Search()
     compensate: Compensate = Compensate()

@@ -412,6 +412,7 @@ def test_a_gpu_without_kernels_is_said_once(stage, built, tmp_path, monkeypatch)
     inputs |= {name: ["--pretrained", "p"] for name in ("suppress", "inject", "distil")}
     inputs |= {name: ["--model", "m"] for name in ("sensitivity", "evaluate")}
     inputs |= {"compensate": ["--base", "b", "--found", "f"], "finetune": ["--compensated", "c"]}
+    inputs |= {"sidepath": ["--base", "b"]}
     lines = succeed(stage, "--device", "cuda", "--quiet", *inputs.get(stage, []), "--out", tmp_path / "o").output
     assert len(ran) == 1
     said = [line for line in lines.splitlines() if "torch computes everything" in line]

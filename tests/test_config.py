@@ -588,7 +588,7 @@ SHARED = {
     "seed": set(STAGES),
     **{f"data.{key}": set(STAGES) for key in ("dataset", "folder", "npz", "factory", "digest")},
     "data.validation": set(STAGES),
-    "data.augment": {"pretrain", "suppress", "inject", "distil", "search", "compensate", "finetune"},
+    "data.augment": {"pretrain", "suppress", "inject", "distil", "sidepath", "search", "compensate", "finetune"},
     "network": {"pretrain"},
     "variation": set(STAGES) - {"pretrain"},
     "converters": set(STAGES) - {"pretrain", "suppress"},

@@ -42,13 +42,25 @@ def begin(stage, model):
         "sweep": ["--pretrained", model, "--base", model],
         "search": ["--base", model, "--candidates", "c.json"],
         "compensate": ["--base", model, "--found", "b.json"],
+        "sidepath": ["--base", model],
         "finetune": ["--compensated", model],
         "sensitivity": ["--model", model],
         "evaluate": ["--model", model],
     }.get(stage, ["--pretrained", model])
 
 
-STAGES = ["suppress", "inject", "distil", "sweep", "search", "compensate", "finetune", "sensitivity", "evaluate"]
+STAGES = [
+    "suppress",
+    "inject",
+    "distil",
+    "sidepath",
+    "sweep",
+    "search",
+    "compensate",
+    "finetune",
+    "sensitivity",
+    "evaluate",
+]
 FUNCTIONS = {"evaluate": "evaluate_chips"}
 
 

@@ -145,7 +145,7 @@ class Record:
 
 
 # What the chips of each command are for. Searching trains, and scores; compensating trains, and judges.
-TRAINING = ("train-inject", "train-distil", "train-search", "train-compensate", "train-finetune")
+TRAINING = ("train-inject", "train-distil", "train-sidepath", "train-search", "train-compensate", "train-finetune")
 VALIDATION = ("sweep", "search", "compensate", "sensitivity", "evaluate validation")
 TEST = ("evaluate",)
 
@@ -189,7 +189,7 @@ def _check_streams(record):
     assert all(len(commands) == 1 for commands in used.values()), "two stages with one stream"
     purposes = {where[1] for where in used}
     assert {"network", "compensators", "batches", "dropout"} <= purposes
-    trained = ("pretrain", "suppress", "inject", "distil", "search", "compensate", "finetune")
+    trained = ("pretrain", "suppress", "inject", "distil", "sidepath", "search", "compensate", "finetune")
     orders = {name: set(record.orders[name]) for name in trained}
     assert len(orders["pretrain"]) == 4, "an epoch has an order of its own"
     for a, b in itertools.combinations(trained, 2):

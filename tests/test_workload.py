@@ -52,3 +52,13 @@ def test_a_chip_that_is_trained_takes_a_training_more():
     assert chosen == pytest.approx(bare + 500 * 2 * 0.01)
     adapted = seconds(protect={"fraction": 0.1, "images": 500}, adapt={"passes": 2, "images": 3200, "batch": 32})
     assert adapted == pytest.approx(chosen + 4 * 2 * 3200 * (0.01 + 0.01))
+
+
+def test_sparse_paths_are_placed_by_an_importance_that_takes_a_pass():
+    settings = {"data": {"dataset": "cifar10", "validation": 0.1}, "sidepath": {"epochs": 2, "batch": 32}}
+    cost = Costs(train=0.01, test=1e-3, sample=0.32, layers=5)
+    of_lora = STAGES["sidepath"].seconds(Settings.model_validate(settings), cost, None)
+    assert of_lora == pytest.approx(2 * 45_000 * (0.01 + 0.01))
+    settings["sidepath"] |= {"path": "sparse", "select_images": 500}
+    of_sparse = STAGES["sidepath"].seconds(Settings.model_validate(settings), cost, None)
+    assert of_sparse == pytest.approx(of_lora + 500 * 2 * 0.01)

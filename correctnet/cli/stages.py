@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 out_option = click.option("--out", type=PATH, required=True, help="Folder for the result.")
 pretrained_option = click.option("--pretrained", type=PATH, required=True, help="Model of `pretrain`.")
 base_option = click.option(
-    "--base", type=PATH, required=True, help="Model to compensate: of `suppress`, or of `pretrain` or `inject`."
+    "--base", type=PATH, required=True, help="Model to add to: of `suppress`, or of `pretrain` or `inject`."
 )
 
 
@@ -66,6 +66,18 @@ def distil(settings: Settings, runtime: Runtime, pretrained: Path, out: Path) ->
     from correctnet.pipeline import stages
 
     stages.distil(settings, pretrained, out, runtime)
+
+
+@click.command()
+@settings_options("sidepath")
+@runtime_options
+@base_option
+@out_option
+def sidepath(settings: Settings, runtime: Runtime, base: Path, out: Path) -> None:
+    """Train digital paths beside analog layers, with variation and all else frozen (a baseline)."""
+    from correctnet.pipeline import stages
+
+    stages.sidepath(settings, base, out, runtime)
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""What digital hardware multiplies: layers that are digital, protected weights, and compensation.
+"""What digital hardware multiplies: layers that are digital, protected weights, compensation and paths.
 
 A layer's weights are few or many, and each is used once for every position of its output. The overhead in weights says
 nothing of that: the first convolution of LeNet-5 holds 0.3 % of the weights and 15 % of the multiplications.
@@ -17,6 +17,7 @@ from correctnet.crossbar.probe import left_alone, run
 from correctnet.datasets.inputs import Inputs
 from correctnet.errors import UserError
 from correctnet.methods.compensation import compensation_modules
+from correctnet.methods.sidepaths import side_paths
 
 
 def multiplications(network: nn.Module, images: Tensor | Inputs) -> dict[str, int]:
@@ -81,7 +82,10 @@ def digital_multiplications(
     counts, names = multiplications(network, images), (layers,) if isinstance(layers, str) else tuple(layers)
     added = [f"{name}.{part}" for name in compensation_modules(network) for part in ("generator", "compensator")]
     added = [name.removeprefix(".") for name in added]
-    digital = sum(counts.get(name, 0) for name in added)
+    digital = float(sum(counts.get(name, 0) for name in added))
+    for name, beside in side_paths(network).items():
+        inside = f"{name}.path.".lstrip(".")
+        digital += beside.path.density * sum(n for own, n in counts.items() if own.startswith(inside))
     analog = {each.name for each in crossbars(network)}
     for name in analog & set(counts):
         if any(not own or name == own or name.startswith(f"{own}.") for own in names):

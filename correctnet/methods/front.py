@@ -15,9 +15,8 @@ from correctnet.crossbar.kinds import crossbars
 from correctnet.datasets.batches import Batches
 from correctnet.errors import UserError, whole
 from correctnet.methods.candidates import executed
-from correctnet.methods.compensation import compensation_parameters
 from correctnet.metrics import Metric, checked
-from correctnet.networks.blocks import parameter_count
+from correctnet.networks.blocks import original_parameters
 
 
 def front_layers(network: nn.Module, data: Batches, count: int, metric: Metric | None = None) -> tuple[str, ...]:
@@ -60,7 +59,7 @@ def digital_share(network: nn.Module, layers: Iterable[str] | str) -> float:
         if not any(_holds(name, own) for places in known.values() for own in places):
             raise UserError(f"digital layers: the network has no layer {name!r} (layers: {', '.join(known)})")
     chosen = [each for each in found if any(_holds(name, own) for name in names for own in known[each.name])]
-    original = parameter_count(network) - sum(p.numel() for p in compensation_parameters(network))
+    original = original_parameters(network)
     return sum(each.weight.numel() for each in chosen) / original
 
 

@@ -11,6 +11,7 @@ from correctnet.crossbar.calibration import ranges_of
 from correctnet.errors import UserError, one_line
 from correctnet.files import storage
 from correctnet.methods.compensation import compensate, compensation_modules
+from correctnet.methods.sidepaths import add_side_paths
 from correctnet.networks.blocks import Block
 
 
@@ -64,11 +65,13 @@ def restore(original: nn.Module, tensors: dict[str, Tensor], description: dict[s
 
     Raises UserError, which begins with `source`, if they do not fit `original`.
     """
-    plan = description.get("compensation") or {"filters": {}}
-    try:
-        model = compensate(original, **plan, stage="restore")  # the weights drawn here are replaced below
+    plan, sided = description.get("compensation") or {"filters": {}}, description.get("sidepath")
+    what = "digital paths" if sided else "compensation"
+    try:  # the weights drawn here are replaced below
+        original = add_side_paths(original, **sided) if sided else original
+        model = compensate(original, **plan, stage="restore")
     except (UserError, TypeError, ValueError) as error:
-        raise UserError(f"{source}: compensation: not a known plan ({one_line(error, 200)})") from error
+        raise UserError(f"{source}: {what}: not a known plan ({one_line(error, 200)})") from error
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

@@ -27,9 +27,8 @@ from correctnet.crossbar.probe import left_alone, run
 from correctnet.datasets.batches import Batches, Data, check_outputs
 from correctnet.devices.base import Variation
 from correctnet.errors import UserError, whole
-from correctnet.methods.compensation import compensation_parameters
 from correctnet.metrics import Loss, Metric, checked, loss_of, main_output
-from correctnet.networks.blocks import parameter_count
+from correctnet.networks.blocks import original_parameters
 from correctnet.noise import streams
 from correctnet.settings import Allocation, Selection
 
@@ -183,7 +182,7 @@ def protected_share(network: nn.Module, masks: Mapping[str, Tensor]) -> float:
         network: converted or not, compensated or not; compensation is no part of the original network.
         masks: of `protected_weights`.
     """
-    original = parameter_count(network) - sum(p.numel() for p in compensation_parameters(network))
+    original = original_parameters(network)
     return sum(int(mask.sum()) for mask in masks.values()) / original
 
 

@@ -31,3 +31,14 @@ class Block(nn.Sequential):
 def parameter_count(model: nn.Module) -> int:
     """Number of parameters, weights and biases."""
     return sum(p.numel() for p in model.parameters())
+
+
+def original_parameters(model: nn.Module) -> int:
+    """Number of parameters without those added in digital hardware (`digital_children`): compensation and paths."""
+    added = {
+        id(p): p.numel()
+        for module in model.modules()
+        for name in getattr(module, "digital_children", ())
+        for p in module.get_submodule(name).parameters()
+    }
+    return parameter_count(model) - sum(added.values())

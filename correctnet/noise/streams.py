@@ -38,6 +38,7 @@ PURPOSES = {
     "policy": "initial weights of the search's policy (overhead limit)",
     "actions": "actions that the policy draws (overhead limit)",
     "random-search": "states of the random search (overhead limit)",
+    "side-path": "initial weights of a digital path beside a layer (path, layer)",
     "mask": "which weights are protected (layer)",
     "benchmark": "weights and images of benchmarks, and noise of their baseline loops (what)",
 }
@@ -58,6 +59,7 @@ CHIPS = (
     "train-fit_compensators",
     "validate-fit_compensators",
     "train-distil",
+    "train-sidepath",
 )
 CHIPS_EACH = 1 << 28
 

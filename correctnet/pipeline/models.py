@@ -55,14 +55,15 @@ def _warn_of_another_source(path: str | Path, network: dict[str, Any]) -> None:
 
 
 def _compensated(description: dict[str, Any]) -> bool:
-    """Whether a network has compensators."""
-    return bool((description.get("compensation") or {"filters": {}})["filters"])
+    """Whether a network has compensators, or digital paths beside its layers."""
+    return bool((description.get("compensation") or {"filters": {}})["filters"] or description.get("sidepath"))
 
 
 def check_uncompensated(stage: Stage, path: Path, description: dict[str, Any]) -> None:
     """Raise a UserError where a stage that precedes compensation is given a compensated network."""
     if _compensated(description):
-        raise UserError(f"{stage}: {path} is compensated; give the network that it was made from")
+        what = "has digital paths" if description.get("sidepath") else "is compensated"
+        raise UserError(f"{stage}: {path} {what}; give the network that it was made from")
 
 
 def is_whole(value: Any, low: int) -> bool:

@@ -22,6 +22,7 @@ Stage = Literal[
     "suppress",
     "inject",
     "distil",
+    "sidepath",
     "sweep",
     "search",
     "compensate",
@@ -133,6 +134,13 @@ STAGES: dict[Stage, StageSpec] = {
         seconds=lambda s, cost, _: workload.distil(s, cost),
         resumes=True,
     ),
+    "sidepath": StageSpec(
+        reads=("seed", "data", "variation", "digital", "sidepath"),
+        after=("base",),
+        version=1,
+        seconds=lambda s, cost, _: workload.sidepath(s, cost),
+        resumes=True,
+    ),
     "sweep": StageSpec(
         reads=("seed", *IMAGES, "variation", "converters", "digital", "montecarlo", "sweep"),
         after=("pretrain", "base"),
@@ -210,4 +218,4 @@ def is_rival(settings: Settings, *stages: Stage) -> bool:
     It trains with variation or has digital weights, and is not compensated.
     """
     digital = settings.digital.front or settings.digital.layers or settings.protect.fraction
-    return "compensate" not in stages and bool(digital or {"inject", "distil"} & {*stages})
+    return "compensate" not in stages and bool(digital or {"inject", "distil", "sidepath"} & {*stages})

@@ -60,6 +60,14 @@ def distil(s: Settings, cost: Costs) -> float:
     return training_with_variation(s, s.distil, cost) + s.distil.epochs * training_images(s)[0] * cost.test
 
 
+def sidepath(s: Settings, cost: Costs) -> float:
+    """A training of digital paths; of sparse ones after a pass that says where they are."""
+    own = s.sidepath
+    known = own.path == "sparse" and own.select in ("fisher", "sampled")
+    found = min(own.select_images or training_images(s)[0], training_images(s)[0]) * 2 * cost.train if known else 0.0
+    return found + own.epochs * training_images(s)[0] * (cost.train + cost.sample / own.batch)
+
+
 def layer_by_layer(s: Settings, chips: int, images: int | None, cost: Costs) -> float:
     """`chips` for each layer, on validation images."""
     return chips * cost.layers * (images or training_images(s)[1]) * cost.test

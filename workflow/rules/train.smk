@@ -74,6 +74,25 @@ use rule suppress as distil with:
         command=layout.command("distil"),
 
 
+# Digital paths beside analog layers.
+use rule pretrain as sidepath with:
+    input:
+        data=ancient(layout.dataset_ready),
+        device=ancient(layout.measurements),
+        base=layout.base_model,
+    output:
+        **layout.model("sidepath"),
+    log:
+        layout.log("{pair}/sidepath{variant}"),
+    benchmark:
+        layout.benchmark("{pair}/sidepath{variant}")
+    resources:
+        **layout.resources("sidepath"),
+    params:
+        settings=layout.canonical("sidepath"),
+        command=layout.command("sidepath"),
+
+
 # The compensators of the best state that the searches found.
 use rule pretrain as compensate with:
     input:

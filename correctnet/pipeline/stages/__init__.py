@@ -8,7 +8,7 @@ and whole, and keeps resume checkpoints in a folder of its own (`correctnet.pipe
 
 from correctnet.pipeline.stages.evaluation import evaluate_chips, sensitivity
 from correctnet.pipeline.stages.searching import search, search_state, sweep
-from correctnet.pipeline.stages.training import compensate, distil, finetune, inject, pretrain, suppress
+from correctnet.pipeline.stages.training import compensate, distil, finetune, inject, pretrain, sidepath, suppress
 
 __all__ = [
     "compensate",
@@ -20,6 +20,7 @@ __all__ = [
     "search",
     "search_state",
     "sensitivity",
+    "sidepath",
     "suppress",
     "sweep",
 ]

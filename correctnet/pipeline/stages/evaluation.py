@@ -128,7 +128,7 @@ def evaluate_chips(
         fractions = clipped(analog, images.take(CLIPPED_IMAGES).images, same)
         columns |= {"dac_bits": s.converters.dac_bits, "adc_bits": s.converters.adc_bits}
         columns |= {"clipped": most_clipped(fractions)}
-    if digital or masks or plan["filters"]:
+    if digital or masks or plan["filters"] or description.get("sidepath"):
         columns["digital_macs"] = _multiplications(model, images.images[:2], digital, masks)
     if taken := sorted(set(notes or {}) & {*columns, *COLUMNS, *IDENTITY, "prefixes"}):
         raise UserError(f"--note {taken[0]}: the evaluation has a column of that name")

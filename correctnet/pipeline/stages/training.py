@@ -19,6 +19,15 @@ from correctnet.files import storage
 from correctnet.methods import compensation, compensation_training
 from correctnet.methods.distillation import learn_from
 from correctnet.methods.search_log import best_state
+from correctnet.methods.selection import protected_weights
+from correctnet.methods.sidepaths import (
+    add_side_paths,
+    masked,
+    side_hooks,
+    side_layers,
+    side_parameters,
+    side_share,
+)
 from correctnet.methods.suppression_training import regularised
 from correctnet.networks.building import check_fits, load_weights
 from correctnet.noise import streams
@@ -138,6 +147,32 @@ def inject(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) ->
 def distil(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) -> None:
     """Variation-aware training that also learns from the pre-trained network, after [8]; without overhead."""
     _train_with_variation("distil", settings, pretrained, out, runtime)
+
+
+def sidepath(settings: Settings, base: Path, out: Path, runtime: Runtime) -> None:
+    """Train digital paths beside the layers of the model at `base`, with a fresh chip sample for each batch.
+
+    All else is frozen. Writes a model, whose description has the arguments of `add_side_paths`, and its log to `out`.
+    """
+    s = STAGES["sidepath"].read(settings)
+    own = s.sidepath
+    model, described = read_network(base, runtime.device)
+    check_uncompensated("sidepath", base, described)
+    data, device = runtime.load(s, described, base), devices.make(s.variation)
+    digital = digital_layers(s, model, data.train)
+    masks = {}
+    if own.path == "sparse":
+        known = data.train.take(own.select_images)
+        masks = protected_weights(model, own.fraction, own.select, data=known, exclude=digital, seed=s.seed)
+    names = list(side_layers(model, digital))
+    plan = {"path": own.path, "rank": own.rank, "layers": names, "seed": s.seed}
+    sided = add_side_paths(model, **plan, masks=masks)
+    analog = convert(sided, device, s.seed, digital)
+    described |= {"sidepath": plan, "overhead": described.get("overhead", 0.0) + side_share(sided)}
+    weights, _ = storage.model_files(base)
+    parameters = side_parameters(analog)
+    with masked(analog):
+        _train("sidepath", analog, described, data, settings, side_hooks(analog), out, runtime, [weights], parameters)
 
 
 def finetune(settings: Settings, compensated: Path, out: Path, runtime: Runtime) -> None:
