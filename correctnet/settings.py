@@ -170,6 +170,19 @@ class Adapt(Grown):
         return Training(epochs=self.passes, weight_decay=0.0, **values)
 
 
+class Calibrate(Grown):
+    """Calibration of each chip by least squares on a few images, without labels (a baseline)."""
+
+    later = ("images", "rank", "ridge")
+
+    images: int = Field(0, ge=0)
+    """training images on which each chip is calibrated; 0: no chip is"""
+    rank: int = Field(2, ge=0)
+    """of the path beside each layer; 0: a gain for each output alone"""
+    ridge: float = Field(1e-3, ge=0)
+    """weight of the path's squared norm, over that of the layer's inputs"""
+
+
 class Sweep(Section):
     """Candidate layers: variation from the last layer backwards to the i-th."""
 
@@ -369,7 +382,7 @@ class Sensitivity(Section):
 class Settings(Grown):
     """All settings of one row of a pair."""
 
-    later = ("converters", "digital", "protect", "adapt")
+    later = ("converters", "digital", "protect", "adapt", "calibrate")
 
     seed: int = Field(0, ge=0, lt=2**63)
     """seed of every random draw"""
@@ -380,6 +393,7 @@ class Settings(Grown):
     digital: Digital = Digital()
     protect: Protect = Protect()
     adapt: Adapt = Adapt()
+    calibrate: Calibrate = Calibrate()
     base: Literal["pretrain", "suppress", "inject"] = "suppress"
     """the stage whose network is swept, searched and compensated; suppress in the paper"""
     pretrain: Pretrain = Pretrain()

@@ -595,6 +595,7 @@ SHARED = {
     "digital": set(STAGES) - {"pretrain", "suppress"},
     "protect": {"evaluate"},
     "adapt": {"evaluate"},
+    "calibrate": {"evaluate"},
     "montecarlo": {"sweep", "search", "evaluate", "sensitivity"},
     "compensate": {"search", "compensate"},
     "compensate.epochs": {"compensate"},  # a state of the search trains for search.train_epochs

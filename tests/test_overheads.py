@@ -80,7 +80,7 @@ def test_each_point_is_a_row_at_its_overhead_with_the_deviation_of_its_chips(fil
         "unprotected": (["unprotected"], False, False),
         "CorrectNet": (["correctnet"], False, False),
         "[9] RSA": (["rsa-0.01", "rsa-0.05"], False, True),
-        "[9] RSA (trained on each chip)": (["rsa-online-0.01", "rsa-online-0.05"], True, True),
+        "[9] RSA (on each chip)": (["rsa-online-0.01", "rsa-online-0.05"], True, True),
         "first layer digital": (["front"], False, False),
     }
     for panel, column in ((weights, 0), (multiplications, 1)):
@@ -102,7 +102,7 @@ def test_a_method_has_one_colour_trained_on_the_chips_or_not(file):
     for container in figure.axes[0].containers:
         colours.setdefault(container[0].get_color(), set()).add(container.get_label())
     assert sorted(map(len, colours.values())) == [1, 1, 1, 2]
-    assert {"[9] RSA", "[9] RSA (trained on each chip)"} in colours.values()
+    assert {"[9] RSA", "[9] RSA (on each chip)"} in colours.values()
     plt.close(figure)
 
 
@@ -205,3 +205,12 @@ def test_runs_with_correctnet_and_a_rival_end_with_it(rows, expected):
         job = SimpleNamespace(run="both", name="8")
         assert layout.figure_inputs(job) == ["results/one/samples.csv"]
         assert layout.figure_options(job).startswith("--sigma 0.5 --labels ")
+
+
+def test_rows_that_are_calibrated_on_each_chip_are_filled_as_well(tmp_path):
+    own = table(rows={"unprotected": ROWS["unprotected"], "front": ROWS["front"]})
+    own["calibrate_images"] = own["row"].map({"front": 10})
+    own.to_csv(tmp_path / "s.csv", index=False)
+    found = overheads(read_samples([tmp_path / "s.csv"])).set_index("row")
+    assert found["online"].to_dict() == {"unprotected": False, "front": True}
+    assert found.loc["front", "calibrate_images"] == 10

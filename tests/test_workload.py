@@ -52,6 +52,7 @@ def test_a_chip_that_is_trained_takes_a_training_more():
     assert chosen == pytest.approx(bare + 500 * 2 * 0.01)
     adapted = seconds(protect={"fraction": 0.1, "images": 500}, adapt={"passes": 2, "images": 3200, "batch": 32})
     assert adapted == pytest.approx(chosen + 4 * 2 * 3200 * (0.01 + 0.01))
+    assert seconds(calibrate={"images": 10}) == pytest.approx(seconds() + 4 * 10 * 6 * 1e-3)
 
 
 def test_sparse_paths_are_placed_by_an_importance_that_takes_a_pass():

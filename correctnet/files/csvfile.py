@@ -56,7 +56,7 @@ EVALUATION = {
     **dict.fromkeys(("epochs", "variation", "on", "resample", "data", "device", "model"), MAYBE_TEXT),
     **dict.fromkeys(("trained_sigma", "prefixes", "cell", "unit", "scale", "time", "measurement", "masks"), MAYBE_TEXT),
     **dict.fromkeys(
-        ("digital_macs", "pilot", "protected", "adapt_images", "adapt_passes", "adapt_seconds"),
+        ("digital_macs", "pilot", "protected", "adapt_images", "adapt_passes", "adapt_seconds", "calibrate_images"),
         Column(float, 0, empty=True),
     ),
     **dict.fromkeys(("dac_bits", "adc_bits"), Column(float, 2, 16, empty=True)),

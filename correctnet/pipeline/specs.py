@@ -185,6 +185,7 @@ STAGES: dict[Stage, StageSpec] = {
             "digital",
             "protect",
             "adapt",
+            "calibrate",
             "montecarlo",
             "evaluate.split",
             "evaluate.images",
@@ -217,5 +218,7 @@ def is_rival(settings: Settings, *stages: Stage) -> bool:
 
     It trains with variation or has digital weights, and is not compensated.
     """
-    digital = settings.digital.front or settings.digital.layers or settings.protect.fraction
+    digital = (
+        settings.digital.front or settings.digital.layers or settings.protect.fraction or settings.calibrate.images
+    )
     return "compensate" not in stages and bool(digital or {"inject", "distil", "sidepath"} & {*stages})

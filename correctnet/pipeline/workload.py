@@ -97,13 +97,18 @@ def evaluate(s: Settings, chips: int, cost: Costs) -> float:
     """`chips` on the images of an evaluation."""
     all_images = facts(s).test if s.evaluate.split == "test" else training_images(s)[1]
     images = s.evaluate.images or all_images
-    return chips * (images * cost.test + adaptation(s, cost)) + importance(s, cost)
+    return chips * (images * cost.test + adaptation(s, cost) + calibration(s, cost)) + importance(s, cost)
 
 
 def adaptation(s: Settings, cost: Costs) -> float:
     """Training of the protected weights on a chip, which is drawn in each step."""
     images = min(s.adapt.images or training_images(s)[0], training_images(s)[0])
     return s.adapt.passes * images * (cost.train + cost.sample / s.adapt.batch)
+
+
+def calibration(s: Settings, cost: Costs) -> float:
+    """Forward passes of a few images on a chip, one for each layer and a clean one."""
+    return s.calibrate.images * (cost.layers + 1) * cost.test
 
 
 def importance(s: Settings, cost: Costs) -> float:

@@ -20,7 +20,7 @@ from correctnet.report import tables
 from correctnet.report.style import GREEN, GREY, PINK, ROW_STYLE, SKY, YELLOW, wrapped
 
 # Columns of what a chip has been trained or measured with; an empty cell, or none, is a chip that has not.
-ON_CHIP = ("adapt_images", "adapt_passes", "adapt_seconds")
+ON_CHIP = ("adapt_images", "adapt_passes", "adapt_seconds", "calibrate_images")
 POINT = re.compile(r"(.+)-[0-9]+(\.[0-9]+)?")
 
 
@@ -39,11 +39,11 @@ def overheads(
 ) -> pd.DataFrame:
     """Table with one line per pair and row: its accuracy under variation, and what it needs.
 
-    Columns: pair, row, label, series (see `series_of`), online (whether its weights are trained on each chip), overhead
-    (digital weights / parameters of the network), digital_macs (digital multiplications / those of the network, NaN
-    where they were not counted), mean and std over chips, ci_low and ci_high (95 % t interval of the mean), chips,
-    images, seed, and what each chip needs: adapt_images, adapt_passes and adapt_seconds (the mean over chips), empty
-    for rows that are not trained on it. One chip has no std and no interval.
+    Columns: pair, row, label, series (see `series_of`), online (whether weights are trained or calibrated on each
+    chip), overhead (digital weights / parameters of the network), digital_macs (digital multiplications / those of the
+    network, NaN where they were not counted), mean and std over chips, ci_low and ci_high (95 % t interval of the
+    mean), chips, images, seed, and what each chip needs: adapt_images, adapt_passes, adapt_seconds (the mean over
+    chips) and calibrate_images, empty for rows that do without. One chip has no std and no interval.
 
     Args:
         samples: from `tables.read_samples`.
@@ -74,7 +74,7 @@ def overheads(
                     "row": row,
                     "label": (labels or {}).get(row, row),
                     "series": series_of(row),
-                    "online": bool(need["adapt_passes"] > 0),
+                    "online": bool(need["adapt_passes"] > 0 or need["calibrate_images"] > 0),
                     "overhead": first["overhead"],
                     # Rows without anything digital have no column of multiplications.
                     "digital_macs": 0.0 if np.isnan(macs) and first["overhead"] == 0 else macs,
@@ -111,9 +111,9 @@ def figure8(
 ) -> plt.Figure:
     """Accuracy over overhead, for each pair in weights and in multiplications: mean and deviation over chips.
 
-    Filled markers are rows that are trained on each chip, open ones those that are not; the points of a series are
-    joined. The horizontal axes are linear up to 1 % and logarithmic beyond. Rows whose digital multiplications were not
-    counted are not in the second panel.
+    Filled markers are rows that are trained or calibrated on each chip, open ones those that are not; the points of a
+    series are joined. The horizontal axes are linear up to 1 % and logarithmic beyond. Rows whose digital
+    multiplications were not counted are not in the second panel.
 
     Args:
         files: samples.csv of one pair or more.
@@ -156,7 +156,7 @@ def _series(ax: Axes, points: pd.DataFrame, column: str, colour: Any, marker: st
     if points.empty:
         return
     online = bool(points["online"].all())
-    text = series_label(list(points["label"]), series) + (" (trained on each chip)" if online else "")
+    text = series_label(list(points["label"]), series) + (" (on each chip)" if online else "")
     ax.errorbar(
         100 * points[column],
         points["mean"],

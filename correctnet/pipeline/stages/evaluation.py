@@ -27,6 +27,7 @@ from correctnet.files import storage
 from correctnet.methods import candidates as sweeping
 from correctnet.methods import recalibration
 from correctnet.methods.adaptation import adapt
+from correctnet.methods.calibration import add_calibration, calibrate, calibration_share
 from correctnet.methods.costs import digital_multiplications
 from correctnet.methods.front import digital_share
 from correctnet.methods.selection import protected_share, protected_weights
@@ -97,6 +98,8 @@ def evaluate_chips(
     data = runtime.load(s, description, path)
     images = getattr(data, s.evaluate.split).take(s.evaluate.images)
     digital = digital_layers(s, model, data.train)
+    if s.calibrate.images:
+        model = add_calibration(model, s.calibrate.rank, digital)
     analog = convert(model, devices.make(s.variation), s.seed, digital)
     first = streams.chips(s.evaluate.split, chips, start).start
     if s.variation.level > 0:
@@ -117,7 +120,12 @@ def evaluate_chips(
         "dataset": s.data.name,
         "split": s.evaluate.split,
         **_variation_columns(analog),
-        "overhead": description.get("overhead", 0.0) + digital_share(model, digital) + protected_share(model, masks),
+        "overhead": (
+            description.get("overhead", 0.0)
+            + digital_share(model, digital)
+            + protected_share(model, masks)
+            + calibration_share(model)
+        ),
         "layers": len(plan["filters"]),
         "epochs": " + ".join(f"{h['epochs']} {h['stage']}" for h in history),
         "trained_sigma": trained_sigma(history),
@@ -128,7 +136,7 @@ def evaluate_chips(
         fractions = clipped(analog, images.take(CLIPPED_IMAGES).images, same)
         columns |= {"dac_bits": s.converters.dac_bits, "adc_bits": s.converters.adc_bits}
         columns |= {"clipped": most_clipped(fractions)}
-    if digital or masks or plan["filters"] or description.get("sidepath"):
+    if digital or masks or plan["filters"] or description.get("sidepath") or s.calibrate.images:
         columns["digital_macs"] = _multiplications(model, images.images[:2], digital, masks)
     if taken := sorted(set(notes or {}) & {*columns, *COLUMNS, *IDENTITY, "prefixes"}):
         raise UserError(f"--note {taken[0]}: the evaluation has a column of that name")
@@ -139,6 +147,10 @@ def evaluate_chips(
         recalibration.recalibrate(analog, calibration, simulated, s.montecarlo.precision)
     elif s.evaluate.recalibrate == "chip":
         steps.append(lambda chip: recalibration.recalibrate(chip, calibration, None, s.montecarlo.precision))
+    if s.calibrate.images and s.variation.level > 0:
+        few = data.train.take(s.calibrate.images).images
+        columns["calibrate_images"] = len(few)
+        steps.append(lambda chip: calibrate(chip, few, s.calibrate.ridge))
     times: dict[int, float] = {}
     if s.adapt.passes and s.variation.level > 0:  # without variation there is nothing to adapt to
         columns |= {"adapt_images": len(data.train.take(s.adapt.images)), "adapt_passes": s.adapt.passes}
