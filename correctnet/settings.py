@@ -145,8 +145,10 @@ class Distil(Inject):
 class Adapt(Grown):
     """Online training of the protected weights on each chip, all else frozen (a baseline, after [8] and [9])."""
 
-    later = ("passes", "images", "batch", "optimizer", "learning_rate", "warmup", "precision", "clip")
+    later = ("weights", "passes", "images", "batch", "optimizer", "learning_rate", "warmup", "precision", "clip")
 
+    weights: Literal["protected", "digital", "all"] = "protected"
+    """which are trained: the protected ones, those of digital layers, or all on crossbars, as a ceiling"""
     passes: int = Field(0, ge=0)
     """passes over the images on each chip; 0: the weights are not trained"""
     images: int | None = Field(None, ge=1)
@@ -166,7 +168,7 @@ class Adapt(Grown):
 
     def training(self) -> Training:
         """The training that these settings describe."""
-        values = {key: value for key, value in dict(self).items() if key not in ("passes", "images")}
+        values = {key: value for key, value in dict(self).items() if key not in ("weights", "passes", "images")}
         return Training(epochs=self.passes, weight_decay=0.0, **values)
 
 

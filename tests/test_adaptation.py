@@ -169,6 +169,52 @@ def test_a_device_whose_weights_depend_on_each_other(trained, blobs):
     assert all(torch.equal(value, before[name]) for name, value in analog.state_dict().items())
 
 
+def test_only_digital_layers_are_trained_with_their_biases(trained, blobs):
+    analog = convert(trained, DEVICE, exclude="4")
+    before = state(analog)
+    program(analog, 5)
+    adapt(analog, blobs, weights="digital", batch=50, learning_rate=0.01)
+    changed = {name for name, value in analog.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"4.weight", "4.bias"}
+    with pytest.raises(UserError, match="no layer is digital"):
+        adapt(on_chip(convert(trained, DEVICE)), blobs, weights="digital")
+
+
+def on_chip(analog, chip=5):
+    program(analog, chip)
+    return analog
+
+
+def test_the_last_layer_digital_is_a_regression_on_stored_features(trained, blobs):
+    """As in [18]: the features of the chip are computed once, and the last layer is trained on them alone."""
+    images, labels = blobs.images, blobs.labels
+    analog = on_chip(convert(trained, DEVICE, exclude="4"))
+    with torch.no_grad():
+        features = analog.eval()[:4](images)
+    last = nn.Sequential(copy.deepcopy(trained[4]))
+    settings = Training(epochs=2, batch=50, learning_rate=0.01, weight_decay=0.0)
+    fit(last, (features, labels), settings, 3, stage="adapt", quiet=True)
+    adapt(analog, blobs, weights="digital", passes=2, batch=50, learning_rate=0.01, seed=3)
+    torch.testing.assert_close(analog[4].weight, last[0].weight)
+
+
+def test_the_ceiling_trains_all_weights_through_the_chip(trained, blobs):
+    """A step is that of the loss of W e^theta, with e^theta of this chip; biases and BatchNorm stay."""
+    analog = on_chip(convert(trained, DEVICE))
+    factors = {id(own): (own.chip_weight() / own.nominal).detach() for own in analog_layers(analog)}
+    before = state(analog)
+    plain = evaluate(convert(trained, DEVICE), blobs, 3, progress=False)
+    adapt(analog, blobs, weights="all", batch=50, learning_rate=0.01, passes=2)
+    changed = {name for name, value in analog.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {f"{name}.weight" for name in ("0.layer", "3.layer", "4")}
+    for own in analog_layers(analog):
+        torch.testing.assert_close(own.chip_weight().detach(), (own.nominal * factors[id(own)]).detach())
+    found = evaluate(
+        convert(trained, DEVICE), blobs, 3, prepare=lambda chip: adapt(chip, blobs, weights="all"), progress=False
+    )
+    assert found.mean > plain.mean
+
+
 def test_rows_that_are_adapted(tmp_path):
     """The stage: what it needs of a chip is in the columns, and a chip is that of the function."""
     pre, few = tmp_path / "pretrain", ["--quiet", "--threads", 1, "--images", 100]

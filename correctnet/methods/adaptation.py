@@ -6,6 +6,11 @@ through every chip.
 
     protect(analog, masks)
     result = evaluate(analog, test, chips=20, prepare=lambda chip: adapt(chip, train))
+
+Two variants train other weights. "digital" ones are those of whole layers that are digital, with their biases, as in
+HyperX ([18]), whose last layers are. "all" are those on the crossbars themselves, as if each chip, with a variation
+that is known and stays, were programmed again after every step: close to a ceiling for what can be done on a chip
+(after [12]), and no rival.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from correctnet.crossbar.convert import chip_of
+from correctnet.crossbar.kinds import crossbars
 from correctnet.crossbar.layers import OnCrossbar, analog_layers, analog_names
 from correctnet.datasets.batches import Batches, take
 from correctnet.devices.protected import Protected
@@ -36,13 +42,14 @@ def adapt(
     progress: bool = False,
     **settings: Any,
 ) -> None:
-    """Train the protected weights of a converted network on its chip, in place, and nothing else.
+    """Train the protected weights of a converted network on its chip, in place, and nothing else; or others, see above.
 
     The weights after the last step are kept, whatever they reach. BatchNorm normalises with the stored statistics, and
     dropout is off. Training images are not augmented.
 
     Args:
-        model: from `correctnet.convert`, with weights that `correctnet.protect` protects, and one chip programmed.
+        model: from `correctnet.convert`, with weights that `correctnet.protect` protects, or with digital layers for
+            weights="digital", and one chip programmed.
         train: training images (N, ...) and labels (N,), as for `correctnet.suppress`.
         loss: replaces the cross entropy: a function of outputs and labels that returns the mean over the images.
         metric: a `correctnet.Metric`, which says what labels are, and may have a loss; None: the accuracy.
@@ -51,19 +58,24 @@ def adapt(
         settings: fields of `correctnet.settings.Adapt`, e.g. images=512; `passes` is 1 where it is not given.
 
     Raises:
-        UserError: no chip or several, nothing protected, a protected weight that is derived from other parameters, a
-            device on which other weights depend on the protected ones, data, outputs or a loss that are not those of a
-            classifier, an unknown setting, or a loss that is not finite. The weights are then as before.
+        UserError: no chip or several, nothing protected, or no digital layer, a trained weight that is derived from
+            other parameters, a device on which other weights depend on the protected ones, data, outputs or a loss that
+            are not those of a classifier, an unknown setting, or a loss that is not finite. The weights are then as
+            before.
     """
     section = validate(Adapt, {"passes": 1, **settings}, "adapt")
     seed, metric, sample = whole(seed, "adapt: the seed"), checked(metric, "adapt"), chip_of(model).sample
     if not isinstance(sample, int):
         raise UserError("adapt: one chip is trained; program one, or give adapt to evaluate as prepare")
-    layers = _protected(model)
-    parameters = {id(own): own.owner._parameters[own.parameter] for own, _ in layers}
-    before = {key: parameter.detach().clone() for key, parameter in parameters.items()}
+    layers = _protected(model) if section.weights == "protected" else []
+    if section.weights == "protected":
+        trained = [own.owner._parameters[own.parameter] for own, _ in layers]
+    else:
+        trained = _digital(model) if section.weights == "digital" else _programmed(model)
+    before = [parameter.detach().clone() for parameter in trained]
     frozen = [_others(own, mask, sample) for own, mask in layers]
-    hooked = [parameters[id(own)].register_hook(_only(mask)) for own, mask in layers]
+    masked = zip(trained, layers, strict=False)  # without layers all of a weight is trained
+    hooked = [parameter.register_hook(_only(mask)) for parameter, (_, mask) in masked]
     try:
         fit(
             model,
@@ -71,7 +83,7 @@ def adapt(
             section.training(),
             seed,
             stage="adapt",
-            parameters=list(parameters.values()),
+            parameters=trained,
             hooks=Hooks(dropout=False, update_batchnorm=False, loss=loss, metric=metric),
             title="adapt",
             quiet=not progress,
@@ -84,8 +96,8 @@ def adapt(
                 )
     except BaseException:
         with torch.no_grad():
-            for key, parameter in parameters.items():
-                parameter.copy_(before[key])
+            for parameter, value in zip(trained, before, strict=True):
+                parameter.copy_(value)
         raise
     finally:
         for each in hooked:
@@ -104,6 +116,26 @@ def _protected(model: nn.Module) -> list[tuple[OnCrossbar, Tensor]]:
         found.append((own, mask))
     if not found:
         raise UserError("adapt: no weight is protected, so there is nothing to train; protect some with `protect`")
+    return found
+
+
+def _digital(model: nn.Module) -> list[nn.Parameter]:
+    """Weights and biases of the layers that are digital. Raises UserError where there are none."""
+    analog = {id(own.owner) for own in analog_layers(model)}
+    layers = dict.fromkeys(each.module for each in crossbars(model) if id(each.module) not in analog)
+    found = [p for layer in layers for p in layer.parameters(recurse=False) if p.is_floating_point()]
+    if not found:
+        raise UserError("adapt: no layer is digital, so there is nothing to train; exclude some in `convert`")
+    return found
+
+
+def _programmed(model: nn.Module) -> list[nn.Parameter]:
+    """The weights on crossbars. Raises UserError where one is derived from others."""
+    found, names = [], analog_names(model)
+    for own in analog_layers(model):
+        if own.owner._parameters.get(own.parameter) is None:
+            raise UserError(f"adapt: the weights of {names[id(own)]} are derived from others and cannot be trained")
+        found.append(own.owner._parameters[own.parameter])
     return found
 
 

@@ -195,8 +195,8 @@ class Config(Section):
                 )
                 if settings.evaluate.recalibrate != "none" and not _has_batchnorm(settings.network):
                     yield f"{source}: pairs.{pair}.rows: {row!r} recalibrates BatchNorm, which the network has not"
-                if settings.adapt.passes and not settings.protect.fraction:
-                    yield f"{source}: pairs.{pair}.rows: {row!r} trains protected weights (adapt), and protects none"
+                if settings.adapt.passes and (mistake := adapt_mistake(settings)):
+                    yield f"{source}: pairs.{pair}.rows: {row!r} {mistake}"
                 stages = lineage(settings, self.rows[row].evaluate)
                 yield from (
                     f"{source}: pairs.{pair}.rows: {row!r}: {text}"
@@ -443,6 +443,15 @@ def sizes_mistake(settings: Settings, stage: Literal["pretrain", "suppress"], ne
         return f"{stage}.sizes: square images are expected, and those of {settings.data.name} are not"
     if facts is not None and max(sizes) > facts.height:
         return f"{stage}.sizes: sides between 1 and {facts.height} pixels are expected, not {max(sizes)}"
+    return None
+
+
+def adapt_mistake(settings: Settings) -> str | None:
+    """A message where a chip is to be trained and has no weights of the kind that is trained, else None."""
+    if settings.adapt.weights == "protected" and not settings.protect.fraction:
+        return "trains protected weights (adapt), and protects none"
+    if settings.adapt.weights == "digital" and not (settings.digital.front or settings.digital.layers):
+        return "trains digital layers (adapt), and none is digital"
     return None
 
 

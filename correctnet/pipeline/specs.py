@@ -219,6 +219,10 @@ def is_rival(settings: Settings, *stages: Stage) -> bool:
     It trains with variation or has digital weights, and is not compensated.
     """
     digital = (
-        settings.digital.front or settings.digital.layers or settings.protect.fraction or settings.calibrate.images
+        settings.digital.front
+        or settings.digital.layers
+        or settings.protect.fraction
+        or settings.calibrate.images
+        or settings.adapt.passes
     )
     return "compensate" not in stages and bool(digital or {"inject", "distil", "sidepath"} & {*stages})

@@ -92,7 +92,7 @@ def evaluate_chips(
     storage.check_writable(out)
     if prefixes and s.variation.level != 0:
         raise UserError("--prefix: the nominal network alone is judged on fewer images, too; it needs --sigma 0")
-    if s.adapt.passes and not s.protect.fraction:
+    if s.adapt.passes and s.adapt.weights == "protected" and not s.protect.fraction:
         raise UserError("adapt: the weights that are trained on each chip are the protected ones; set protect.fraction")
     model, description = read_network(path, runtime.device)
     data = runtime.load(s, description, path)
