@@ -185,6 +185,15 @@ class Calibrate(Grown):
     """weight of the path's squared norm, over that of the layer's inputs"""
 
 
+class RowMapping(Grown):
+    """Where the rows of a layer's weights are on a chip's crossbars (a baseline, after [7] and [12])."""
+
+    later = ("rows",)
+
+    rows: Literal["given", "assigned"] = "given"
+    """in their order; or on each chip, whose factors are known, where these harm least"""
+
+
 class Sweep(Section):
     """Candidate layers: variation from the last layer backwards to the i-th."""
 
@@ -384,7 +393,7 @@ class Sensitivity(Section):
 class Settings(Grown):
     """All settings of one row of a pair."""
 
-    later = ("converters", "digital", "protect", "adapt", "calibrate")
+    later = ("converters", "digital", "protect", "adapt", "calibrate", "mapping")
 
     seed: int = Field(0, ge=0, lt=2**63)
     """seed of every random draw"""
@@ -396,6 +405,7 @@ class Settings(Grown):
     protect: Protect = Protect()
     adapt: Adapt = Adapt()
     calibrate: Calibrate = Calibrate()
+    mapping: RowMapping = RowMapping()
     base: Literal["pretrain", "suppress", "inject"] = "suppress"
     """the stage whose network is swept, searched and compensated; suppress in the paper"""
     pretrain: Pretrain = Pretrain()

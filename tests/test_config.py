@@ -596,6 +596,7 @@ SHARED = {
     "protect": {"evaluate"},
     "adapt": {"evaluate"},
     "calibrate": {"evaluate"},
+    "mapping": {"evaluate"},
     "montecarlo": {"sweep", "search", "evaluate", "sensitivity"},
     "compensate": {"search", "compensate"},
     "compensate.epochs": {"compensate"},  # a state of the search trains for search.train_epochs

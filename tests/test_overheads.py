@@ -214,3 +214,11 @@ def test_rows_that_are_calibrated_on_each_chip_are_filled_as_well(tmp_path):
     found = overheads(read_samples([tmp_path / "s.csv"])).set_index("row")
     assert found["online"].to_dict() == {"unprotected": False, "front": True}
     assert found.loc["front", "calibrate_images"] == 10
+
+
+def test_rows_that_are_mapped_to_each_chip_are_filled_as_well(tmp_path):
+    own = table(rows={"unprotected": ROWS["unprotected"], "front": ROWS["front"]})
+    own.loc[(own["row"] == "front") & (own["sigma"] > 0), "mapping"] = "rows"
+    own.to_csv(tmp_path / "s.csv", index=False)
+    found = overheads(read_samples([tmp_path / "s.csv"])).set_index("row")
+    assert found["online"].to_dict() == {"unprotected": False, "front": True}

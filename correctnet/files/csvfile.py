@@ -54,7 +54,9 @@ EVALUATION = {
     **dict.fromkeys(("factor_mean", "factor_cv"), MAYBE_SHARE),
     **dict.fromkeys(("pair", "row", "network", "dataset", "split", "centre"), TEXT),
     **dict.fromkeys(("epochs", "variation", "on", "resample", "data", "device", "model"), MAYBE_TEXT),
-    **dict.fromkeys(("trained_sigma", "prefixes", "cell", "unit", "scale", "time", "measurement", "masks"), MAYBE_TEXT),
+    **dict.fromkeys(
+        ("trained_sigma", "prefixes", "cell", "unit", "scale", "time", "measurement", "masks", "mapping"), MAYBE_TEXT
+    ),
     **dict.fromkeys(
         ("digital_macs", "pilot", "protected", "adapt_images", "adapt_passes", "adapt_seconds", "calibrate_images"),
         Column(float, 0, empty=True),

@@ -186,6 +186,7 @@ STAGES: dict[Stage, StageSpec] = {
             "protect",
             "adapt",
             "calibrate",
+            "mapping",
             "montecarlo",
             "evaluate.split",
             "evaluate.images",
@@ -216,7 +217,7 @@ def lineage(settings: Settings, stage: str) -> tuple[Stage, ...]:
 def is_rival(settings: Settings, *stages: Stage) -> bool:
     """Whether a row with these stages is what Figure 8 compares with CorrectNet.
 
-    It trains with variation or has digital weights, and is not compensated.
+    It trains with variation, has digital weights or is mapped to each chip, and is not compensated.
     """
     digital = (
         settings.digital.front
@@ -225,4 +226,5 @@ def is_rival(settings: Settings, *stages: Stage) -> bool:
         or settings.calibrate.images
         or settings.adapt.passes
     )
-    return "compensate" not in stages and bool(digital or {"inject", "distil", "sidepath"} & {*stages})
+    mapped = settings.mapping.rows != "given"
+    return "compensate" not in stages and bool(digital or mapped or {"inject", "distil", "sidepath"} & {*stages})

@@ -39,7 +39,7 @@ def overheads(
 ) -> pd.DataFrame:
     """Table with one line per pair and row: its accuracy under variation, and what it needs.
 
-    Columns: pair, row, label, series (see `series_of`), online (whether weights are trained or calibrated on each
+    Columns: pair, row, label, series (see `series_of`), online (whether something is measured or trained on each
     chip), overhead (digital weights / parameters of the network), digital_macs (digital multiplications / those of the
     network, NaN where they were not counted), mean and std over chips, ci_low and ci_high (95 % t interval of the
     mean), chips, images, seed, and what each chip needs: adapt_images, adapt_passes, adapt_seconds (the mean over
@@ -74,7 +74,8 @@ def overheads(
                     "row": row,
                     "label": (labels or {}).get(row, row),
                     "series": series_of(row),
-                    "online": bool(need["adapt_passes"] > 0 or need["calibrate_images"] > 0),
+                    "online": bool(need["adapt_passes"] > 0 or need["calibrate_images"] > 0)
+                    or first.get("mapping") == "rows",
                     "overhead": first["overhead"],
                     # Rows without anything digital have no column of multiplications.
                     "digital_macs": 0.0 if np.isnan(macs) and first["overhead"] == 0 else macs,
@@ -111,7 +112,7 @@ def figure8(
 ) -> plt.Figure:
     """Accuracy over overhead, for each pair in weights and in multiplications: mean and deviation over chips.
 
-    Filled markers are rows that are trained or calibrated on each chip, open ones those that are not; the points of a
+    Filled markers are rows that measure or train something on each chip, open ones those that are not; the points of a
     series are joined. The horizontal axes are linear up to 1 % and logarithmic beyond. Rows whose digital
     multiplications were not counted are not in the second panel.
 

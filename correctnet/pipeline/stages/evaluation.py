@@ -18,6 +18,7 @@ from correctnet.crossbar.layers import analog_layers, analog_names
 from correctnet.crossbar.protection import protect
 from correctnet.devices.configuration import DeviceSettings
 from correctnet.devices.lognormal import LogNormalVariation
+from correctnet.devices.remapped import Remapped
 from correctnet.engine.engine import describe
 from correctnet.errors import UserError
 from correctnet.evaluation.coverage import check_coverage
@@ -100,7 +101,8 @@ def evaluate_chips(
     digital = digital_layers(s, model, data.train)
     if s.calibrate.images:
         model = add_calibration(model, s.calibrate.rank, digital)
-    analog = convert(model, devices.make(s.variation), s.seed, digital)
+    device = devices.make(s.variation)
+    analog = convert(model, Remapped(device) if s.mapping.rows == "assigned" else device, s.seed, digital)
     first = streams.chips(s.evaluate.split, chips, start).start
     if s.variation.level > 0:
         check_coverage(model, analog, images.images[:8], sample=first)
