@@ -136,10 +136,22 @@ class Inject(Training, Grown):
 class Distil(Inject):
     """Variation-aware training that also learns from the original network (a baseline, after [8])."""
 
+    later = ("gradient", "teachers")
+
     temperature: float = Field(2.0, gt=0)
     """T, by which the logits of both networks are divided where the student learns from the teacher"""
     alpha: float = Field(0.5, ge=0, le=1)
     """weight of the teacher in the loss, (1 - alpha) cross entropy + alpha T^2 KL divergence"""
+    teachers: tuple[float, ...] = Field((), max_length=7)
+    """instead of the original network, several that are first trained at these sigmas, and teach with them; empty: the
+    original network alone"""
+
+    @field_validator("teachers")
+    @classmethod
+    def _teachers(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0 < s <= 3 for s in value) or len(set(value)) != len(value):
+            raise ValueError("sigmas lie above 0 and at most 3, each once")
+        return value
 
 
 class Adapt(Grown):

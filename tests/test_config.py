@@ -612,7 +612,7 @@ SHARED = {
 }
 OTHER = {"seed": 7, "base": "inject", "data.dataset": "mnist", "network.name": "vgg16", "network.widths": [8, 8, 8, 8]}
 OTHER |= {"digital.layers": ["conv1"], "protect.allocation": "equal", "pretrain.sizes": [16], "suppress.sizes": [16]}
-OTHER |= {"evaluate.variation": {"sigma": 0.2}}
+OTHER |= {"evaluate.variation": {"sigma": 0.2}, "distil.teachers": [0.2]}
 OTHER |= {"search.limits": [0.5], "search.ratios": [0.0, 0.3], "evaluate.sigmas": [0.7]}
 OTHER |= {"data.folder": "x", "data.npz": "x", "data.factory": "a:b", "data.digest": "0", "network.factory": "a:b"}
 OTHER |= {"network.options": {"a": 1}, "network.weights": "x", "network.digest": "0"}

@@ -63,3 +63,14 @@ def test_sparse_paths_are_placed_by_an_importance_that_takes_a_pass():
     settings["sidepath"] |= {"path": "sparse", "select_images": 500}
     of_sparse = STAGES["sidepath"].seconds(Settings.model_validate(settings), cost, None)
     assert of_sparse == pytest.approx(of_lora + 500 * 2 * 0.01)
+
+
+def test_teachers_are_trained_before_and_each_sees_every_image():
+    settings = Settings.model_validate(
+        {
+            "data": {"dataset": "cifar10", "validation": 0.1},
+            "distil": {"epochs": 2, "batch": 32, "teachers": [0.1, 0.5]},
+        }
+    )
+    seconds = STAGES["distil"].seconds(settings, Costs(train=0.01, test=1e-3, sample=0.32, layers=5), None)
+    assert seconds == pytest.approx(2 * 45_000 * (3 * (0.01 + 0.01) + 2 * (1e-3 + 0.01)))

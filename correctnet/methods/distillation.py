@@ -8,7 +8,8 @@ carries no variation. T^2 keeps the size of the teacher's gradient, which T divi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from correctnet.devices.base import Variation
 from correctnet.devices.straight import with_gradient
 from correctnet.errors import UserError, whole
 from correctnet.evaluation.montecarlo import clean_value
+from correctnet.methods import multiteacher
 from correctnet.methods import work as folder
 from correctnet.methods.compensation import compensation_modules
 from correctnet.metrics import Loss, Metric, checked, main_output
@@ -55,19 +57,22 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
     return temperature**2 * divergence.mean()
 
 
-def learn_from(teacher: nn.Module, hooks: Hooks, section: Distil) -> None:
+def learn_from(teacher: nn.Module | Sequence[nn.Module], hooks: Hooks, section: Distil) -> None:
     """Add the teacher's term to the loss of a training with these hooks.
 
     Args:
-        teacher: a network without variation; it is copied, and runs in evaluation mode.
+        teacher: a network without variation; it is copied, and runs in evaluation mode. Or several in evaluation mode,
+            the mean of whose logits is learnt.
         hooks: of the student's training; `loss_weight` and `term` are set.
         section: temperature, alpha, and the precision in which the teacher runs.
     """
-    teacher = copy_model(teacher, "distil").eval().requires_grad_(False)
+    one = isinstance(teacher, nn.Module)
+    teachers = [copy_model(teacher, "distil").eval().requires_grad_(False)] if one else list(teacher)
 
     def term(images: Tensor | Inputs, outputs: Any) -> Tensor:
-        with torch.no_grad(), products(section.precision, next(teacher.parameters()).device):
-            wanted = main_output(run(teacher, images, "distil"))
+        with torch.no_grad(), products(section.precision, next(teachers[0].parameters()).device):
+            logits = [main_output(run(each, images, "distil")) for each in teachers]
+        wanted = logits[0] if one else torch.stack([each.float() for each in logits]).mean(0)
         return section.alpha * distillation_loss(main_output(outputs), wanted, section.temperature)
 
     hooks.loss_weight, hooks.term = 1 - section.alpha, term
@@ -97,7 +102,9 @@ def distil(
         train: training images (N, ...) and labels (N,), a pair of tensors or a loader of such pairs, each of whose
             batches is a step.
         variation: the device model.
-        teacher: a network with the same outputs, without variation; None: `network` itself, as it is now.
+        teacher: a network with the same outputs, without variation; None: `network` itself, as it is now. With
+            teachers=(0.1, 0.5) among the settings there are several instead, which are first trained at these levels of
+            the device, and teach with their noise (`correctnet.methods.multiteacher`, after MTRD).
         validation: images and labels whose accuracy without variation is shown after each epoch.
         exclude: names of layers that are digital, as for `correctnet.convert`.
         loss: replaces the cross entropy: a function of outputs and labels that returns the mean over the images.
@@ -134,10 +141,17 @@ def distil(
         loss=loss,
         metric=metric,
     )
-    learn_from(teacher, hooks, section)
     parts = {"network": network, "teacher": teacher, "train": train, "variation": variation, "seed": seed}
     parts |= folder.judged_by(metric) | {"loss": loss, "exclude": exclude}
     text = "" if work is None else folder.identity("distil", **parts, settings=section)
+    if section.teachers:
+        how = {"exclude": exclude, "loss": loss, "metric": metric, "quiet": not progress}
+        saved = functools.partial(folder.checkpoint, work, text=text)
+        teachers = multiteacher.train_teachers(network, train, variation, section, seed, checkpoint=saved, **how)
+        multiteacher.with_chips(hooks, teachers)
+        learn_from(teachers, hooks, section)
+    else:
+        learn_from(teacher, hooks, section)
     fit(
         analog,
         train,

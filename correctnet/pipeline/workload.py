@@ -56,8 +56,11 @@ def training_with_variation(s: Settings, section: Inject, cost: Costs) -> float:
 
 
 def distil(s: Settings, cost: Costs) -> float:
-    """A training with variation in which the teacher also sees each image."""
-    return training_with_variation(s, s.distil, cost) + s.distil.epochs * training_images(s)[0] * cost.test
+    """A training with variation in which the teacher also sees each image; several are trained before."""
+    teachers, images = len(s.distil.teachers), s.distil.epochs * training_images(s)[0]
+    drawn = teachers * cost.sample / s.distil.batch
+    trained = (1 + teachers) * training_with_variation(s, s.distil, cost)
+    return trained + images * (max(1, teachers) * cost.test + drawn)
 
 
 def sidepath(s: Settings, cost: Costs) -> float:

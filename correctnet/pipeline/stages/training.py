@@ -18,6 +18,7 @@ from correctnet.evaluation.simulation import Simulation
 from correctnet.files import storage
 from correctnet.methods import compensation, compensation_training
 from correctnet.methods.distillation import learn_from
+from correctnet.methods.multiteacher import train_teachers, with_chips
 from correctnet.methods.search_log import best_state
 from correctnet.methods.selection import protected_weights
 from correctnet.methods.sidepaths import (
@@ -196,8 +197,9 @@ def _train_with_variation(
     elif "compensation" not in base:
         raise UserError(f"finetune: {path} is no model of `compensate`; `inject` trains one that is not compensated")
     data = runtime.load(s, base, path)
+    digital = digital_layers(s, model, data.train)
     device = with_gradient(devices.make(s.variation), getattr(s, stage).gradient)
-    analog = convert(model, device, s.seed, digital_layers(s, model, data.train))
+    analog = convert(model, device, s.seed, digital)
     base.pop("converters", None)  # of an earlier training
     if converters := give_converters(s, analog, data.train):
         base["converters"] = converters
@@ -205,10 +207,25 @@ def _train_with_variation(
         before_batch=lambda draw: program(analog, streams.chip(f"train-{stage}", draw)),
         update_batchnorm=getattr(s, stage).batchnorm == "updated",
     )
-    if stage == "distil":
-        learn_from(model, hooks, s.distil)
     weights, _ = storage.model_files(path)
+    saved: list[Checkpoint] = []
+    if stage == "distil" and s.distil.teachers:
+
+        def checkpoint(name: str) -> Checkpoint | None:
+            if runtime.work:
+                identity = stage_identity(stage, settings, base, weights)
+                saved.append(Checkpoint(runtime.work / f"{name}.safetensors", identity))
+            return saved[-1] if saved else None
+
+        how = {"exclude": digital, "augment": s.data.augment, "checkpoint": checkpoint, "quiet": runtime.quiet}
+        teachers = train_teachers(model, data.train, devices.make(s.variation), s.distil, s.seed, **how)
+        with_chips(hooks, teachers)
+        learn_from(teachers, hooks, s.distil)
+    elif stage == "distil":
+        learn_from(model, hooks, s.distil)
     _train(stage, analog, base, data, settings, hooks, out, runtime, [weights])
+    for each in saved:
+        each.discard()
 
 
 def compensate(settings: Settings, base: Path, found: Sequence[Path], out: Path, runtime: Runtime) -> None:
