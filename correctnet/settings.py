@@ -154,6 +154,16 @@ class Distil(Inject):
         return value
 
 
+class MomentsTraining(Training):
+    """Training with the moments of what variation does, instead of chips (a baseline, after [10] and [7])."""
+
+    layers: Literal["all", "last"] = "all"
+    """whose variation is seen: that of all layers, in logits that are drawn ([10]); or that of the last layer, in a
+    margin ([7])"""
+    gamma: float = Field(1.0, ge=0)
+    """standard deviations of the margin, by which the last layer's true class is lowered and others are raised"""
+
+
 class Adapt(Grown):
     """Online training of the protected weights on each chip, all else frozen (a baseline, after [8] and [9])."""
 
@@ -424,6 +434,7 @@ class Settings(Grown):
     suppress: Suppress = Suppress()
     inject: Inject = Inject()
     distil: Distil = Distil()
+    moments: MomentsTraining = MomentsTraining()
     sidepath: SidePath = SidePath()
     sweep: Sweep = Sweep()
     search: Search = Search()

@@ -34,6 +34,7 @@ def every_stage(folder: Path, *options: object) -> dict[str, str]:
     stage("suppress", *train, "--epochs", 1, *pre, out="suppress")
     stage("inject", *train, "--epochs", 1, *pre, out="inject")
     stage("distil", *train, "--epochs", 1, *pre, out="distil")
+    stage("moments", *train, "--epochs", 1, *pre, out="moments")
     stage("sidepath", *train, "--epochs", 1, "--base", folder / "pretrain", out="sidepath")
     chips = [*few, "--chips", 3, "--images", 50]
     stage("sweep", *chips, "--threshold", 1, *pre, *sup, out="sweep")

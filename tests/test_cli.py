@@ -409,7 +409,7 @@ def test_a_gpu_without_kernels_is_said_once(stage, built, tmp_path, monkeypatch)
     monkeypatch.setattr(device, "_problem", Kernels.problem)
     monkeypatch.setattr(device, "kernels", lambda: Kernels if built else None)
     inputs = {"sweep": ["--pretrained", "p", "--base", "b"], "search": ["--base", "b", "--candidates", "c"]}
-    inputs |= {name: ["--pretrained", "p"] for name in ("suppress", "inject", "distil")}
+    inputs |= {name: ["--pretrained", "p"] for name in ("suppress", "inject", "distil", "moments")}
     inputs |= {name: ["--model", "m"] for name in ("sensitivity", "evaluate")}
     inputs |= {"compensate": ["--base", "b", "--found", "f"], "finetune": ["--compensated", "c"]}
     inputs |= {"sidepath": ["--base", "b"]}

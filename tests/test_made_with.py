@@ -53,6 +53,7 @@ STAGES = [
     "suppress",
     "inject",
     "distil",
+    "moments",
     "sidepath",
     "sweep",
     "search",

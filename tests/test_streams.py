@@ -189,7 +189,7 @@ def _check_streams(record):
     assert all(len(commands) == 1 for commands in used.values()), "two stages with one stream"
     purposes = {where[1] for where in used}
     assert {"network", "compensators", "batches", "dropout"} <= purposes
-    trained = ("pretrain", "suppress", "inject", "distil", "sidepath", "search", "compensate", "finetune")
+    trained = ("pretrain", "suppress", "inject", "distil", "moments", "sidepath", "search", "compensate", "finetune")
     orders = {name: set(record.orders[name]) for name in trained}
     assert len(orders["pretrain"]) == 4, "an epoch has an order of its own"
     for a, b in itertools.combinations(trained, 2):

@@ -74,3 +74,9 @@ def test_teachers_are_trained_before_and_each_sees_every_image():
     )
     seconds = STAGES["distil"].seconds(settings, Costs(train=0.01, test=1e-3, sample=0.32, layers=5), None)
     assert seconds == pytest.approx(2 * 45_000 * (3 * (0.01 + 0.01) + 2 * (1e-3 + 0.01)))
+
+
+def test_moments_take_two_products_a_layer():
+    settings = Settings.model_validate({"data": {"dataset": "cifar10", "validation": 0.1}, "moments": {"epochs": 3}})
+    seconds = STAGES["moments"].seconds(settings, Costs(train=0.01, test=1e-3, sample=0.32, layers=5), None)
+    assert seconds == pytest.approx(2 * 3 * 45_000 * 0.01)

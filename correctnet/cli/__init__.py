@@ -19,8 +19,8 @@ def main() -> None:
 
 
 COMMANDS = (
-    *(stages.pretrain, stages.suppress, stages.inject, stages.distil, stages.sidepath, stages.sweep),
-    *(stages.sensitivity, stages.search, stages.compensate, stages.finetune, stages.evaluate),
+    *(stages.pretrain, stages.suppress, stages.inject, stages.distil, stages.moments, stages.sidepath),
+    *(stages.sweep, stages.sensitivity, stages.search, stages.compensate, stages.finetune, stages.evaluate),
     *(results.merge_chunks, results.collect, results.table, results.figure, results.explore, results.provenance_page),
     *(tools.new_study, tools.fetch, tools.check, tools.progress, tools.info, tools.show, tools.bench, devices.device),
 )

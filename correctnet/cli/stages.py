@@ -69,6 +69,18 @@ def distil(settings: Settings, runtime: Runtime, pretrained: Path, out: Path) ->
 
 
 @click.command()
+@settings_options("moments")
+@runtime_options
+@pretrained_option
+@out_option
+def moments(settings: Settings, runtime: Runtime, pretrained: Path, out: Path) -> None:
+    """Train on with the moments of what variation does, instead of chips (a baseline)."""
+    from correctnet.pipeline import stages
+
+    stages.moments(settings, pretrained, out, runtime)
+
+
+@click.command()
 @settings_options("sidepath")
 @runtime_options
 @base_option

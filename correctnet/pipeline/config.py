@@ -37,21 +37,9 @@ from correctnet.settings import SEARCHING, Network, Settings, Training, layered
 PAIR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 ROW_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,99}")
 # Rules of the workflow; no run can have their names.
-RULES = (
-    "all",
-    "fetch",
-    "pretrain",
-    "suppress",
-    "inject",
-    "distil",
-    "sidepath",
-    "sweep",
-    "sensitivity",
-    "search_state",
-    "search",
-)
-RULES += ("compensate", "finetune", "evaluate", "gather", "collect", "table1", "figure", "overheads", "explore")
-RULES += ("provenance",)
+RULES = ("all", "fetch", "pretrain", "suppress", "inject", "distil", "moments", "sidepath", "sweep", "sensitivity")
+RULES += ("search_state", "search", "compensate", "finetune", "evaluate", "gather", "collect", "table1", "figure")
+RULES += ("overheads", "explore", "provenance")
 # The run of `snakemake` without a target.
 DEFAULT_RUN = "paper"
 

@@ -22,6 +22,7 @@ Stage = Literal[
     "suppress",
     "inject",
     "distil",
+    "moments",
     "sidepath",
     "sweep",
     "search",
@@ -134,6 +135,13 @@ STAGES: dict[Stage, StageSpec] = {
         seconds=lambda s, cost, _: workload.distil(s, cost),
         resumes=True,
     ),
+    "moments": StageSpec(
+        reads=("seed", "data", "variation", "digital", "moments"),
+        after=("pretrain",),
+        version=1,
+        seconds=lambda s, cost, _: workload.moments(s, cost),
+        resumes=True,
+    ),
     "sidepath": StageSpec(
         reads=("seed", "data", "variation", "digital", "sidepath"),
         after=("base",),
@@ -226,5 +234,5 @@ def is_rival(settings: Settings, *stages: Stage) -> bool:
         or settings.calibrate.images
         or settings.adapt.passes
     )
-    mapped = settings.mapping.rows != "given"
-    return "compensate" not in stages and bool(digital or mapped or {"inject", "distil", "sidepath"} & {*stages})
+    trained = {"inject", "distil", "moments", "sidepath"} & {*stages}
+    return "compensate" not in stages and bool(digital or trained or settings.mapping.rows != "given")

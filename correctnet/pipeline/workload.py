@@ -63,6 +63,11 @@ def distil(s: Settings, cost: Costs) -> float:
     return trained + images * (max(1, teachers) * cost.test + drawn)
 
 
+def moments(s: Settings, cost: Costs) -> float:
+    """A training in which each layer is applied to means and to variances."""
+    return 2 * s.moments.epochs * training_images(s)[0] * cost.train
+
+
 def sidepath(s: Settings, cost: Costs) -> float:
     """A training of digital paths; of sparse ones after a pass that says where they are."""
     own = s.sidepath

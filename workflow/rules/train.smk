@@ -74,6 +74,21 @@ use rule suppress as distil with:
         command=layout.command("distil"),
 
 
+# With the moments of what variation does.
+use rule suppress as moments with:
+    output:
+        **layout.model("moments"),
+    log:
+        layout.log("{pair}/moments{variant}"),
+    benchmark:
+        layout.benchmark("{pair}/moments{variant}")
+    resources:
+        **layout.resources("moments"),
+    params:
+        settings=layout.canonical("moments"),
+        command=layout.command("moments"),
+
+
 # Digital paths beside analog layers.
 use rule pretrain as sidepath with:
     input:

@@ -8,7 +8,16 @@ and whole, and keeps resume checkpoints in a folder of its own (`correctnet.pipe
 
 from correctnet.pipeline.stages.evaluation import evaluate_chips, sensitivity
 from correctnet.pipeline.stages.searching import search, search_state, sweep
-from correctnet.pipeline.stages.training import compensate, distil, finetune, inject, pretrain, sidepath, suppress
+from correctnet.pipeline.stages.training import (
+    compensate,
+    distil,
+    finetune,
+    inject,
+    moments,
+    pretrain,
+    sidepath,
+    suppress,
+)
 
 __all__ = [
     "compensate",
@@ -16,6 +25,7 @@ __all__ = [
     "evaluate_chips",
     "finetune",
     "inject",
+    "moments",
     "pretrain",
     "search",
     "search_state",

@@ -18,6 +18,7 @@ from correctnet.evaluation.simulation import Simulation
 from correctnet.files import storage
 from correctnet.methods import compensation, compensation_training
 from correctnet.methods.distillation import learn_from
+from correctnet.methods.moments import MomentsNetwork, moments_hooks
 from correctnet.methods.multiteacher import train_teachers, with_chips
 from correctnet.methods.search_log import best_state
 from correctnet.methods.selection import protected_weights
@@ -62,8 +63,9 @@ def _train(
     inputs: Sequence[Path] = (),
     parameters: Sequence[nn.Parameter] | None = None,
     judge: Callable[[], dict[str, Any]] = dict,
+    network: nn.Module | None = None,
 ) -> None:
-    """Train a stage's model, resumably, and write it, with its log, to `out`.
+    """Train a stage's model, resumably, and write it, or the `network` in it, with its log, to `out`.
 
     `judge` is called after the training and may change the model; what it returns is added to the model's history.
     """
@@ -88,7 +90,7 @@ def _train(
     )
     metrics = {"epochs": len(rows), **judge()}
     metrics["validation"] = clean_accuracy(model, data.validation)
-    write_network(out, model, base, stage, settings, metrics)
+    write_network(out, network or model, base, stage, settings, metrics)
     if checkpoint:
         checkpoint.discard()
 
@@ -148,6 +150,18 @@ def inject(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) ->
 def distil(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) -> None:
     """Variation-aware training that also learns from the pre-trained network, after [8]; without overhead."""
     _train_with_variation("distil", settings, pretrained, out, runtime)
+
+
+def moments(settings: Settings, pretrained: Path, out: Path, runtime: Runtime) -> None:
+    """Training with the moments of what variation does, after [10], or of the last layer alone, after [7]."""
+    s = STAGES["moments"].read(settings)
+    model, base = read_network(pretrained, runtime.device)
+    check_uncompensated("moments", pretrained, base)
+    data, own = runtime.load(s, base, pretrained), s.moments
+    trained = MomentsNetwork(model, devices.make(s.variation), own.layers, digital_layers(s, model, data.train))
+    weights, _ = storage.model_files(pretrained)
+    hooks = moments_hooks(own.layers, own.gamma)
+    _train("moments", trained, base, data, settings, hooks, out, runtime, [weights], network=model)
 
 
 def sidepath(settings: Settings, base: Path, out: Path, runtime: Runtime) -> None:
