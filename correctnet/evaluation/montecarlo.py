@@ -243,7 +243,7 @@ def simulate(
 
         @functools.cache
         def counter() -> tuple[Counter, int]:
-            warn_of_clipping(model, next(iter(images))[0][:batch], simulation.start, first_layer)
+            warn_of_clipping(model, images.head[0], simulation.start, first_layer)
             setup = ChipSetup(simulation, first_layer, prepare, put_back)
             count_chips, size = make_counter(model, images, missing(possible), setup, metric)
             return count_chips, chunk or size
