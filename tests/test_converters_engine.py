@@ -223,3 +223,4 @@ def test_kinds_without_converters_are_named() -> None:
     analog = convert(nn.Sequential(nn.LSTM(4, 3)), LogNormalVariation(0.3))
     with pytest.raises(UserError, match="is a LSTM; linear layers"):
         add_converters(analog, EIGHT, torch.randn(2, 5, 4))
+    assert add_converters(analog, None) == {}

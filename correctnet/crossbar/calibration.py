@@ -31,8 +31,6 @@ BATCH = 100  # images in a forward pass
 
 Ranges = dict[str, tuple[float, float]]
 """by layer, the largest magnitudes of inputs and outputs that are not clipped"""
-
-
 Equip = Callable[[nn.Module], object]
 """what is done to a network once it is converted, such as adding converters"""
 
@@ -77,11 +75,12 @@ def add_converters(
             images do not reach, or in which all inputs or outputs are 0, ranges that do not fit the model, or a file
             without ranges.
     """
-    layers = _layers(model)
     if not converters:
-        for layer in layers.values():
-            layer.periphery = None
+        chip_of(model)
+        for own in analog_layers(model):
+            own.periphery = None
         return {}
+    layers = _layers(model)
     if (images is None) == (ranges is None):
         raise UserError("converters: calibration images are expected, or ranges")
     if isinstance(ranges, str | Path):
@@ -101,7 +100,8 @@ def _saved_ranges(path: str | Path) -> Ranges:
     file = storage.model_files(path)[1]
     saved = storage.read_json(file)
     ranges = (saved.get("converters") or {}).get("ranges") if isinstance(saved, dict) else None
-    if not isinstance(ranges, dict) or not all(isinstance(pair, list) and len(pair) == 2 for pair in ranges.values()):
+    pairs = ranges.values() if isinstance(ranges, dict) else [None]
+    if not all(isinstance(p, list) and len(p) == 2 and all(isinstance(n, int | float) for n in p) for p in pairs):
         raise UserError(f"converters: {file} holds no ranges of converters")
     return {name: tuple(pair) for name, pair in ranges.items()}
 
