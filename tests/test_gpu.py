@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from correctnet import LogNormalVariation, convert, evaluate, metrics, protect
+from correctnet import Converters, LogNormalVariation, add_converters, convert, evaluate, metrics, protect
 from correctnet.crossbar import operators as ops
 from correctnet.crossbar.convert import program, programmed
 from correctnet.crossbar.layers import analog_layers
@@ -26,7 +26,7 @@ from correctnet.datasets.base import Split
 from correctnet.devices.base import Variation
 from correctnet.devices.device import Device, Gain
 from correctnet.engine import cuda
-from correctnet.engine.engine import Engine
+from correctnet.engine.engine import Engine, Unsupported
 from correctnet.engine.lowering import METHODS
 from correctnet.errors import UserError
 from correctnet.evaluation.montecarlo import EngineWarning
@@ -490,6 +490,29 @@ def test_weights_from_arrays_have_the_bits_of_the_cpu(shape: tuple[int, ...], dt
     assert torch.equal(draw.programmed(noise, 5, 2, 7, dtype).cpu(), wanted)
     several = gpu.programmed(noise, gpu.on_device(5, DEVICE), torch.tensor([1, 7]), 2).cpu()
     assert torch.equal(several[1], draw.programmed(noise, 5, 2, 7).cpu())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["fused", "materialise"])
+def test_converters_are_those_of_the_cpu(method: str, precision: str) -> None:
+    """Whole numbers, so that sums in any order are the same."""
+    torch.manual_seed(2)
+    layers = [torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2), torch.nn.Flatten()]
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(128, 4)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randint(-2, 3, parameter.shape))
+    x = torch.randint(-9, 10, (21, 3, 8, 8)).float()
+    analog = convert(model, LogNormalVariation(0.0), SEED).to(DEVICE)
+    add_converters(analog, Converters(5, 6), ranges=dict.fromkeys(("0", "4"), (30.0, 124.0)))
+    engine = Engine(analog, x[:2].to(DEVICE), method=method, precision=precision)
+    assert engine.on_gpu
+    assert engine.whole
+    with programmed(analog, 9), torch.no_grad():
+        wanted = analog(x.to(DEVICE))
+    assert torch.equal(engine.outputs(x.to(DEVICE), [9])[0], wanted)
+    with pytest.raises(Unsupported, match="method 'library' has no converters"):
+        Engine(analog, x[:2].to(DEVICE), method="library")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -472,8 +472,6 @@ def _has_kernel(op: Op) -> bool:
         return False
     if op.kind == "conv" and op.detail[2]:
         return False
-    if _converters(layer_of(op), 0) is not None:
-        return False
     return op.kind != "activation" or op.detail == RELU
 
 

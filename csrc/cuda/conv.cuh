@@ -27,6 +27,7 @@
 // registers.
 #pragma once
 
+#include "cpu/kernels.h"
 #include "cuda/noise.cuh"
 
 namespace correctnet {
@@ -59,6 +60,7 @@ struct Axis {
 struct Channelwise {
   const float *scale, *shift, *after_scale, *after_shift;
   bool relu;
+  Converter adc, dac;
 };
 
 struct ConvArguments {
@@ -349,10 +351,20 @@ CN_DEVICE void load_weights(const ConvArguments& p, const T* weight, const Noise
 
 // ---- shared to global memory ----------------------------------------------------------------------------------------
 
+// As on the CPU: adding 1.5 * 2^23 rounds to whole numbers. NaN stays NaN.
+CN_DEVICE float converted(const Converter& c, float a) {
+  a = noise::multiply(a, c.inverse);
+  a = a < -c.steps ? -c.steps : a;
+  a = a > c.steps ? c.steps : a;
+  return (a + 12582912.0f) - 12582912.0f;
+}
+
 CN_DEVICE float apply(const Channelwise& e, int channel, float a) {
+  if (e.adc.inverse != 0) a = converted(e.adc, a);
   a = noise::fma(a, e.scale ? e.scale[channel] : 1.0f, e.shift ? e.shift[channel] : 0.0f);
   if (e.relu) a = a < 0 ? 0 : a;  // propagates NaN, as in torch
   if (e.after_scale) a = noise::fma(a, e.after_scale[channel], e.after_shift[channel]);
+  if (e.dac.inverse != 0) a = converted(e.dac, a);
   return a;
 }
 

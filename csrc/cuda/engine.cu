@@ -379,8 +379,6 @@ Engine::Impl::Impl(const Plan::Impl& plan, int number)
     op.dilation_w = source->dilation_w;
     if (!source->whole) throw std::invalid_argument("cuda: there is no kernel for a selection of channels");
     if (source->kind == Kind::normalize) throw std::invalid_argument("cuda: there is no kernel for LayerNorm and GroupNorm");
-    if (source->pointwise.adc.inverse != 0 || source->pointwise.dac.inverse != 0)
-      throw std::invalid_argument("cuda: there is no kernel with converters");
     if (source->kind == Kind::pixels) throw std::invalid_argument("cuda: there is no kernel that moves pixels");
     if (source->kind == Kind::attention || source->kind == Kind::gather)
       throw std::invalid_argument("cuda: there is no kernel for attention");
@@ -414,7 +412,7 @@ Engine::Impl::Impl(const Plan::Impl& plan, int number)
         throw std::invalid_argument(std::string("cuda: there is no kernel for the activation ") + name(f.activation));
       if (source->multiply) throw std::invalid_argument("cuda: there is no kernel for products of two values");
       a.epilogue = {floats(a.scale), floats(a.shift), floats(a.after_scale), floats(a.after_shift),
-                    f.activation == Activation::relu};
+                    f.activation == Activation::relu, f.adc, f.dac};
     }
     if (op.kind == Kind::pool) a.rows = upload(source->rows);
     if (op.kind == Kind::pool || op.kind == Kind::unfold) a.cols = upload(source->cols);

@@ -309,6 +309,33 @@ void check_conv(const Case& c, Type type, bool noisy, DeviceHow how) {
         c.channels, c.height, c.width, c.kernel_h, c.kernel_w, c.outputs, name(type), noisy, worst, largest);
 }
 
+// Whole numbers, of which many sums lie between two steps of a converter: equal to the specification.
+void check_converters(const Case& c, Type type) {
+  std::mt19937 random(c.outputs);
+  const auto integers = [&](std::vector<float>& v, int limit) {
+    for (float& f : v) f = float(int(random() % (2 * limit + 1)) - limit);
+  };
+  Conv conv = make_conv(c, false);
+  integers(conv.weight, 3);
+  conv.pointwise = {};
+  conv.pointwise.adc = {0.5f, float(1 + random() % 60)};
+  conv.pointwise.scale.resize(c.outputs);
+  integers(conv.pointwise.scale, 2);
+  conv.pointwise.dac = {0.25f, float(1 + random() % 9)};
+  Pointwise again;
+  again.adc = {0.5f, 3};
+  Tensor x({c.channels, c.height, c.width}, c.images);
+  integers(x.data, 4);
+  Plan plan(type, kernels_portable, x.shape);
+  plan.finish(plan.pointwise(plan.conv(plan.input(), conv), again));
+  const std::vector<float> got = device_outputs(plan, x, {0}, {false});
+  const Tensor wanted = specification::conv<double>(x, conv);
+  int wrong = got.size() != wanted.data.size();
+  for (size_t i = 0; i < got.size() && !wrong; ++i)
+    wrong += got[i] != float(specification::converted(again.adc, wanted.data[i]));
+  CHECK(wrong == 0, "converters, %d channels, %d outputs, %s: %d outputs differ", c.channels, c.outputs, name(type), wrong);
+}
+
 // dX against its definition in float64.
 void check_backward(const Case& c, Type type, bool channels_last) {
   const Conv conv = make_conv(c, true);
@@ -753,6 +780,7 @@ int main(int argc, char** argv) {
       for (const Type type : {Type::float32, Type::bfloat16}) {
         check_identity(c, type, {false});
         check_conv(c, type, true, {false});
+        check_converters(c, type);
         if (few) continue;
         check_identity(c, type, {true});
         if (number % 4 == 1)
