@@ -267,6 +267,8 @@ def test_every_stage_takes_a_device_from_a_file(pretrained, tmp_path):
         history = json.loads((tmp_path / stage / "model.json").read_text())["history"]
         variation = history[-1]["settings"]["variation"]
         assert variation == {"device": path, "level": 0.5, "digest": sha256(tmp_path / "own.csv")}
+        assert history[-1]["measurement"] == Device.from_csv(path).describe()["measurement"]
+        assert "measurement" not in history[0], "of pre-training"
     table, _ = evaluated(tmp_path / "inject", tmp_path / "e.csv", *few[3:])
     assert set(table["trained_sigma"]) == {f"{path}, level 0.5"}
     assert set(table["variation"]) == {"own.csv"}

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from correctnet import devices
 from correctnet.datasets import DATASETS
 from correctnet.datasets.base import DataSet
 from correctnet.devices.configuration import DeviceSettings
@@ -169,11 +170,16 @@ def build_described(network: dict[str, Any], seed: int, stage: str) -> nn.Module
 def write_network(
     out: Path, model: nn.Module, base: dict[str, Any], stage: Stage, settings: Settings, metrics: dict[str, Any]
 ) -> None:
-    """Write a model that `stage` made from one described by `base`, with the stage added to its history."""
+    """Write a model that `stage` made from one described by `base`, with the stage added to its history.
+
+    Of a stage under a device, the history has the digest of the device's fit or levels, too.
+    """
     description = {k: v for k, v in base.items() if k not in ("format", "sha256")}
     own = {**settings.data.model_dump(mode="json"), "seed": settings.seed}
     description["data"] = storage.training_data(base) or own
     entry = {"stage": stage, **metrics, "settings": json.loads(STAGES[stage].canonical(settings))}
+    if isinstance(settings.variation, DeviceSettings) and "variation" in entry["settings"]:
+        entry["measurement"] = devices.make(settings.variation).describe()["measurement"]
     description["history"] = [*base.get("history", []), entry]
     storage.write_model(out, model.state_dict(), description)
 
