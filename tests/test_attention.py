@@ -165,7 +165,7 @@ class TokensFirst(nn.Module):
 
 def single(self, x):
     q, k, v = self.qkv(x).chunk(3, -1)
-    return F.softmax(0.2 * torch.bmm(q, k.mT.contiguous()), -1).matmul(v)
+    return F.softmax(0.2 * torch.bmm(q, 0.5 * k.mT.contiguous()), -1).matmul(v)
 
 
 def over_queries(self, x):
@@ -173,12 +173,17 @@ def over_queries(self, x):
     return (q @ k.transpose(1, 2)).softmax(1) @ v
 
 
+def turned(self, x):
+    """Numbers in another order, in a value of the same shape."""
+    return self.qkv(x.transpose(1, 2).reshape(-1, TOKENS, CHANNELS))[..., :CHANNELS]
+
+
 class Shuffled(Joint):
     """Channels of the heads in an order that a plan does not know: torch computes the attention."""
 
     def attend(self, x):
         n, t, c = x.shape
-        q, k, v = self.qkv(x).reshape(n, t, c // HEADS, HEADS, 3).permute(4, 0, 3, 1, 2).unbind(0)
+        q, k, v = self.qkv(x).reshape(n, t, 3, c // HEADS, HEADS).permute(2, 0, 4, 1, 3).unbind(0)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, c)
 
 
@@ -226,6 +231,7 @@ NETWORKS = {
     "encoder, norm first, GELU": (lambda: encoder(norm_first=True, activation="gelu"), 1),
     "layer": (lambda: nn.TransformerEncoderLayer(CHANNELS, HEADS, 40, batch_first=True, bias=False), 1),
     "MultiheadAttention": (Mha, 1),
+    "tokens in another order": (own(turned), 2),
     "other order of channels": (Shuffled, 3),
     "results in another order": (Swapped, 3),
     "a mask that is computed": (own(masked_by_what_is_computed), 3),

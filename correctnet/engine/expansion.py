@@ -207,7 +207,7 @@ class Windows:
             return Windows(parts(tokens), None)
         # Of each row and column of the moved map: 0, or 1 in the last window, or 2 where it came from the other side.
         rows, cols = (
-            (torch.arange(n) >= n - w).long() + (torch.arange(n) >= n - s).long() * (s > 0)
+            (torch.arange(n) >= n - w).long() + (torch.arange(n) >= n - s).long()
             for n, w, s in zip(size, window, shift, strict=True)
         )
         region = parts(3 * rows[:, None] + cols)

@@ -43,7 +43,7 @@ def op_of(root: nn.Module, node: fx.Node) -> Op | None:
     elif node.op == "call_method" and node.target in _METHODS:
         op = _function_op(root, node, _METHODS[node.target])
     if op is None and only_moves(node):
-        op = unmoved(root, node)
+        op = heads_of(root, node) or unmoved(root, node)
     if changed_by(root, node):
         return None  # other steps may rely on the change
     return op if op and all(shape_of(n) for n in op.inputs) else None
