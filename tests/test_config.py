@@ -601,7 +601,7 @@ SHARED = {
     },
     "network": {"pretrain"},
     "variation": set(STAGES) - {"pretrain"},
-    "converters": set(STAGES) - {"pretrain", "suppress"},
+    "converters": set(STAGES) - {"pretrain", "suppress", "moments"},
     "digital": set(STAGES) - {"pretrain", "suppress"},
     "protect": {"evaluate"},
     "adapt": {"evaluate"},

@@ -228,3 +228,22 @@ def test_a_stage_trains_them_and_its_model_is_evaluated(path, tmp_path):
     assert 0 < result.table["digital_macs"].iloc[0] < 1
     with pytest.raises(UserError, match=r"inject: .* has digital paths"):
         stages.inject(settings, tmp_path / "s", tmp_path / "i", runtime)
+
+
+def test_paths_are_trained_beside_layers_with_converters(tmp_path):
+    settings = Settings.model_validate(
+        {
+            "pretrain": {"epochs": 1, "batch": 64},
+            "sidepath": {"path": "lora", "rank": 1, "epochs": 1, "batch": 512},
+            "converters": {"dac_bits": 6, "adc_bits": 6, "images": 64},
+            "evaluate": {"images": 40},
+        }
+    )
+    runtime = Runtime(quiet=True)
+    stages.pretrain(settings, tmp_path / "p", runtime)
+    stages.sidepath(settings, tmp_path / "p", tmp_path / "s", runtime)
+    model, description = read_network(tmp_path / "s")
+    assert description["converters"]["dac_bits"] == 6
+    assert len(description["converters"]["ranges"]) == len(side_paths(model)) == 5
+    result = stages.evaluate_chips(settings, tmp_path / "s", tmp_path / "r.csv", runtime, chips=2)
+    assert set(result.table["adc_bits"]) == {6}

@@ -143,7 +143,7 @@ STAGES: dict[Stage, StageSpec] = {
         resumes=True,
     ),
     "sidepath": StageSpec(
-        reads=("seed", "data", "variation", "digital", "sidepath"),
+        reads=("seed", "data", "variation", "converters", "digital", "sidepath"),
         after=("base",),
         version=1,
         seconds=lambda s, cost, _: workload.sidepath(s, cost),

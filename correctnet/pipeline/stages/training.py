@@ -183,11 +183,19 @@ def sidepath(settings: Settings, base: Path, out: Path, runtime: Runtime) -> Non
     plan = {"path": own.path, "rank": own.rank, "layers": names, "seed": s.seed}
     sided = add_side_paths(model, **plan, masks=masks)
     analog = convert(sided, device, s.seed, digital)
+    _equip(s, analog, data, described)
     described |= {"sidepath": plan, "overhead": described.get("overhead", 0.0) + side_share(sided)}
     weights, _ = storage.model_files(base)
     parameters = side_parameters(analog)
     with masked(analog):
         _train("sidepath", analog, described, data, settings, side_hooks(analog), out, runtime, [weights], parameters)
+
+
+def _equip(settings: Settings, analog: nn.Module, data: DataSet, described: dict[str, Any]) -> None:
+    """Give a converted network the converters of the settings, and note them in place of an earlier training's."""
+    described.pop("converters", None)
+    if converters := give_converters(settings, analog, data.train):
+        described["converters"] = converters
 
 
 def finetune(settings: Settings, compensated: Path, out: Path, runtime: Runtime) -> None:
@@ -214,9 +222,7 @@ def _train_with_variation(
     digital = digital_layers(s, model, data.train)
     device = with_gradient(devices.make(s.variation), getattr(s, stage).gradient)
     analog = convert(model, device, s.seed, digital)
-    base.pop("converters", None)  # of an earlier training
-    if converters := give_converters(s, analog, data.train):
-        base["converters"] = converters
+    _equip(s, analog, data, base)
     hooks = Hooks(
         before_batch=lambda draw: program(analog, streams.chip(f"train-{stage}", draw)),
         update_batchnorm=getattr(s, stage).batchnorm == "updated",
@@ -264,13 +270,7 @@ def compensate(settings: Settings, base: Path, found: Sequence[Path], out: Path,
     check_uncompensated("compensate", base, described)
     data, device = runtime.load(s, described, base), devices.make(s.variation)
     digital = digital_layers(s, model, data.train)
-    described.pop("converters", None)  # of the network without compensators
-
-    def equip(analog: nn.Module) -> None:
-        if converters := give_converters(s, analog, data.train):
-            described["converters"] = converters
-
-    how = {"exclude": digital, "equip": equip}
+    how = {"exclude": digital, "equip": lambda analog: _equip(s, analog, data, described)}
     analog, plan, hooks = compensation_training.prepare(
         model, best["filters"], s.compensate, device, s.seed, "compensate", **how
     )
