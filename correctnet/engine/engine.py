@@ -37,8 +37,9 @@ from correctnet.crossbar.layers import OnCrossbar, analog_layers, analog_names
 from correctnet.crossbar.probe import left_alone, run
 from correctnet.datasets.inputs import Inputs
 from correctnet.devices.base import has_arrays, kernel_noise
-from correctnet.engine.lowering import METHODS, Lowering, Method, PlanStep, TorchStep
+from correctnet.engine.lowering import METHODS, Lowering, Method
 from correctnet.engine.report import Report, report_of
+from correctnet.engine.steps import PlanStep, TorchStep
 from correctnet.engine.trace import Unsupported, argument, call, in_place, trace
 from correctnet.errors import UserError
 from correctnet.metrics import chosen

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from correctnet.crossbar.layers import analog_names
-from correctnet.engine.lowering import Lowering, PlanStep, TorchStep
+from correctnet.engine.lowering import Lowering
+from correctnet.engine.steps import PlanStep, TorchStep
 from correctnet.engine.trace import read_by
 
 
