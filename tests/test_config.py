@@ -541,13 +541,21 @@ def test_rows_share_the_stages_in_which_they_agree():
     assert config.variant(pair, "a", "suppress") == config.variant(pair, "b", "suppress") == "@suppress.beta-9.0"
 
 
+def listed_rows(pair):
+    """The rows of a shipped pair as they are written, of its own or of the pair that it is like."""
+    values = SHIPPED["pairs"][pair]
+    return values["rows"] if "rows" in values else listed_rows(values["like"])
+
+
 @pytest.mark.slow
 def test_folders_are_named_by_what_differs_whatever_other_rows_there_are():
     config = Config.check(SHIPPED)
     for pair in config.pairs:
         names: dict[str, str] = {}
+        rows = listed_rows(pair)
         for row in config.rows_of(pair):
-            alone = Config.check(changed(f"pairs/{pair}/rows", list(dict.fromkeys(["unprotected", row]))))
+            own = rows.get(row) if isinstance(rows, dict) else None
+            alone = Config.check(changed(f"pairs/{pair}/rows", {"unprotected": None, row: own}))
             settings = config.settings(pair, row)
             for stage in lineage(settings, config.rows[row].evaluate):
                 variant = config.variant(pair, row, stage)
