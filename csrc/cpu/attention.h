@@ -66,25 +66,32 @@ struct HeadReader {
   }
 };
 
+// sum[v][c], over i < length, of a[i][v] b[i][c], for the queries v of a tile.
+template <int NC>
+CN_INLINE void products(const float* a, const float* b, int length, Lanes (&sum)[kMaxVectors][NC]) {
+  constexpr int NV = kMaxVectors;
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v)
+#pragma GCC unroll 6
+    for (int c = 0; c < NC; ++c) sum[v][c] = zero();
+  for (int i = 0; i < length; ++i, a += NV * kLanes, b += NC * kLanes) {
+    Lanes left[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) left[v] = load(a + v * kLanes);
+#pragma GCC unroll 6
+    for (int c = 0; c < NC; ++c) {
+      const Lanes right = load(b + c * kLanes);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) sum[v][c] = fma(left[v], right, sum[v][c]);
+    }
+  }
+}
+
 // scores[key][query] of a tile: the products over the channels.
 CN_INLINE void score_tile(const float* queries, const float* keys, int width, int count, float* scores) {
   constexpr int NV = kMaxVectors;
   Lanes sum[NV][kKeys];
-#pragma GCC unroll 4
-  for (int v = 0; v < NV; ++v)
-#pragma GCC unroll 6
-    for (int c = 0; c < kKeys; ++c) sum[v][c] = zero();
-  for (int d = 0; d < width; ++d, queries += NV * kLanes, keys += kKeys * kLanes) {
-    Lanes query[NV];
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) query[v] = load(queries + v * kLanes);
-#pragma GCC unroll 6
-    for (int c = 0; c < kKeys; ++c) {
-      const Lanes key = load(keys + c * kLanes);
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) sum[v][c] = fma(query[v], key, sum[v][c]);
-    }
-  }
+  products<kKeys>(queries, keys, width, sum);
 #pragma GCC unroll 6
   for (int c = 0; c < kKeys; ++c)
     if (c < count)
@@ -123,34 +130,13 @@ CN_INLINE void softmax_tile(const AttentionJob& job, const float* bias, const fl
   for (int v = 0; v < NV; ++v) inverse[v] = div(splat(1), inverse[v]);
 }
 
-// sum[query][channel] of the products over the keys.
-template <int NC>
-CN_INLINE void value_tile(const float* scores, const float* values, int length, Lanes (&sum)[kMaxVectors][NC]) {
-  constexpr int NV = kMaxVectors;
-#pragma GCC unroll 4
-  for (int v = 0; v < NV; ++v)
-#pragma GCC unroll 6
-    for (int c = 0; c < NC; ++c) sum[v][c] = zero();
-  for (int j = 0; j < length; ++j, scores += NV * kLanes, values += NC * kLanes) {
-    Lanes p[NV];
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) p[v] = load(scores + v * kLanes);
-#pragma GCC unroll 6
-    for (int c = 0; c < NC; ++c) {
-      const Lanes value = load(values + c * kLanes);
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) sum[v][c] = fma(p[v], value, sum[v][c]);
-    }
-  }
-}
-
 // The results of a tile of queries, for NC channels from `channel` on.
 template <class Math, int NC>
 CN_INLINE void result_tile(const AttentionJob& job, int block, const int* tokens, int count, int channel,
                            const float* scores, const float* values, const float* inverse) {
   const ptrdiff_t slot = ptrdiff_t(job.image_blocks) * kVectorBytes, pixel = job.out_slots * slot;
   Lanes sum[kMaxVectors][NC];
-  value_tile<NC>(scores, values, job.length, sum);
+  products<NC>(scores, values, job.length, sum);  // over the keys
 #pragma GCC unroll 4
   for (int v = 0; v < kMaxVectors; ++v) {
     if (v >= count) break;
