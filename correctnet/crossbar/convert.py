@@ -40,6 +40,17 @@ from correctnet.errors import UserError, one_line, whole
 DIGITAL = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.PReLU)
 
 
+def carries_variation(model: nn.Module) -> bool:
+    """Return whether a network is converted: has analog modules."""
+    return any(isinstance(module, AnalogModule) for module in model.modules())
+
+
+def check_plain(model: nn.Module, what: str, name: str = "network") -> None:
+    """Raise a UserError, which begins with `what`, if a network is converted."""
+    if carries_variation(model):
+        raise UserError(f"{what}: the {name} carries variation; give the one that was converted")
+
+
 def convert(
     model: nn.Module,
     variation: Variation,
@@ -74,7 +85,7 @@ def convert(
         raise UserError(f"convert: a torch.nn.Module is expected, not a {type(model).__name__}")
     if isinstance(variation, type) or not callable(getattr(variation, "sample", None)):
         raise UserError(f"convert: a device model such as LogNormalVariation(0.5) is expected, not {variation!r}")
-    if any(isinstance(module, AnalogModule) for module in model.modules()):
+    if carries_variation(model):
         raise UserError("convert: the model carries variation already; convert the original one")
     _check_convertible(model)
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from correctnet.crossbar.convert import convert, copy_model, program
-from correctnet.crossbar.layers import AnalogModule
+from correctnet.crossbar.convert import check_plain, convert, copy_model, program
 from correctnet.crossbar.probe import left_alone, run
 from correctnet.datasets.batches import Batches, Data
 from correctnet.datasets.inputs import Inputs
@@ -125,8 +124,7 @@ def distil(
     seed, metric = whole(seed, "distil: the seed"), checked(metric, "distil")
     teacher = network if teacher is None else teacher
     for what, model in (("network", network), ("teacher", teacher)):
-        if any(isinstance(module, AnalogModule) for module in model.modules()):
-            raise UserError(f"distil: the {what} carries variation; give the one that was converted")
+        check_plain(model, "distil", what)
     if compensation_modules(network):
         raise UserError("distil: the network is compensated already; distil first, then compensate")
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)

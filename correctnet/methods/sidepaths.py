@@ -19,9 +19,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from correctnet.crossbar.convert import convert, copy_model, program
+from correctnet.crossbar.convert import check_plain, convert, copy_model, program
 from correctnet.crossbar.kinds import crossbars
-from correctnet.crossbar.layers import AnalogModule
 from correctnet.datasets.batches import Batches
 from correctnet.devices.base import Variation
 from correctnet.errors import UserError, whole
@@ -180,8 +179,7 @@ def fit_side_paths(
     """
     section = validate(SidePath, settings, "fit_side_paths")
     seed, metric = whole(seed, "fit_side_paths: the seed"), checked(metric, "fit_side_paths")
-    if any(isinstance(module, AnalogModule) for module in network.modules()):
-        raise UserError("fit_side_paths: the network carries variation; give the one that was converted")
+    check_plain(network, "fit_side_paths")
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     names = list(side_layers(network, exclude))
     if section.path == "sparse" and masks is None:

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from correctnet.crossbar.convert import copy_model
-from correctnet.crossbar.layers import AnalogModule
+from correctnet.crossbar.convert import check_plain, copy_model
 from correctnet.crossbar.probe import left_alone
 from correctnet.datasets.batches import Batches, Data
 from correctnet.devices.base import Variation
@@ -94,8 +93,7 @@ def suppress(
             "suppress: start: the weights of the network are the start; initialise them to start from scratch"
         )
     seed, metric = whole(seed, "suppress: the seed"), checked(metric, "suppress")
-    if any(isinstance(module, AnalogModule) for module in network.modules()):
-        raise UserError("suppress: the network carries variation; give the one that was converted")
+    check_plain(network, "suppress")
     if compensation_modules(network):
         raise UserError("suppress: the network is compensated already; suppress it first, then compensate it")
     model, shown = copy_model(network, "suppress"), None
