@@ -314,9 +314,7 @@ def rows(
         UserError: no pair has a row of `only`.
     """
     samples = tables.read_samples(files)
-    for row in only:
-        if row not in set(samples["row"]):
-            raise UserError(f"figure: no row {row!r} (rows: {', '.join(samples['row'].unique())})")
+    tables.check_rows(samples, only, "figure")
     sigmas = {pair: tables.own_level(of_pair, sigma, levels) for pair, of_pair in samples.groupby("pair")}
     if only:
         samples = samples[samples["row"].isin(only)]

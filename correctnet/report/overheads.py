@@ -14,7 +14,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, PercentFormatter, StrMethodFormatter
 
-from correctnet.errors import UserError
 from correctnet.evaluation.results import Result
 from correctnet.report import tables
 from correctnet.report.style import GREEN, GREY, PINK, ROW_STYLE, SKY, YELLOW, wrapped
@@ -54,9 +53,7 @@ def overheads(
     Raises:
         UserError: no pair has a row of `only`, or rows of a pair are not comparable, see `tables.check_comparable`.
     """
-    for row in only:
-        if row not in set(samples["row"]):
-            raise UserError(f"figure: no row {row!r} (rows: {', '.join(samples['row'].unique())})")
+    tables.check_rows(samples, only, "figure")
     found: list[dict[str, Any]] = []
     for pair, of_pair in samples.groupby("pair", sort=False):
         level = tables.own_level(of_pair, sigma, levels)
@@ -64,8 +61,8 @@ def overheads(
         for row, of_row in of_pair[of_pair["level"] == level].groupby("row", sort=False):
             if only and row not in only:
                 continue
-            result, first, interval = Result(of_row), of_row.iloc[0], Result(of_row).interval()
-            several = result.chips > 1
+            result, first = Result(of_row), of_row.iloc[0]
+            interval, several = result.interval(), result.chips > 1
             need = {key: of_row[key].astype(float).mean() if key in of_row else np.nan for key in ON_CHIP}
             macs = float(first.get("digital_macs", np.nan))
             found.append(
@@ -81,8 +78,8 @@ def overheads(
                     "digital_macs": 0.0 if np.isnan(macs) and first["overhead"] == 0 else macs,
                     "mean": result.mean,
                     "std": result.std if several else np.nan,
-                    "ci_low": interval.low if several else np.nan,
-                    "ci_high": interval.high if several else np.nan,
+                    "ci_low": interval.low,
+                    "ci_high": interval.high,
                     "chips": result.chips,
                     "images": result.images,
                     "seed": first["seed"],

@@ -69,6 +69,14 @@ def read_samples(files: Iterable[Path]) -> pd.DataFrame:
     return samples
 
 
+def check_rows(samples: pd.DataFrame, rows: Iterable[str], what: str) -> None:
+    """Raise a UserError, which begins with `what`, for a row that no pair has."""
+    known = list(samples["row"].unique())
+    for row in rows:
+        if row not in known:
+            raise UserError(f"{what}: no row {row!r} (rows: {', '.join(known)})")
+
+
 def is_lognormal(samples: pd.DataFrame) -> bool:
     """Whether all results at a level above 0 have a sigma: those of measured devices have not."""
     if "sigma" in samples or "variation" not in samples:
