@@ -181,7 +181,7 @@ def evaluate_chips(
     }
     if counts:
         columns["prefixes"] = " ".join(f"{n}:{correct}" for n, correct in counts.items())
-    if s.adapt.passes and s.variation.level > 0:  # of the chips that were not done before a resumption
+    if "adapt_passes" in columns:  # of the chips that were not done before a resumption
         seconds = result.table["sample"].map(times).astype(float).round(3)
         result = replace(result, table=result.table.assign(adapt_seconds=seconds))
     result = record(result, {**(notes or {}), **columns})
