@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
 from torch import nn
 
 from correctnet.datasets.batches import Batches
 from correctnet.errors import UserError
 from correctnet.evaluation.montecarlo import evaluate
-from correctnet.evaluation.results import PILOT as COLUMN
-from correctnet.evaluation.results import Interval, Result
+from correctnet.evaluation.results import PILOT_COLUMN, Interval, Result
 from correctnet.evaluation.stopping import PILOT, check_until, chips_for
 
 
@@ -78,4 +76,4 @@ def compare(
 
 def _stopped(result: Result) -> Result:
     """`result` as one whose number of chips was found from the first ones."""
-    return Result(pd.concat([result.table, pd.Series(PILOT, result.table.index, name=COLUMN)], axis=1), result.metric)
+    return Result(result.table.assign(**{PILOT_COLUMN: PILOT}), result.metric)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from correctnet.crossbar.calibration import warn_of_clipping
-from correctnet.crossbar.convert import chip_of, programmed
+from correctnet.crossbar.convert import carries_variation, chip_of, programmed
 from correctnet.crossbar.layers import AnalogLayer, AnalogModule, analog_layers
 from correctnet.crossbar.probe import left_alone
 from correctnet.datasets.batches import Batches, Data
@@ -42,7 +42,7 @@ from correctnet.evaluation.counting import (
     make_counter,
     restoring,
 )
-from correctnet.evaluation.results import COLUMNS, IDENTITY, VALUES, Result, read_chips
+from correctnet.evaluation.results import COLUMNS, IDENTITY, PILOT_COLUMN, VALUES, Result, read_chips
 from correctnet.evaluation.simulation import Simulation
 from correctnet.evaluation.stopping import PILOT, check_until, chips_for
 from correctnet.files import storage
@@ -82,8 +82,7 @@ def clean_value(model: nn.Module, data: Batches, batch: int = 100, metric: Metri
         UserError: data that `evaluate` refuses, or a value that is not finite.
     """
     metric = checked(metric, "clean_value")
-    analog = any(isinstance(module, AnalogModule) for module in model.modules())
-    with programmed(model, None) if analog else contextlib.nullcontext():
+    with programmed(model, None) if carries_variation(model) else contextlib.nullcontext():
         if metric.is_accuracy:
             correct, total = count_correct(model, data, batch)
             return correct / total
@@ -252,9 +251,12 @@ def simulate(
             nonlocal evaluated
             todo = missing(samples)
             bar.update(images.images * (len(samples) - len(todo)))
-            for i in range(0, len(todo), counter()[1] if todo else 1):
-                part = todo[i : i + counter()[1]]
-                for sample, tally in zip(part, counter()[0](part, bar.update), strict=True):
+            if not todo:
+                return
+            count_chips, size = counter()
+            for i in range(0, len(todo), size):
+                part = todo[i : i + size]
+                for sample, tally in zip(part, count_chips(part, bar.update), strict=True):
                     if tally.bad:
                         not_finite[sample] = tally.bad
                     rows.append({"sample": sample, **_values(metric, tally, images.images, sample), **saved})
@@ -290,7 +292,7 @@ def simulate(
     table = pd.DataFrame(rows, columns=columns).sort_values("sample", ignore_index=True)
     table = table[table["sample"].isin(wanted)].reset_index(drop=True)
     if until is not None:
-        table["pilot"] = min(chips, PILOT)
+        table[PILOT_COLUMN] = min(chips, PILOT)
     return Result(table, metric)
 
 

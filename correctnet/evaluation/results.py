@@ -26,7 +26,7 @@ VALUES = ["sample", "value", "images", "metric", "seed"]
 IDENTITY = ["data", "device", "model"]
 """columns that say what was evaluated, where it is known: digest of images and labels, device model, digest of the
 network"""
-PILOT = "pilot"
+PILOT_COLUMN = "pilot"
 """column of evaluations that stopped early: the number of chips from which their number was found"""
 PER_CHIP = ["sample", "correct", "accuracy", "value", "adapt_seconds"]
 """columns that may differ from chip to chip of an evaluation"""
@@ -108,7 +108,8 @@ class Result:
     @property
     def _pilot(self) -> int | None:
         """Number of the first chips from which the number of chips was found; None: it was given."""
-        return int(self.table[PILOT].iloc[0]) if PILOT in self.table and self.table[PILOT].notna().all() else None
+        found = self.table.get(PILOT_COLUMN)  # its cells are empty in tables that hold evaluations of both kinds
+        return None if found is None or found.isna().any() else int(found.iloc[0])
 
     def percentile(self, q: float) -> float:
         """The q-th percentile of the chips' values. Raises UserError unless 0 <= q <= 100."""
@@ -181,7 +182,7 @@ class Result:
         Raises UserError for a chip that occurs twice, and for chunks of different evaluations.
         """
         results = list(results)
-        if len(results) > 1 and any(PILOT in r.table for r in results):
+        if len(results) > 1 and any(PILOT_COLUMN in r.table for r in results):
             raise UserError("chunks of a Monte Carlo run that stopped early cannot be put together")
         metrics = {str(r.metric.describe()): r.metric for r in results}
         if len(metrics) > 1:
