@@ -90,6 +90,8 @@ def main() -> None:
     table = pd.DataFrame(rows)
     table.to_csv(args.out, index=False)
     print(table.to_string(index=False))
+    covered = table.filter(like="covered_")
+    print(covered.agg(["mean", "min", "max"]).round(3).to_string())
 
 
 if __name__ == "__main__":
